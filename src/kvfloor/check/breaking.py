@@ -21,29 +21,34 @@ _POINTS = 7  # failures per call, so that the check is fast; characterize/broken
 
 
 def check_broken(method: Method, at: Setting) -> None:
-    """Require that an exception within a call leaves the state as it was, or makes it refuse every further call."""
+    """Require that an exception within a call leaves the state as it was, or makes it refuse every further call.
+
+    It is tested on calls that change a state, such as `append`. An exception is raised after some of their torch
+    operations.
+    """
     for what, (state, call) in situations(method, at).items():
         tally = broken(state, call, _POINTS)
         require(not tally.silent, f"{what}, failed {' '.join(tally.silent[:1])}")
 
 
 def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
-    """Make the call fail at each of its torch operations, each time on a copy of `state`, and count the outcomes.
+    """Make a call on `state` fail at each of its torch operations, each time on a new copy, and count the outcomes.
 
-    most: largest number of failures, which are then spread evenly over the operations; None: fail at every operation.
+    call: function of a state that makes the call. most: largest number of failures, spread evenly over the operations;
+    None: one failure per operation.
 
-    Returns the number of failures by outcome. Afterwards the state is unchanged, or it refuses all calls, or neither,
-    which is a fault.
+    Returns a `FaultTally`: how many copies were unchanged after the failure, how many refused all further calls, and a
+    sentence for each that did neither, which is a fault.
     """
     copy = state.clone()
     return broken_at(state, call, spread_out(operations(lambda: call(copy)), most))
 
 
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
-    """Return {description: (state, call)} for every kind of call that changes a state; call(state) makes the call.
+    """Return {description: (state, call)} for each call that changes a state, such as `append`; call(state) makes it.
 
-    Each state is in the middle of a block. All have evicted tokens, except perhaps the one whose call marks the end of
-    the prompt (`seal`).
+    The states hold a random stream of tokens, up to the middle of a block. All have evicted tokens, except perhaps the
+    one whose call marks the end of the prompt (`seal`).
     """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)

@@ -25,9 +25,9 @@ class Injected(Exception):
 
 
 class Faults(TorchDispatchMode):
-    """Count the torch operations inside a `with` block in `done`, and raise `Injected` after one of them.
+    """Raise `Injected` after a chosen torch operation inside a `with` block; the attribute `done` counts them.
 
-    at: number of that operation, from 1; None: only count.
+    at: number of the chosen operation, from 1; None: raise nothing, only count.
     """
 
     def __init__(self, at: int | None = None) -> None:
@@ -61,12 +61,12 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 @dataclass
 class FaultTally:
-    """Count injected failures by their outcome.
+    """Count the calls that were made to fail, by what became of the state (or, for a model's forward, the cache).
 
-    as_before  the state (or cache) was as before the call, and the call made again succeeds
-    taken_in   only for a model's forward: its cache had already appended the forward's tokens in every layer, and goes
-               on
-    refused    every further call raises BrokenState
+    as_before  number of failures after which it was as before the call, and the call made again succeeded
+    taken_in   number of failed forwards of a model whose tokens every layer of the cache had already appended; the
+               cache can be used further
+    refused    number of failures after which every further call raises BrokenState
     silent     one sentence for each failure with any other outcome, which is a fault
     """
 

@@ -44,7 +44,10 @@ def _require_refusal(state: State, calls: dict[str, Call], kinds: tuple[type[Exc
 
 
 def check_wrong_input(method: Method, at: Setting) -> None:
-    """Require that wrong input raises ValueError or TypeError and leaves the state unchanged."""
+    """Require that wrong input raises ValueError or TypeError and leaves the state unchanged.
+
+    Wrong are, for example, a list instead of a tensor, another dtype or width, and too few rows or queries.
+    """
     state, stream = method.open(spec_for(method, at)), stream_for(method, at)
     middle = prompt_length(method) + 5
     play(state, stream, stop=middle)
@@ -134,7 +137,7 @@ def check_wrong_input(method: Method, at: Setting) -> None:
 
 
 def _nested(x: Tensor) -> Tensor:
-    """Return the rows of x as a nested torch tensor, a type that has no single shape; every other row is cut by one."""
+    """Return x as a nested torch tensor: a list of rows of different length, here every other one item shorter."""
     rows = [row[: len(row) - i % 2] for i, row in enumerate(x)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype

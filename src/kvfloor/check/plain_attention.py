@@ -20,8 +20,8 @@ def attention(
     q (..., m, d)             queries
     k, v                      keys (..., s, d) and values (..., s, dv)
     spec                      gives the scale and softcap of the logits
-    zero_logits (..., e, dv)  values of e further tokens, whose logit is 0
-    hide (..., m, s)          True where a query does not see a token
+    zero_logits (..., e, dv)  values of e further tokens, whose logit is 0; None: there are none
+    hide (..., m, s)          True where a query does not see a token; None: each query sees all
     A log-mass is the log-sum-exp of a query's logits.
     """
     logits = torch.matmul(q, k.transpose(-1, -2)) * spec.scale
@@ -36,7 +36,10 @@ def attention(
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
-    """Return exact causal attention of q (rows, g, t, d) over k (rows, t, d), v (rows, t, dv): (rows, g, t, dv)."""
+    """Return the outputs (rows, g, t, dv) of causal attention of q (rows, g, t, d) over t tokens, in q's dtype.
+
+    k (rows, t, d) and v (rows, t, dv) are the tokens' keys and values; spec gives the scale and softcap of the logits.
+    """
     t = k.shape[1]
     hide = torch.ones(t, t, dtype=torch.bool).triu(1)
     return attention(q, k.unsqueeze(1), v.unsqueeze(1), spec, hide=hide)[0]

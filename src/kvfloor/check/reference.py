@@ -29,9 +29,9 @@ from kvfloor.core.state import State
 
 
 def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
-    """Return a mask (rows, m, s), True where a query of q (rows, m, d) skips a slot; None if no query skips any.
+    """Return a mask (rows, m, s), True where the method's selector makes a query of q (rows, m, d) skip a slot.
 
-    s is the number of tokens held by the fullest row.
+    s is the number of tokens held by the fullest row. Returns None if the queries read all slots.
     """
     slots = state.slots
     if slots is None or method.parts.selector is None or not isinstance(state, Blocked):
@@ -41,9 +41,9 @@ def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
 
 
 def waits_whole(method: Method) -> bool:
-    """Return True if a state still holds the first token's own key and value just after the token is appended.
+    """Return True if a state holds a token's own key and value, in a slot, just after the token is appended.
 
-    A method that stores values inexactly may do so at once, or only later.
+    This is asked about the first token. False: the method stores even this token only in another form.
     """
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
     state.append(stream.k, stream.v)
@@ -64,9 +64,9 @@ def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
 def check_reference(method: Method, at: Setting) -> None:
     """Require exact attention until a token is evicted, up to 1.5 times plain attention's error in the same dtype.
 
-    The truth is attention in float64. The answers are compared up to the first token that the state no longer holds, or
-    that a query skips, with and without a softcap of the logits. If a method has a budget of b tokens and no selector,
-    and does not claim to store values inexactly, it must hold all of its first b - 15 tokens.
+    Errors are differences from attention in float64. Answers are compared as long as the state holds all tokens and
+    queries read all of them, with and without a softcap of the logits. A method with a budget of b tokens and no
+    selector must hold all of a row's first b - 15 tokens, unless it claims to store values with an error.
     """
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)

@@ -25,10 +25,10 @@ def _row(state: State, *index: int) -> State:
 
 
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
-    """Return the length in bytes of each row's saved state after each piece of the stream: [piece][row].
+    """Feed a stream to a new state piece by piece; return how many bytes each row has when saved: [piece][row].
 
-    Pieces have at most `method.block` tokens, the number between two evictions. The caller compares the results for two
-    streams: if a length differs, a row held another number of tokens.
+    A piece has at most `method.block` tokens, the number between two evictions. If the results for two streams differ,
+    some row held more tokens at the end of a piece of one stream than of the other.
     """
     state, sizes = method.open(spec_for(method, at)), []
 

@@ -33,8 +33,8 @@ def check_chunking(method: Method, at: Setting) -> None:
 
     The stream has at least 20 block ends and is tested with and without padding. It is cut at random places; without
     padding it is also cut token by token at its start and after the prompt. The pieces lie at other memory addresses
-    than the stream, so that a dependence on memory alignment would show. For a method of constant memory that holds
-    whole tokens, the bytes of the saved states must be equal too.
+    than the stream, so that a dependence on memory alignment would show. For a method whose memory never grows and that
+    stores each held token separately, the bytes of the saved states must be equal too.
     """
     spec, n = spec_for(method, at), long_stream_length(method)
     stream = stream_for(method, at, n=n)
@@ -56,9 +56,9 @@ def check_chunking(method: Method, at: Setting) -> None:
 def check_causality(method: Method, at: Setting) -> None:
     """Require that later tokens do not change an earlier answer.
 
-    Answers of a long call are compared with those of its first tokens alone, and with those under other later tokens. A
-    method that claims `block_causal` may let a query see later tokens of its own block. If the first tokens end inside
-    a block, its answers in that block are not compared.
+    The first tokens of a stream are given alone, with the rest of the stream, and with other tokens after them; their
+    answers must agree. A method that claims `block_causal` may let a query see later tokens of its own block: if the
+    first tokens end inside a block, answers in this block are not compared.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     outputs = play(method.open(spec), stream)

@@ -96,10 +96,10 @@ def width_of(method: Method, otherwise: int = WIDTH) -> int:
 
 
 def placed(method: Method, spec: Spec) -> Spec:
-    """Return the spec with a (layer, kv head) of a model assigned to every row, if the method has trained parameters.
+    """Return the spec with the (layer, kv head) of each row filled in, if the method has trained parameters.
 
-    Trained parameters differ from head to head. Rows are the heads of the first layer, then those of the next. Without
-    trained parameters the spec is returned unchanged.
+    Trained parameters belong to one head of a model, so each row must stand for one: the first rows for the heads of
+    the first layer, the next rows for those of the next. Without trained parameters the spec is returned unchanged.
     """
     if method.traits.trained_for is None:
         return spec
@@ -108,10 +108,10 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return the prompt length to test a method with, in tokens: more than the budget, if there is one, has room for.
+    """Return the prompt length to test a method with, in tokens: more than a row can hold, if that is bounded.
 
-    It is the most tokens that a row can hold of a long stream without a prompt (64 if the method sets no bound), plus
-    one block, plus 5. The 5 tokens let the prompt end inside a block.
+    The bound is that for a long stream whose prompt was empty; 64 if there is none. One block and 5 tokens are added;
+    the 5 let the prompt end inside a block.
     """
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
@@ -254,8 +254,8 @@ def require_same_tokens(a: Sequence[Tokens], b: Sequence[Tokens], what: str) -> 
 def require_same_memory(a: State, b: State, at: Setting, what: str) -> None:
     """Raise Broken unless states a and b have seen equally many tokens, hold the same tokens and answer alike.
 
-    Answers may differ by the tolerance of the dtype. If the method's memory never grows and it keeps tokens in slots,
-    the saved states must also be equal byte for byte. `what` names the two states in the error.
+    Answers may differ by the tolerance of the setting's dtype (`at.dtype`). If the method's memory never grows and it
+    keeps tokens in slots, the saved states must also be equal byte for byte. `what` names the two states in the error.
     """
     require(torch.equal(a.seen, b.seen), f"{what}: they saw {a.seen.tolist()} and {b.seen.tolist()} tokens")
     require(torch.equal(a.held, b.held), f"{what}: they hold {a.held.tolist()} and {b.held.tolist()} tokens")

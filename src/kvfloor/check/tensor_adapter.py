@@ -73,9 +73,10 @@ class Ones(Method):
 
 
 class OnesState(State[Ones]):
-    """Feed each token to a tensor-attention state, its other key and value filled with 1; return that state's answers.
+    """Hold the state of a wrapped tensor-attention method, and serve as a state of standard attention.
 
-    The softmax mass of an answer is scaled to that of standard attention.
+    Each token goes to the inner state with its other key and value filled with 1. The inner state's answers are
+    returned. Where they contain the softmax mass, it is scaled to that of standard attention.
     """
 
     def __init__(self, method: Ones, spec: Spec) -> None:
@@ -117,15 +118,19 @@ class OnesState(State[Ones]):
         self.inner.seal()
 
     def _counted_once(self, part: Partial) -> Partial:
-        """Divide the softmax mass of a tensor-attention result by the number of pairs in which each token counts.
+        """Scale the softmax mass of a tensor-attention result so that each token counts once, as in standard attention.
 
-        `part` is the result: the mean of values and the log of the softmax mass. The number of pairs is the number of
-        held tokens; if the method stores values with an error (`Traits.lossy_values`), that of all tokens seen.
+        `part` is the result: the mean of values and the log of the softmax mass. With n tokens each counts in n pairs,
+        so the mass is divided by n: the tokens held or, if the method stores values with an error
+        (`Traits.lossy_values`), all tokens seen.
         """
         paired = self.seen if self.method.traits.lossy_values else self.held
         return Partial(part.mean, part.log_mass - torch.log(paired.clamp_min(1)).to(part.log_mass).unsqueeze(1))
 
 
 def beside_ones(method: Method) -> list[Method]:
-    """Return the methods to test in place of `method`: both sides of `Ones` for tensor attention, otherwise itself."""
+    """Return the methods to test in place of `method`: itself, or for tensor attention two wrappers (`Ones`) of it.
+
+    One wrapper gives the stream as K1 and V1 and fills K2 and V2 with 1, the other the reverse.
+    """
     return [method] if method.traits.reference != "tensor" else [Ones(method, 1), Ones(method, 2)]

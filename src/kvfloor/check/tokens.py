@@ -86,7 +86,11 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 
 
 def check_pinned(method: Method, at: Setting) -> None:
-    """Require that tokens pinned by `State.pin` are never evicted, also after a reload, `clone` or `select_rows`."""
+    """Require that tokens pinned by `State.pin` are never evicted, also after a reload, `clone` or `select_rows`.
+
+    A reload saves the state and restores it; `clone` copies it; `select_rows` here reorders its rows. A method that
+    refuses the pin with ValueError, for want of room, must be unchanged.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     start, stop = 5, 6
@@ -174,11 +178,11 @@ def _check_tally(method: Method, spec: Spec, stream: Stream) -> None:
 
 
 def _check_weight(state: State, stream: Stream, at: Setting) -> None:
-    """Raise Broken unless a query of zeros gives every token, evicted or held, the unnormalised weight exp(0) = 1.
+    """Raise Broken unless every token, evicted or held, has the unnormalised weight exp(0) = 1 for a query of zeros.
 
-    This is for methods of "unmasked" attention, in which evicted tokens keep logit 0. The values of `stream` are
-    replaced by 1, so the answer must be 1. The softmax mass (sum of the weights) must be the number of tokens, less the
-    held tokens that the selector skips.
+    This is for methods of "unmasked" attention, in which evicted tokens keep logit 0. The stream is fed to the empty
+    `state`, its values replaced by 1, so each answer must be 1. The softmax mass (sum of the weights) must be the
+    number of tokens, less the held tokens that the selector skips.
     """
     stream = replace(stream, v=torch.ones_like(stream.v))
     nothing = torch.zeros_like(probes(state.spec, 1))
@@ -198,7 +202,7 @@ def _check_weight(state: State, stream: Stream, at: Setting) -> None:
 def check_selector_subset(method: Method, at: Setting) -> None:
     """Require that a selector reads only tokens that a query may see, at least one, and that empty slots do nothing.
 
-    Overwriting slots that hold no token must not change any answer.
+    An empty slot is storage that holds no token; overwriting it must not change any answer.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state: Any = method.open(spec)

@@ -201,9 +201,14 @@ def audit(
 ) -> None:
     """Measure each method's memory and right answers on a model, at each budget, beside the provable memory floor.
 
-    The baselines are the exact cache (all tokens), all tokens at 8 and at 4 bits, and three simple evictions: random,
-    window and sinks. A cell is a task at a context length under a protocol (--protocols); a row is the result of one
-    method under one budget on one cell or text.
+    A task is a kind of question about a context; a sample is one such question. A protocol says whether the question
+    comes after the context was compressed, or is compressed with it. A cell is a task at a context length under a
+    protocol; a row is the result of one method under one budget on one cell or text. On a text, the model's next-token
+    predictions are compared with those under the exact cache (all tokens); for a method to be called safe they must
+    diverge by at most --kl-limit.
+
+    The baselines are the exact cache, all tokens at 8 and at 4 bits, and three simple evictions: random, window and
+    sinks.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -315,7 +320,11 @@ def merge(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge the parts of an audit that `kvfloor audit --shard` measured, and write the report of the whole."""
+    """Merge the parts of an audit that `kvfloor audit --shard` measured, and write the report of the whole.
+
+    Exact is the cache of all tokens. A method's divergence from it is the KL divergence of the model's next-token
+    predictions. A row is the result of one method under one budget.
+    """
     from kvfloor.audit.merge import merge as merged
 
     def announce(text: str) -> None:
@@ -377,8 +386,9 @@ def floors(
 ) -> None:
     """Compute the memory that attention needs in the worst case, by theorem, beside the memory known to suffice.
 
-    --attention: standard; window, over the last --window tokens; tensor, where pairs of tokens are the keys; visual,
-    which predicts an image as a pyramid of square maps, each map larger than the one before.
+    --attention: standard; window, over the last --window tokens; tensor, softmax over pairs of tokens, where --caches
+    is 4 (tokens arrive, each with two keys and two values) or 2 (pairs arrive, each with a value of its own); visual,
+    which predicts an image as a pyramid of square maps, their sides --ratio times as long as those of the map before.
 
     --metric, the error that answers may have: entrywise, each of their numbers has a relative error of at most eta;
     max, the L2 error is at most epsilon times the norm of the largest value; frobenius or operator, at most epsilon
@@ -511,7 +521,7 @@ def check(
 def methods(as_json: Json = False) -> None:
     """List the built-in eviction policies, summaries of evicted tokens, selectors of tokens to read, and whole methods.
 
-    --json prints all columns.
+    The table shows each one's name, kind, memory and purpose; --json adds paper, guarantee, traits and aliases.
     """
     from kvfloor.methods.catalogue import rows
 
@@ -532,7 +542,10 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def tasks(as_json: Json = False) -> None:
-    """List the tasks of an audit, by group; --tasks takes the names of tasks and of groups."""
+    """List the tasks that `kvfloor audit` can ask a model, by group.
+
+    A task is a kind of question about a context. --tasks of `kvfloor audit` takes the names of tasks and of groups.
+    """
     from kvfloor.tasks import GROUPS
 
     rows = [
@@ -564,7 +577,11 @@ def plan_(
     dtype: Annotated[str, typer.Option(help="Of weights, keys and values: bfloat16, float16 or float32.")] = "bfloat16",
     as_json: Json = False,
 ) -> None:
-    """Plan a model's memory before it runs: weights, exact cache, methods under budgets, requests that fit, floor."""
+    """Plan a model's memory before it runs: weights, exact cache, methods under budgets, requests that fit, floor.
+
+    For each method and budget it prints the bytes of the cache and, given --memory, how many requests fit beside the
+    weights. The exact cache keeps all tokens.
+    """
     from kvfloor.planning import plan
 
     _quiet_transformers()

@@ -28,10 +28,10 @@ def grown(size: Any) -> Any:
 class Arena(Memory):
     """Store `lists` lists per row; a list of row i has held[i] items, at the front of a stretch of capacity[i] places.
 
-    An item is one entry in each of the flat tensors that `_arrays` returns, which have shape (places, ...). Rows may
-    differ in capacity, so that a smaller budget takes less memory. Counts and offsets live on the CPU, so that control
-    flow never waits for a device. A place without an item holds the number `fill`, or what a dropped item left there. A
-    saved state contains neither.
+    For example, the held tokens of a row are a list, and a token is an item. Each item has one entry in each flat
+    tensor, i.e. each tensor (places, ...) that `_arrays` returns. Rows may differ in capacity, so that a smaller budget
+    takes less memory. Counts and offsets live on the CPU, so that control flow never waits for a device. A place
+    without an item holds the number `fill`, or what a dropped item left there. A saved state contains neither.
     """
 
     lists: int = 1
@@ -57,7 +57,7 @@ class Arena(Memory):
         return [(self, name, getattr(self, name)) for name in self._own]
 
     def _moved(self) -> None:
-        """Update attributes that are aliases of a flat tensor, after the flat tensors were replaced, as by `resize`."""
+        """Update attributes that are further names of a flat tensor, after that was replaced, e.g. by `resize`."""
 
     @property
     def _places(self) -> int:

@@ -58,9 +58,9 @@ def attend(
 def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
-    k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs are those of
-    `attend`, in k's dtype where the fused kernel applies, otherwise in the compute dtype. The kernel is called by
-    torch's public function: with few keys, the overhead of `attend` would be a third of the time.
+    k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs have k's dtype where
+    torch's fused kernel applies, otherwise the compute dtype. The kernel is called by the public function
+    `scaled_dot_product_attention`, because with few keys the overhead of `attend` is a third of the time.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -74,8 +74,9 @@ def attend_causal(
     """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
     a is the number of tokens, g the GQA group, i.e. query heads per kv head; v is (rows, a, dv). Returns outputs
-    (rows, g, a, dv) and log-masses (rows, g, a), as `attend` does. The fused kernel skips the hidden keys instead of
-    masking them.
+    (rows, g, a, dv) and log-masses (rows, g, a), in the compute dtype. softcap c replaces scale q.k by
+    c tanh(scale q.k / c); None: no cap. backend: "auto" takes the fused kernel, which skips the hidden keys instead of
+    masking them, wherever it applies; "flash" requires it, else ValueError; "eager" never takes it.
     """
     rows, g, a, _d = q.shape
     if backend != "eager" and fused(q, k, v, softcap):
@@ -100,8 +101,10 @@ def weigh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute softmax attention without the fused kernel, and return the softmax weights (rows, m, s) too.
 
-    Returns outputs (rows, m, dv), log-masses (rows, m) and the weights, in the compute dtype. The arguments are those
-    of `attend`: log_weight (rows, s) is added to the logits, hide is True where a query does not see a key.
+    Returns outputs (rows, m, dv), log-masses (rows, m) and the weights, in the compute dtype.
+    softcap     c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
+    log_weight  (rows, s), added to the logits; None: nothing is added
+    hide        bool (rows or 1, m or 1, s), True where a query does not see a key; None: all keys are seen
     """
     dtype = compute_dtype(k.dtype)
     logits = torch.matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))

@@ -82,8 +82,8 @@ class Blocked(State[M]):
     def _plainly_read(self) -> bool:
         """Return True if a query attends to all held tokens and nothing else: no selector, no summary.
 
-        Such a state may take a decode step in a faster form, `_step_one`, which passes the step's queries to
-        `_on_query` instead of `_on_queries`.
+        Decode steps of such a state may be computed in a faster way, without masks. After a step of this kind the
+        hook `_on_query` is called with its queries, after any other the hook `_on_queries`.
         """
         return False
 
@@ -97,7 +97,8 @@ class Blocked(State[M]):
     def _on_query(self, q: Tensor, seen: int) -> None:
         """Record the queries q (rows, g, 1, d) of a decode step that just gave every row one token.
 
-        seen: number of tokens that every row saw before the step.
+        This does nothing unless a variant's evictions or error bound depend on queries. seen: number of tokens that
+        every row saw before the step.
         """
 
     # ---- written once --------------------------------------------------------------------------------------
@@ -122,10 +123,10 @@ class Blocked(State[M]):
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if a decode step that gives every row one token may take the faster form `_step_one`.
+        """Return True if a decode step, one new token per row, can be computed in one go, without masks.
 
-        Every query must attend to all held tokens and nothing else. All rows must have seen equally many tokens, hold
-        equally many, and have a free slot.
+        For this every query must attend to all held tokens and nothing else, and all rows must have seen equally many
+        tokens, hold equally many, and have a free slot.
         """
         at, seen = self.slots.level, self.seen.tolist()
         return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
@@ -178,9 +179,8 @@ class Blocked(State[M]):
 
         q is (rows, g, t, d), k (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q.
         count  (rows,) number of these tokens, the same in every row; the rest is padding, whose answers are empty
-        seen   number of tokens that every row saw before. If each row gets one token, rows may differ in this number,
-               and any row's number will do
-        This is the fast form of `_feed`: the tokens are cut at block ends by slices, without an index per row.
+        seen   number of tokens that every row saw before; if count is 1, that of any row
+        Because the rows go in step, the tokens can be cut at block ends by slices, without an index per row.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -208,9 +208,9 @@ class Blocked(State[M]):
     def _take(self, k: Tensor, v: Tensor, q: Tensor | None, take: Tensor) -> Partial | None:
         """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
-        The answers are a `Partial` (rows, g, a); None without q. The tokens of a row must lie within one block, or may
-        go beyond its end if nothing is evicted there (`_at_once`). `_close` is called afterwards for the rows whose
-        block is complete.
+        The answers are a `Partial` (rows, g, a); None without q. k is (rows, a, d), v (rows, a, dv). The tokens of a
+        row must lie within one block, unless `_close` would do nothing at the block ends inside them. It is called
+        afterwards for the rows whose block is then complete.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:

@@ -113,9 +113,9 @@ class Bounded(Method):
 
     @property
     def prompt_queries(self) -> int | None:
-        """Return how many of the prompt's newest queries decide what is kept at its end, if nothing is evicted before.
+        """Return how many of the prompt's newest queries decide what is kept, if evictions wait for the prompt's end.
 
-        None: all of them do.
+        0: no query decides; None: all of the prompt's queries do.
         """
         policy = self.policy
         if policy.wants_weights or policy.wants_keys or not isinstance(self.summary, Drop):

@@ -65,8 +65,8 @@ class Exact(Method):
 class ExactState(Blocked[Exact]):
     """Keep every token in slots, whose storage grows by a quarter whenever it is full.
 
-    Nothing is evicted at the end of a block. A block bounds how many queries are answered in one product; if the
-    selector keeps an index, the index is updated at block ends.
+    Nothing is evicted at the end of a block. Here a block is the most tokens whose queries are answered in one matrix
+    product; if the selector keeps an index, the index is updated at block ends.
     """
 
     def __init__(self, method: Exact, spec: Spec) -> None:
@@ -83,7 +83,7 @@ class ExactState(Blocked[Exact]):
         return isinstance(self._selector, Everything)
 
     def _close(self, rows: Tensor | None) -> None:
-        """Do nothing: no token is ever evicted."""
+        """Do nothing at the end of a block in these rows: no token is ever evicted."""
 
     def _pin(self, start: int, stop: int) -> None:
         """Do nothing: no token is ever evicted, so every span is pinned."""

@@ -88,10 +88,9 @@ class Parts(NamedTuple):
 
 
 class _Usual:
-    """Give the instances of a `Method` subclass a default for an attribute that the subclass does not declare.
+    """Hold the default of an attribute of `Method`, as a descriptor: instances have it, the class itself has not.
 
-    Only instances have this value: if the class had it, a dataclass would use it as the default of the subclass's own
-    field of that name.
+    If the class had it too, a dataclass would take it for the default of a subclass's own field of that name.
     """
 
     def __init__(self, value: Any) -> None:
@@ -156,12 +155,12 @@ class Method(ABC):
         return None
 
     def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method in the least size that guarantees error `epsilon` with failure probability `delta`.
+        """Return a copy of this method just large enough that the error is at most `epsilon`, by theorem.
 
-        A size is a number that fixes the memory, such as a sample count or a rank. Values that the theorem assumes,
-        such as a bound on the tokens seen, are taken from the method's own arguments. The error's norm, and the queries
-        for which the bound holds, are those of the method's `Guarantee`. Raises ValueError where there is no theorem,
-        where an assumed value is not given, and where no size is enough.
+        The bound may fail with probability `delta`. The argument that fixes the memory, such as a sample count or a
+        rank, gets its least sufficient value. Values that the theorem assumes, such as a bound on the number of tokens,
+        are taken from this method's arguments. `guarantee` tells the error's norm, and for which queries the bound
+        holds. Raises ValueError if there is no theorem, if an assumed value is not given, or if no size is enough.
         """
         if not (isinstance(epsilon, (int, float)) and isinstance(delta, (int, float)) and epsilon >= 0 <= delta < 1):
             raise ValueError(f"budget_for takes epsilon >= 0 and 0 <= delta < 1, got {epsilon!r} and {delta!r}")
@@ -178,9 +177,9 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return this method in the least size, such as a sample count or a rank, that keeps its error at `epsilon`.
+        """Return a copy of this method with the least sample count, rank or the like for an error up to `epsilon`.
 
-        The error may be larger with probability `delta`. A method without a size returns itself. The caller,
+        The error may be larger with probability `delta`. A method with no such number returns itself. The caller,
         `budget_for`, checks the guarantee of the returned method.
         """
         del epsilon, delta, spec

@@ -56,8 +56,8 @@ class Partial:
         """Compute softmax attention of q (rows, m, d) over k (rows, s, d), v (rows, s, dv): a partial (rows, m).
 
         Logits have the spec's scale and softcap.
-        log_weight  (rows, s), added to the logits: a token of log-weight log(c) counts as c equal tokens
-        hide        bool (rows or 1, m or 1, s), True for the tokens that a query may not see
+        log_weight  (rows, s), added to the logits: a token of log-weight log(c) counts as c equal tokens; None: 0
+        hide        bool (rows or 1, m or 1, s), True for the tokens that a query may not see; None: it sees all
         """
         return cls(*attend(q, k, v, spec.scale, spec.softcap, log_weight, hide))
 

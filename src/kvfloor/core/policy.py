@@ -65,8 +65,8 @@ class Held:
     def k(self) -> Tensor:
         """Return the keys (r, s, d) that queries are multiplied with; if the spec has a rotation, they are rotated.
 
-        The keys are fetched on access. They are copied only if rows differ in capacity or this `Held` has not all rows
-        of the state.
+        The keys are fetched on access. The result is a copy only if rows have different numbers of slots, or if this
+        `Held` has not all rows of the state.
         """
         return self.fetch("k")
 
@@ -84,7 +84,7 @@ class Held:
         """Rotate unrotated queries q (r, g, b, d), each to the present rank of the token that it came with.
 
         position (r, b) is that token's index in the stream. If the spec has no rotation, q is returned as it is.
-        The rank is computed as if every token after the query's own were still held. So use this method only for the
+        The rank is right only if every token after the query's own is still held. So use this method only for the
         queries of the newest tokens, and only if the policy protects these from eviction.
         """
         rotation = self.spec.rotation

@@ -43,11 +43,12 @@ def row_by_row(
 ) -> Tensor:
     """Apply `work` to one row after another and stack the results, so that a row's bits depend on its numbers alone.
 
-    columns  tensors (rows, ...), of which `work` is given one row at a time
-    beside   further tensors (rows, ...), of which `work` is given one whole row at a time, whatever `held` is
-    work     takes each column and each of `beside` as (1, ...), aligned, and returns (1, ...); it changes none of them
-    held     if rows are of different length: `work` is given the first held[r] items of a column's second axis, and
-             returns as many along its result's last axis; the entries after them get `fill`
+    work     called once per row, with that row of every tensor of `columns` and `beside`, each (1, ...); returns
+             (1, ...), and changes none of its arguments
+    columns  tensors (rows, ...); if `held` is given, `work` gets only the first held[r] items of row r's second axis
+    beside   further tensors (rows, ...), of which `work` always gets the whole row
+    held     the length of each row, if rows differ in length; None: they do not. For row r `work` returns held[r]
+             numbers along the last axis, and numbers `fill` are added up to the full length
     """
     rows = columns[0].shape[0]
     if rows == 0 or (held is not None and columns[0].shape[1] == 0):
