@@ -1,10 +1,11 @@
 """Define the interface of a selector, which picks the held tokens that a query reads.
 
 The methods `Exact` (keeps all tokens) and `Bounded` (keeps at most a budget of tokens) call this interface.
-A row is one (batch item, kv head) stream, and a slot the place of one held token. An index is what a selector stores
+A row is one (batch item, kv head) stream, and a slot the place of one held token; `Slots` stores the held keys and
+values, and the spec has the sizes, dtype and constants that a method was opened for. An index is what a selector stores
 about the held keys to find the tokens of large logit. A query sees a slot if the causal mask allows it, and reads the
-slots that the selector chooses among these. In shapes, r are the rows of a call, m queries per row, g query heads per
-kv head, a new tokens, s slots, d the width of a key.
+slots that the selector chooses among these. A block is a fixed number of consecutive tokens of a row. In shapes, r are
+the rows of a call, m queries per row, g query heads per kv head, a new tokens, s slots, d the width of a key.
 """
 
 from __future__ import annotations
@@ -42,15 +43,19 @@ class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
     `spec` has the sizes, dtype and constants that the index was opened for. Rows are the first axis of every tensor; a
-    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. The choice of slots goes by
-    float64 scores, and by slot number among equal scores, so it does not depend on how many queries or rows a call has.
+    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. Slots are compared by
+    scores in float64, and by slot number where scores are equal, so that the choice for a query does not depend on how
+    many queries or rows a call has.
     """
 
     spec: Spec
 
     @abstractmethod
     def append(self, slots: Slots, before: Tensor) -> None:
-        """Add each row's new tokens to the index: the tokens in slots before[r] .. slots.held[r] - 1 of row r."""
+        """Add each row's new tokens to the index: the tokens in slots before[r] .. slots.held[r] - 1 of row r.
+
+        before and slots.held (rows,) are the numbers of tokens that a row held before and holds now.
+        """
 
     @abstractmethod
     def evict(self, slots: Slots, leaving: Tensor) -> None:
@@ -60,10 +65,14 @@ class SelectorState(Memory, ABC):
         """
 
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
-        """Raise ValueError if the saved `fields` of this index contradict the saved fields of the state's `slots`."""
+        """Raise ValueError if, in a saved state that is being loaded, the index contradicts the held tokens.
+
+        fields  name -> saved value of this index, such as the number of items that it has per row
+        slots   name -> saved value of the held tokens, such as `held`, their number per row
+        """
 
     def resize(self, slots: Slots) -> None:
-        """Adapt the index to new capacities of the rows' slots; the held tokens have not changed."""
+        """Adapt the index after rows got more or fewer slots (`slots.capacity`); the held tokens have not changed."""
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
         """Update the index of these rows (None: all) at the end of a block of tokens, after the block's evictions."""
@@ -83,11 +92,11 @@ class SelectorState(Memory, ABC):
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
-        """Choose the slots that the newest tokens' queries q (rows, g, a, d) read: `Chosen` with m = g * a.
+        """Choose the slots that queries q (rows, g, a, d), which came with new tokens, read: `Chosen` with m = g * a.
 
         visible   (rows, a) number of slots that a query sees, that of its own token included
         position  (rows, a) index of the query's own token in the stream, or -1 where the row has no such token
-        The call may store a choice in the index for later queries.
+        Unlike `choose`, the call may store a choice in the index, which the queries of the next tokens then share.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))
@@ -111,9 +120,12 @@ class Selector(ABC):
 
     @abstractmethod
     def hide(self, q: Tensor, view: View, spec: Spec, hide: Tensor | None) -> Tensor | None:
-        """Return the mask of slots that q (rows, m, d) does not read: bool (rows or 1, m or 1, s); None: q reads all.
+        """Return a mask, bool (rows or 1, m or 1, s), True for slots that q (rows, m, d) does not read.
 
-        The argument `hide` is the mask of slots that a query may not see; the result is True there as well.
+        view  keys, values and arrival indices of the tokens in the first s slots of the rows
+        spec  sizes and constants, such as the factor on q.k
+        hide  mask of the slots that a query may not see; the result is True there as well. None: it sees all
+        The result is None if q reads all s slots.
         """
 
     @abstractmethod
@@ -129,10 +141,11 @@ class Indexed(Selector):
 
     @abstractmethod
     def open(self, spec: Spec, slots: Slots, shared: dict[str, Tensor], in_order: bool) -> SelectorState:
-        """Return an empty index of these empty slots.
+        """Return an empty index for the rows of `spec`, whose `slots` hold no token yet.
 
+        shared    dictionary of the method's state, to which this call may add tensors that depend on selector and spec
+                  alone, not on the stream
         in_order  True: tokens stay in the slots in order of arrival, as none is ever evicted
-        shared    the state's dictionary, to which tensors that are fixed by selector and spec alone are added
         """
 
     def block(self) -> int | None:
@@ -154,7 +167,7 @@ class Indexed(Selector):
 
 @dataclass(frozen=True)
 class Everything(Selector):
-    """Read every held token for every query; the default."""
+    """Let every query read every held token that it sees; the default selector."""
 
     name: ClassVar[str] = "everything"
 

@@ -50,8 +50,8 @@ class Slots(Arena):
 
     If the spec has a rotation, `k` has the rotated keys, which queries read. An eviction changes the ranks of the
     tokens behind the evicted ones. Then `k` is computed anew from `bare`, the unrotated keys, so that rounding errors
-    do not add up. `bare` is kept only if tokens can be evicted or forgotten (argument `lose`) or the values are the
-    keys (`spec.tied`).
+    do not add up. `bare` is kept only if tokens can leave the slots (argument `lose`) or the values are the keys
+    (`spec.tied`).
     """
 
     def __init__(
@@ -278,9 +278,9 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Return the dtype, shape and range that each saved tensor must have: {name: `Field`}.
+        """Return what a saved state must have of these slots: tensor name -> `Field` (its dtype, shape and range).
 
-        Every tensor has one entry per held token.
+        Every tensor has one entry per held token. The policy's columns are a dictionary of their own, under "columns".
         """
         spec, tokens = self.spec, "tokens"
         wide = {"k": spec.d, "v": spec.dv}
@@ -316,9 +316,10 @@ class Columns(Memory):
 
 
 def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
-    """Raise ValueError if saved slots hold a token twice, or a token that the row has not seen yet.
+    """Raise ValueError if the slots of a saved state hold a token twice, or a token that its row has not seen.
 
-    fields  what a saved state has of a `Slots`: positions and numbers of held tokens
+    fields  name -> saved tensor of the slots: "held" (rows,), the number of held tokens, and "position", the arrival
+            indices of all held tokens, row by row
     seen    (rows,) number of tokens that each row has seen: positions must be below it
     """
     row = torch.arange(len(seen)).repeat_interleave(fields["held"])

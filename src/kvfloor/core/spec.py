@@ -1,6 +1,7 @@
-"""Define the spec of a state, i.e. of a method's memory: sizes and constants, all independent of the stream.
+"""Define the spec of a state: the sizes and constants that it is opened for, all independent of the stream.
 
-A row is one (batch item, kv head) stream of tokens.
+A method is a way to compress a KV cache, and a state is its memory of several streams of tokens. A row is one of these
+streams, that of one (batch item, kv head).
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Spec:
     rotation  None, or the rotation (RoPE) that the state applies to keys and queries, which are then given unrotated.
               They are rotated by the token's rank among the tokens that its row holds, the oldest at 0
     applied   None, or the rotation (RoPE) by which keys and queries are already rotated when given, each by its token's
-              position in the stream plus any constant. The state does not apply it: policies that predict later queries
-              read it. None also if it is unknown. `applied` and `rotation` exclude each other
+              position in the stream plus any constant. The state does not apply it: eviction policies that predict
+              later queries read it. None also if it is unknown. `applied` and `rotation` exclude each other
     Raises ValueError naming the field that is out of its domain.
     """
 

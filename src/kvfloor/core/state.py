@@ -62,9 +62,9 @@ def _plain(call: Call) -> Call:
 def whole(call: Call) -> Call:
     """Wrap a state's method so that it raises the exception BrokenState if an earlier call on the state broke off.
 
-    Otherwise the call runs, outside autograd and outside inference mode. The attribute `_underway` names a call that
-    broke off: every call sets it to its own name just before it changes the state, after the check of its input. The
-    wrapper clears it when the call returns; an exception leaves it set.
+    If none broke off, the call runs, outside autograd and outside inference mode. A call breaks off if an exception
+    ends it while it changes the state. To tell this, every call sets the attribute `_underway` to its own name after
+    the check of its input, just before it changes the state. The wrapper sets `_underway` to None when a call returns.
     """
 
     @wraps(call)
@@ -158,12 +158,18 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return out
 
     def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
-        """Append tokens and return the attention outputs (rows, g, t, dv): the means that `_step_partial` returns."""
+        """Append the first take[r] tokens of each row r, and return the outputs (rows, g, t, dv) of all their queries.
+
+        Each token's queries are answered right after the token is appended, before the next one.
+        """
         return self._step_partial(k, v, q, take).mean
 
     @property
     def _steps_alone(self) -> bool:
-        """Return True if a decode step that gives every row one token may be taken by the faster form `_step_one`."""
+        """Return True if the state is ready for `_step_one`, a faster form of `_step` for one new token in every row.
+
+        False for variants that have no such form.
+        """
         return False
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
@@ -184,9 +190,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Handle the end of the prompt, for example by compressing the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if g, the GQA group (queries per kv head), differs from that of the queries kept so far.
+        """Raise ValueError if the state stores queries and earlier ones came with another g, the queries per kv head.
 
-        attending: True if the queries come by `attend`, without tokens of their own.
+        The default accepts any g, as it stores no queries. attending: True if the queries come by `attend`, without
+        tokens of their own.
         """
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
@@ -339,8 +346,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
 
-        Raises ValueError if the method cannot pin (`pins` among its promises is False), if the budget cannot hold all
-        protected tokens, and if some of the tokens are evicted already.
+        Raises ValueError if the method cannot protect tokens (its `traits.pins` is False), if its budget is too small
+        for all protected tokens, and if some of the tokens are evicted already.
         """
         whole_numbers = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
         if not whole_numbers or not 0 <= start < stop:
@@ -372,10 +379,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return {"sealed": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if the saved `fields` of a wrapper state contradict those of a state that it wraps.
+        """Raise ValueError if the values of a saved state, `fields` (name -> value), contradict each other.
 
-        Wrapper and wrapped state must have seen equally many tokens per row, and both or neither must be sealed (past
-        the end of the prompt).
+        A state may have another state as an attribute, whose values are then fields[attribute name]. Both must have
+        seen equally many tokens per row, and both or neither must be sealed (past the end of the prompt).
         """
         for name, value in vars(self).items():
             if isinstance(value, State):
@@ -468,10 +475,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Check k, v, q and `present`; return k, v, q with each row's real tokens first and its padding last.
+        """Check k, v, q and `present`, move each row's padding behind its real tokens; return (k, v, q, take, order).
 
-        Two more things are returned: the number of real tokens per row (rows,), and the order (rows, t), which has for
-        each place after the move the token's index before it; None if all tokens are real and none was moved.
+        take (rows,) is the number of real tokens of each row. order (rows, t) names the tokens in their new order, by
+        their index in the call: the token now at i was at order[r, i]; `order` is None if all tokens are real.
         """
         k, v = self._checked(k, "k", self.key_width), self._checked(v, "v", self.value_width)
         q = self._checked(q, "q", self.spec.d, axes=4)

@@ -34,8 +34,10 @@ class Stretches(Arena):
     ) -> None:
         """Make `lists` empty lists per row, each with room for capacity[r] items in row r.
 
-        columns  column name -> (shape, dtype) of one item's entry
-        fill     number that places without an item get
+        spec      the sizes and constants of the state that keeps the index; the tensors are on its device
+        capacity  (rows,)
+        columns   column name -> (shape, dtype) of one item's entry
+        fill      number that places without an item get
         """
         self.lists, self.fill = lists, fill
         super().__init__(spec, capacity)

@@ -1,9 +1,10 @@
 """Define the interface of a summary, which keeps a compressed form of evicted tokens.
 
 The method `Bounded`, which keeps at most a budget of whole tokens, calls this interface.
-A row is one (batch item, kv head) stream. To absorb tokens is to add them to the summary. A lot is the evicted tokens
-of one row in one call of `absorb`. In shapes, e are evicted tokens of all rows, c those of one row, r the rows of a
-call, m queries, g query heads per kv head, a new tokens, d and dv the widths of a key and a value.
+A row is one (batch item, kv head) stream; the spec has the number of rows, the sizes, dtype and constants. To absorb
+tokens is to add them to the summary. A lot is the evicted tokens of one row in one call of `absorb`. In shapes, e are
+evicted tokens of all rows, c those of one row, r the rows of a call, m queries, g query heads per kv head, a new
+tokens, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ class Summary(ABC):
 
     @property
     def traits(self) -> Traits:
-        """Return the promises (`Traits`) that a method with this summary can keep about its answers."""
+        """Return the properties (`Traits`) that answers have with this summary, for example being linear in the values.
+
+        `Traits` lists all of them. By default, answers approximate softmax attention, and are convex combinations of
+        the values, linear in them.
+        """
         return Traits()
 
     @abstractmethod
@@ -83,17 +88,18 @@ class Summary(ABC):
         """Return an empty summary for the rows of `spec`, or None if nothing is kept of evicted tokens."""
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return a bound on the error of answers that holds whichever tokens are evicted; None: no bound is proved.
+        """Return an upper bound on the error of answers that holds whichever tokens are evicted; None: none is proved.
 
-        An error bound of 0 (`epsilon`) promises that answers are exact under the attention law that the method
-        approximates (`Traits.reference`), softmax for example.
+        The error is the difference from the kind of attention that the summary approximates: softmax attention over all
+        tokens, unless `traits.reference` names another kind. If the bound's `epsilon` is 0, the only error is rounding.
         """
         del spec
         return None
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Summary:
-        """Return this summary at the least size that guarantees error `epsilon` with failure probability `delta`.
+        """Return this summary at the smallest size for which its error bound (`guarantee`) is at most `epsilon`.
 
+        delta  probability with which an answer may exceed the bound
         A summary without a size to choose returns itself.
         """
         del epsilon, delta, spec
@@ -102,7 +108,7 @@ class Summary(ABC):
 
 @dataclass(frozen=True)
 class Drop(Summary):
-    """Keep nothing of the evicted tokens: answers come from the held tokens alone; the default."""
+    """Keep nothing of evicted tokens, so that answers come from the held tokens alone; the default summary."""
 
     name: ClassVar[str] = "drop"
 

@@ -37,7 +37,7 @@ def weights_by_tile(
     clear    number of first keys that all queries see; `hide` is not called for them
     held     number of first keys of each row that its queries may see (None: all); the other keys have weight 0,
              whatever `hide` returns for them
-    tile     number of keys in a tile (None: TILE_SLOTS)
+    tile     number of keys in a tile (None: TILE_SLOTS, 4096)
     Yields (at, weights), where the slice `at` names the keys of the tile. Weights are in the compute dtype. A query
     that sees no key has weight 0 everywhere. The bits of a row's weights depend on the row's own queries and held keys
     alone.

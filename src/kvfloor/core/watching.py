@@ -3,8 +3,8 @@
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
 of a row, and the open block the tokens since the last block end. A selector picks the held tokens that a query reads; a
 summary is a compressed form of evicted tokens. A policy's memory (`PolicyMemory`) is what it keeps beside its numbers
-per slot. In shapes, r are the rows of a call, b tokens of a block, m queries, s slots, g query heads per kv head, a new
-tokens, d the width of a key.
+per slot. `Queries` holds the queries of a block, with the positions of their tokens. In shapes, r are the rows of a
+call, b tokens of a block, m queries, s slots, g query heads per kv head, a new tokens, d the width of a key.
 """
 
 from __future__ import annotations
@@ -129,9 +129,10 @@ class Watching(Blocked["Bounded"]):
     def _at_once(self, seen: int, left: int) -> int:
         """Return how many of a row's next `left` tokens may be appended in one piece, without a stop at block ends.
 
-        seen: number of tokens that the row saw before. The result is 0, i.e. the caller stops at the next block end,
-        after the prompt, if tokens are evicted before the prompt's end, if there is a selector, or if the policy needs
-        attention weights or keys. Otherwise it depends on the queries that the policy needs:
+        seen: number of tokens that the row saw before. 0 means that the caller must stop at the next block end.
+        The result is 0 in each of these cases: the prompt is over; the method evicts tokens before the prompt's end; a
+        selector picks the tokens that queries read; the policy needs attention weights or keys. In all other cases it
+        depends on the queries that the policy needs:
             none                all `left` tokens
             the newest n only   whole blocks of the tokens that come before the last n; 0 if the open block has tokens
             all                 0
@@ -208,10 +209,12 @@ class Watching(Blocked["Bounded"]):
             self.slots.put_column(name, every, values)
 
     def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
-        """Return the policy's new numbers per slot, column name -> (r, s), learnt from the queries' attention weights.
+        """Pass attention weights to the policy; return its new numbers per slot, column name of `slots` -> (r, s).
 
-        The weights are computed for one range of slots after another. visible (r, b) is the number of slots, from the
-        row's first on, that each query sees; width is s, the number of slots to return numbers for.
+        rows     the rows (r,) that the queries are of; None: all
+        asked    the queries (r, g, b, d) whose weights are computed, for one range of slots after another
+        visible  (r, b) number of slots, from the row's first on, that each query sees
+        width    s, the number of slots to return numbers for
         """
         r, g, b, d = asked.q.shape
         flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)

@@ -1,8 +1,8 @@
 """Bound the inner products (`mu_*`) and the gaps (`gap_*`) of n keys in d dimensions that attention can tell apart.
 
-The proofs of the memory floors use such keys: each key's value holds hidden bits, and a long query in the direction of
-one key reads the value of this key. The query can put nearly all softmax weight on its key if the key's gap is
-positive.
+The proofs of the memory floors (lower bounds on a method's memory) use such keys: each key's value holds hidden bits,
+and a long query in the direction of one key reads the value of this key. The query can put nearly all softmax weight on
+its key if the key's gap is positive.
     mu   an upper bound on the inner product of any two different keys, all of length 1
     gap  |k_i|^2 less the largest inner product <k_i, k_j> with another key. If the query is k_i, every other logit is
          lower than that of key i by at least the gap. For keys of length 1 the gap is at least 1 - mu. The gap of a set

@@ -1,7 +1,7 @@
 """Bound the length of a message from which a receiver answers questions about hidden bits. Results are in bits.
 
-In the memory floors, the message is the state of a method. The sender (Alice) hides random bits in the values of a
-stream, and sends the state of the method after the stream to the receiver (Bob).
+In the proofs of memory floors (lower bounds on a method's memory), the message is the state of a method. The sender
+(Alice) hides random bits in the values of a stream, and sends the state after the stream to the receiver (Bob).
 """
 
 import math

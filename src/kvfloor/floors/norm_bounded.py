@@ -2,7 +2,8 @@
 
 Such a query is a spike query: a multiple of its key. The logit radius r = scale max|q| max|k| bounds the logits, in
 nats (natural logarithm, as in exp(logit)). The gap of unit keys is 1 less the largest inner product of two keys: the
-larger it is, the shorter a spike query may be.
+larger it is, the shorter a spike query may be. The counts enter memory floors, which are lower bounds on any method's
+bits: as many hidden values can be read as keys can be told apart.
 """
 
 import math
@@ -54,11 +55,11 @@ def _count(d: int, r: float, offset: float) -> float:
 
 
 def _packed(d: int, r: float, offset: float) -> float:
-    """Return the largest number m of keys that surely exist at gap (ln m + offset)/r in d dimensions, or 0.
+    """Return the largest number m for which m unit keys of gap (ln m + offset)/r surely exist in d dimensions, or 0.
 
-    At this gap, a query of logit radius r leaves the other keys at most e^-offset times the softmax mass of its own
-    key. `log_packing_count` says how many keys exist at a gap. Bisection on ln m finds the largest m, because if m keys
-    exist, so do fewer.
+    At this gap, a query of logit radius r leaves the m - 1 other keys together at most e^-offset times the softmax mass
+    of its own key. `log_packing_count` returns how many keys exist at a gap. Bisection on ln m finds the largest m,
+    because if m keys exist, so do fewer.
     """
 
     def feasible(log_m: float) -> bool:

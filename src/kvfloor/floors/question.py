@@ -1,4 +1,8 @@
-"""Bound the bits that attention needs, by the theorem for the given attention law, error guarantee and sizes."""
+"""Compute a lower bound on the bits that any method must hold to answer attention: the space floor.
+
+A method processes a stream of tokens and then answers queries from what it has kept. The bound follows from one of
+several theorems, chosen by the kind of attention (such as standard or sliding window) and the allowed error.
+"""
 
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.metric import NORMS, metric_space

@@ -1,8 +1,8 @@
 """Bound the leak of a query so that answers with an error still tell hidden values apart.
 
-In the game of the floors, a sender hides values under keys, and a receiver reads each value by a spike query, which
-puts nearly all softmax mass on one key (the spiked key). The leak is the softmax mass on all other tokens. `eta` is the
-relative error of an answer: a factor between 1-eta and 1+eta.
+Floors are lower bounds on a method's memory. Their proof is a game: a sender hides values under keys, and a receiver
+reads each value by a spike query, which puts nearly all softmax mass on one key (the spiked key). The leak is the
+softmax mass on all other tokens. `eta` is the relative error of an answer: a factor between 1-eta and 1+eta.
 """
 
 from kvfloor.validation import relative_error, whole, within

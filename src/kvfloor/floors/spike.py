@@ -2,7 +2,8 @@
 
 Such a query, C times the key, is a spike query. It is characterised by `eps_s`, the ratio (softmax mass off the
 key)/(mass on the key). The one-sided gap of key i is |k_i|^2 less the largest inner product <k_i, k_j> with another
-key. In the proofs of the floors, the receiver of a state reads hidden values by spike queries.
+key. In the proofs of the floors (lower bounds on a method's memory), hidden values are read by spike queries: a sender
+stores them under keys of a stream, and a receiver of the method's state asks the queries.
 """
 
 import math

@@ -64,7 +64,7 @@ def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
         d >= 4, four caches  2(n-1) rows: V1[i] is read at pair (i, 0) and V2[i] at pair (0, i), for all tokens i but 0;
                              V1[0] and V2[0] are 1. For n = 1, one row
         d >= 4, two caches   n^2 rows, one per pair
-        d >= 2               n rows, as in standard attention: K2 = V2 = 1
+        d = 2 or 3           n rows, as in standard attention: K2 = V2 = 1
         d = 1                min(n, 2) rows, as in standard attention
     ±1 keys suffice for as many rows if d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
     """

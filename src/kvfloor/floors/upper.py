@@ -53,7 +53,7 @@ def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") ->
 
 
 def public_keys(copies: int, rows: int, dv: int) -> Possible:
-    """Return the memory that suffices for the stream of a floor's proof: one bit per value coordinate.
+    """Return the memory that suffices to answer attention over the stream of a floor's proof: one bit per value.
 
     In that stream, tokens with public keys (fixed in advance, not stored) hide rows of dv single-bit values. `copies`
     is the number of heads times layers, `rows` the number of hidden rows per head and layer.

@@ -92,10 +92,10 @@ def covering_curve(
              the stream, V the matrix of the values; keys may have any length
     radius   bound on the queries of the guarantee, |scale q| <= radius (it is not a cluster radius)
     failure  probability that the error may be larger
-    Law: `covering_number` centres, s = 9 dv / (epsilon^2 f) sampled pairs and t sampled keys per centre, with f =
-    failure / 2. t is the smaller of two sufficient numbers (`subgen_t`), one by Chebyshev's inequality and one by
-    Chernoff's. `subgen_numbers` counts the floats. Where s or t is too large for a float, the memory is that of keeping
-    all n tokens.
+    Law: as many centres as a greedy clustering of the keys makes (`covering_number`), s = 9 dv / (epsilon^2 f) sampled
+    pairs and t sampled keys per centre, with f = failure / 2. t is the smaller of two sufficient numbers (`subgen_t`),
+    one by Chebyshev's inequality and one by Chernoff's. `subgen_numbers` counts the floats. Where s or t is too large
+    for a float, the memory is that of keeping all n tokens.
     Source: Zandieh et al. 2024 (SubGen); docs/floors.md, "Covering ceiling".
     """
     dv, failure = whole("dv", dv), within("failure", failure, 0.0, 1.0, low_open=True, high_open=True)

@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 
 
 def promised(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the bits (G,) that each group adds to the read floor, estimated from the search's own softmax weights.
+    """Return the bits (G,) that each group adds to the read floor, taking the softmax weights `pairs` as exact.
 
     pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding. The weight of a query
     on the groups decoded later counts as its leak: an error of the answer, caused by their hidden values.
@@ -111,10 +111,10 @@ def pruned(pairs: Tensor, demand: Demand) -> Tensor:
 
     pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding; positions are indices
     into pairs. The tokens of a dropped group get the value 0, so that it disturbs no answer.
-    First, groups whose weight is too small to be read even without a leak are dropped. The harm of a group is the bits
-    that other groups gain without it, minus its own bits. Then rounds follow. If some groups add no bits, the more
-    harmful half of these is dropped; else the most harmful quarter of the groups of positive harm. The rounds end when
-    no such group is left, or after a fixed number.
+    First, groups whose weight is too small to be read even without a leak are dropped. Then groups are dropped in
+    rounds, by their harm: the bits that the other groups gain without a group, minus its own bits. If some groups add
+    no bits, a round drops the more harmful half of these; if all add bits, it drops the most harmful quarter of the
+    groups of positive harm. The rounds end when there is nothing to drop, or after a fixed number.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):
@@ -144,12 +144,14 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
     """Return for each token the query (n,) that should read it, or -1 for none, by a linear estimate of the bits.
 
-    The objective is F, the sum over groups g of log2(1 + w_g / (error + l_g)). w_g is the weight of query g on its own
-    group, l_g its weight on groups decoded later. weights (M, n) are the queries' weights on tokens, `order` (G,) the
-    queries in the order of decoding, pairs (G, G) their weights on groups.
+    weights  (M, n), softmax weight of each query on each token
+    order    (G,), indices of queries, one per group, in the order of decoding
+    pairs    (G, G), softmax weights of these queries on the groups
+    The bits are estimated as F, the sum over groups g of log2(1 + w_g / (error + l_g)), with w_g the weight of query g
+    on its own group, and l_g its leak, the weight on groups decoded later.
     Law: if query g reads a token on which each query h puts weight a_h, F changes to first order by a_g dF/dw_g plus
     the sum of a_h dF/dl_h over the queries h decoded before g. The second term is the cost of the leak, and is
-    negative. The query of the largest change is returned, and -1 if no change is positive.
+    negative. A token goes to the query of the largest change, or to none if no change is positive.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

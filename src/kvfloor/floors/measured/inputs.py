@@ -1,4 +1,7 @@
-"""Check the tensors given to the measured floors; errors name the argument, the given value and the allowed values."""
+"""Check the arguments of the measured floors: lower bounds on the memory of attention over given keys and queries.
+
+Errors name the argument (`name`), the given value and the allowed values.
+"""
 
 import math
 

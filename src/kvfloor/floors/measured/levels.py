@@ -81,15 +81,17 @@ class Demand:
 
         weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups decoded
         later.
-        Law: p dv log2 L - H2(p), with L from `levels` and H2 the binary entropy; at least 0, and 0 for L = 1.
+        Law: p dv log2 L - H2(p), and at least 0; 0 for L = 1. L is the number of levels that Bob can tell apart
+        (`levels`), H2 the binary entropy.
         """
         levels = self.levels(weights, leaks)
         bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
         return bits.clamp_min(0.0).masked_fill(levels < 2, 0.0)
 
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
-        """Return an estimate of `bits` in the dtype of `weights`: faster, and accurate enough for the search of groups.
+        """Return an estimate of the bits that each group of tokens adds to the read floor, in the dtype of `weights`.
 
+        It is faster than the float64 result of `bits`, and accurate enough for the search that chooses the groups.
         weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups decoded
         later.
         """

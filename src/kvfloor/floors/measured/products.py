@@ -108,8 +108,9 @@ def short_products(device: torch.device) -> bool:
 
 
 def rough_dtype(device: torch.device, few: bool) -> torch.dtype:
-    """Choose the precision of a search's logits: bfloat16 for many tokens on a device where it is faster, else float32.
+    """Choose a precision for logits that need not be accurate: bfloat16 for many tokens where it is faster, or float32.
 
+    Such logits guide the search for a high floor; the floor itself is computed anew, with bounds on rounding errors.
     `few` is True if there are so few tokens that float32 is fast enough.
     """
     return torch.bfloat16 if not few and short_products(device) else torch.float32

@@ -152,8 +152,9 @@ def readable_within(
 ) -> Readable:
     """Return a lower bound on the bits of a state that answers all queries of length at most `radius` over keys of `k`.
 
-    k (n, d) holds the keys from which the stream is made. The bound is that of `readable_by`, for the best queries
-    found within the radius. `others` says whether keys that no query reads are in the stream:
+    k (n, d) holds the keys from which the stream is made. Every answer must be within eta of exact attention in all its
+    dv values with probability p, for values in [-1, 1]. A search finds queries within the radius, and the bound is
+    computed from these. `others` says whether keys that no query reads are in the stream:
         "absent"   the floor is for a stream of only those tokens that some query reads: fewer than the given keys
         "present"  all given keys are in the stream, with value 0 where they are not read. Near-duplicates, which no
                    query tells apart, are read as one group
@@ -188,11 +189,13 @@ def readable_by_rows(
 ) -> list[Readable]:  # fmt: skip
     """Compute the read floor of every row (stream of one kv head) of k (rows, n, d), given its queries q (rows, m, d).
 
-    Returns one `Readable` per row, as `readable_by` does for one. later_mass (rows, m) is the log of each query's
-    softmax mass on tokens after the stored ones, or None. present (rows, n) and asked (rows, m), bool, are True for
-    real tokens and queries and False for padding; None: no padding. `demand` holds eta, dv, p, scale, softcap, dtype
-    and most_levels, of which only eta and dv are required. In the results, `stream` and `asked` are indices into all
-    tokens and queries of the row. Rows have independent values, so the bits of all rows add up.
+    Returns one `Readable` per row: the lower bound on the bits of a state that answers the row's queries.
+    present, asked  (rows, n) and (rows, m), bool: True for real tokens and queries, False for padding; None: no padding
+    later_mass      (rows, m), log of each query's softmax mass on tokens after the stored ones, or None
+    demand          further arguments of `readable_by`. Required are eta, the largest error of a value of an answer, and
+                    dv, the width of a value; p, scale, softcap, dtype and most_levels have defaults
+    In the results, `stream` and `asked` are indices into all tokens and queries of the row. Rows have independent
+    values, so the bits of all rows add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -211,10 +214,11 @@ def readable_within_rows(
 ) -> list[Readable]:
     """Compute the read floor for all short queries over every row (stream of one kv head) of keys k (rows, n, d).
 
-    Returns one `Readable` per row, as `readable_within` does for one. radius, the greatest length of a query, is one
-    number or (rows,). present (rows, n), bool, is True for real tokens and False for padding; None: no padding.
-    `demand` holds eta, dv, p, scale, softcap, others, later_mass, dtype and most_levels, of which only eta and dv are
-    required.
+    Returns one `Readable` per row: the lower bound on the bits of a state that answers all queries up to a length.
+    radius   the greatest length of a query, one number or (rows,)
+    present  (rows, n), bool: True for real tokens, False for padding; None: no padding
+    demand   further arguments of `readable_within`. Required are eta, the largest error of a value of an answer, and
+             dv, the width of a value; p, scale, softcap, others, later_mass, dtype and most_levels have defaults
     """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()

@@ -59,7 +59,9 @@ def readable_after(
     k        (rows, n, d)
     present  (rows, n) bool, True for real tokens, False for padding; None: no padding
     scale, softcap   define the logits
-    demand   holds eta, dv, p, dtype and most_levels, of which only eta and dv are required
+    demand   the accuracy required: eta, the largest error of a value of an answer, for values in [-1, 1], and dv, the
+             width of a value. Optional are p, the probability that a whole answer is within eta (0.9), dtype, the
+             values' number format, and most_levels, a cap on the values told apart, such as 16 for 4-bit values
     In the results `asked` indexes a row's later queries, flattened as q[row, :, cut:].reshape(-1, d), and `stream`
     indexes the row's tokens. Bits of rows add up, because the values of different rows are independent.
     """

@@ -8,6 +8,7 @@ tokens after the other.
     leak            softmax weight that the query of a group puts on groups that Bob decodes later
     near tokens     tokens on which a query's weight is at least a given share (such as 0.2) of its largest weight
     demand          the accuracy required of answers
+    sight           what computes the queries' softmax weights on tokens (`Sight`)
     estimated bits  the floor that a choice of groups would give, before rounding is accounted for
 The search only proposes groups. Any disjoint groups in any order give a valid floor, which `readable.py` computes from
 weights that it bounds again. So the search decides the size of the floor, never its validity. Groups depend on keys and
@@ -173,9 +174,9 @@ def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tu
 
     Returns (estimated bits, choice). `candidates` holds indices of queries; queries whose group would add no bits are
     skipped. Near tokens have at least `share` of the query's largest weight. The group formed first is the one that Bob
-    decodes last, so that a new group, which is decoded before all groups so far, adds no leak to them. Candidates are
-    handled in blocks. Within a block, a candidate loses tokens to the earlier candidates that are chosen, and leaks
-    weight to their groups. So the choice is computed anew from the last one, until it no longer changes.
+    decodes last, so that a new group, which is decoded before all groups so far, adds no leak to them. For speed, many
+    candidates are handled at once. Which of them are skipped depends on which earlier ones are skipped, so this is
+    first guessed and then recomputed until nothing changes, at most a fixed number of times.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

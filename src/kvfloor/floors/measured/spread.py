@@ -252,10 +252,11 @@ class Spread:
         return members
 
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
-        """Mark the tokens (t,), bool, that would add bits to the floor if they joined the stream, given their loads.
+        """Mark the tokens (t,), bool, that would add bits to the floor if they joined the stream.
 
-        load (t,) is the softmax mass on the members that are decoded after the token, over the mass on the token, and
-        beyond (t,) the mass outside the stream over that on the token, both under the token's query.
+        Both arguments are softmax masses under a token's own query, as multiples of the mass on that token:
+        load    (t,) the mass on the members that are decoded after it
+        beyond  (t,) the mass outside the stream
         """
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0
