@@ -62,13 +62,14 @@ class MeasuredGame:
 def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> MeasuredGame:
     """Hide random levels in the values of `readable`'s token groups, send a method's state, and decode the levels.
 
-    readable  the read floor of the keys k (n, d). Its groups hide the levels, and the tokens of `readable.stream` are
-              appended to the state, with values in the format that the floor was computed for
+    readable  the read floor, computed for the keys k: it says which tokens are streamed (`stream`), which of them form
+              a group, how many levels each group has, and by which query it is read
     k         (n, d), the keys
     seed      draws the levels, uniformly
-    A second state, restored from the message (the bytes of the first), answers each group's query. Softmax mass on
-    tokens outside the stream (`readable.later_mass`) counts with value 0. Returns the shares of right answers and the
-    sizes.
+    The streamed tokens are appended to the state, with values in the format that the floor was computed for. A second
+    state, restored from the message (the bytes of the first), answers each group's query. If the floor assumes softmax
+    mass on tokens that are not streamed (`readable.later_mass`), each answer is averaged with value 0 at that mass.
+    Returns the shares of right answers and the sizes.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

@@ -144,10 +144,10 @@ class CompressedCache(Cache):
     def __bool__(self) -> bool:
         """Return True if the cache has layers, filled or not.
 
-        Raises ValueError for a model that changes its rotary angles at some length (Phi-3), under an older transformers
-        release, unless the cache has passed that length. There, generate() would replace this cache by a DynamicCache
-        at that length without a call to this class. In newer releases it first calls `get_seq_length`, whose result
-        raises the error when it is compared with that length.
+        Some models (Phi-3) change their rotary angles at a certain length. At that length, generate() of an older
+        transformers release would silently replace this cache by a DynamicCache. So ValueError is raised here, unless
+        the cache is longer than that already. In newer releases the error comes from `get_seq_length` instead, when
+        generate() compares its result with that length.
         """
         if self._rotation is not None:
             self._rotation.refuse_unasked(int(super().get_seq_length()))
@@ -222,21 +222,30 @@ class CompressedCache(Cache):
         return out
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the last inputs of a layer's convolution, None before the first forward, as transformers does."""
+        """Return the last inputs of a layer's convolution, None before the first forward, as transformers does.
+
+        state_idx: which of the layer's convolutions, if it has several.
+        """
         _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_conv_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "conv", state_idx, state)
         return state
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the recurrent state of a linear layer, None before the first forward, as transformers does."""
+        """Return the recurrent state of a linear layer, None before the first forward, as transformers does.
+
+        state_idx: which of the layer's recurrent states, if it has several.
+        """
         _told(stock.count_changes, self.layers[layer_idx])
         state = super().get_recurrent_state(layer_idx, state_idx)
         _told(self._passage.hand_out, layer_idx, "recurrent", state_idx, state)
         return state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Store new inputs of a layer's convolution, and return the last ones that it needs, as transformers does."""
+        """Store new inputs of a layer's convolution, and return the last ones that it needs, as transformers does.
+
+        state_idx: which of the layer's convolutions, if it has several.
+        """
         call = super().update_conv_state
         _told(self._passage.begin_state, layer_idx, "conv", state_idx)
         _told(stock.count_changes, self.layers[layer_idx])
@@ -247,7 +256,10 @@ class CompressedCache(Cache):
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """Replace the recurrent state of a linear layer, and return the new one, as transformers does."""
+        """Replace the recurrent state of a linear layer, and return the new one, as transformers does.
+
+        state_idx: which of the layer's recurrent states, if it has several.
+        """
         call = super().update_recurrent_state
         _told(self._passage.begin_state, layer_idx, "recurrent", state_idx)
         _told(stock.count_changes, self.layers[layer_idx])
@@ -466,12 +478,13 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
 
 
 def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
-    """Return the rotary embedding that each layer's stored keys have, if the method's policy needs to know it.
+    """Return the rotary embedding that each layer's stored keys have, if the method needs to know it; else None.
 
-    Policies that predict later queries need it. The result has one entry per compressed layer, None for a layer without
-    a rotary embedding. None is returned instead of a tuple for other policies; for positions="cache", where keys are
-    stored without their rotation; without a prepared model to measure the embedding on; and for a model whose positions
-    are not fixed rotations.
+    Methods whose policy (rule which tokens to keep) predicts later queries need it. The tuple has one entry per
+    compressed layer, None for a layer without a rotary embedding. The result is None
+    - for a method that needs no embedding
+    - for positions="cache", where keys are stored without their rotation
+    - if the embedding cannot be measured: `model` is not given or not prepared, or its positions are no fixed rotations
     """
     policy = method.parts.policy
     if positions != "stream" or policy is None or not policy.wants_rotation or model is None or not is_prepared(model):

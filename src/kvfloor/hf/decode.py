@@ -1,8 +1,9 @@
 """Decode greedily from a prepared model and a cache, step by step: feed a context, feed a question, decode the answer.
 
-This is a plain loop over the model's forward, instead of generate(). So an audit can time each step, inspect the cache
-in between, and feed the question after the context was compressed. Batch items of different length are left-padded;
-the cache never stores pads.
+A prepared model is one that went through `kvfloor.hf.prepare`, so that its attention can use a compressed cache. This
+is a plain loop over the model's forward, instead of generate(). So an audit can time each step, inspect the cache in
+between, and feed the question after the context was compressed. Batch items of different length are left-padded; the
+cache never stores pads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Define the cache layer for model layers with attention beside a linear state (Falcon-H1, Zamba, Zaya)."""
+"""Define the cache layer for model layers with attention beside a linear state (Falcon-H1, Zamba, Zaya).
+
+A linear state is the state, of fixed size, of linear attention or of a state-space model such as Mamba.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 An exact cache is one that never drops a token. Until the prompt's end, the other caches drop none either, so their
 layers receive the same queries, keys and values as an exact cache's. A `SharedPrompt` records these in one run of the
-model, and fills the caches from the record. A slot is one column of the padded batch. A piece of the record (`_Piece`)
-is what one layer received in one forward.
+model, and fills the caches from the record. A dialogue (`kvfloor.hf.decode.Dialogue`) is a batch in the course of
+decoding: model, cache, attention mask and last logits. A slot is one column of the padded batch. A piece of the record
+(`_Piece`) is what one layer received in one forward.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ class SharedPrompt:
         return time.perf_counter() - begin
 
     def _recorded(self) -> Intake | None:
-        """Record the prompt, unless that was done before or failed; return the record, None if there is none."""
+        """Return the record of the prompt, which is made now unless it was before.
+
+        Returns None if there was too little room for it, and for a model from which no record can be made.
+        """
         if self._waited_for:
             self._record(Dialogue.start(self._model, CompressedCache(self._model, Exact()), len(self._token_ids)))
         return self._intake
@@ -136,7 +140,10 @@ class Intake:
     asked: int | None
 
     def serves(self, method: Method) -> bool:
-        """Return True if a cache of this method can be filled: it keeps the whole prompt, and its queries are held."""
+        """Return True if a cache of this method can be filled from the record.
+
+        The method must keep the whole prompt until its end, and all queries that it needs must have been recorded.
+        """
         if not is_exact_in_the_prompt(method):
             return False
         asked = _most_asked([method])
@@ -183,9 +190,9 @@ class Intake:
 def _most_asked(methods: Sequence[Method]) -> int | None:
     """Return the number of newest slots whose queries may influence what these methods keep; None: all slots.
 
-    A method decides at the end of a block, i.e. of a fixed number of new tokens, by a number of queries before it. The
-    last block may end up to one block before the prompt does, so the result is that number plus one block, for the
-    method that needs most. It is 0 if no method needs queries.
+    A method chooses tokens to keep after every block, i.e. a fixed number of new tokens, and looks at the w queries
+    before that point. The last block may end up to one block before the prompt does. So the result is w plus the
+    block, for the method that needs most; 0 if no method looks at queries.
     """
     most = 0
     for method in methods:

@@ -222,7 +222,10 @@ class CompressedLayer(CacheLayerMixin):
         self._presence.reset()
 
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
-        """Call `on_evict` with an `Eviction` whenever tokens are evicted from now on; None stops the calls."""
+        """Call `on_evict` whenever tokens are evicted from now on; None stops the calls.
+
+        It receives an `Eviction`: the batch item, the kv head and the position of every token that was evicted.
+        """
         self._on_evict = on_evict
         if isinstance(self.state, BoundedState):
             self.state.on_evict = None if on_evict is None else self._report
@@ -431,11 +434,11 @@ class CompressedLayer(CacheLayerMixin):
         return out
 
     def _refused(self, state: State | None, batch: int, clocks: tuple[Tensor, bool] | None) -> None:
-        """Restore the layer as it was before an `answer` that failed, unless the state has changed since.
+        """Restore the layer as it was before a failed call of `answer`, unless that call has changed the state.
 
-        state, batch   the layer's attributes from before the call
-        clocks         from before the call: the state's token counts per row (`seen`), and True if the prompt had ended
-                       (`sealed`); None if there was no state
+        state, batch   the layer's attributes from before the call; they are set again
+        clocks         from before the call: the state's token counts per row, and True if the prompt had ended; None if
+                       there was no state. Other values now show that the call has changed the state
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):

@@ -23,10 +23,10 @@ def layers_served(config: PreTrainedConfig) -> int:
 def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
     """Return a cache that keeps every token exactly, and the list of its layers whose attention inputs can be recorded.
 
-    These are the full-attention layers. To record, set one of two attributes of a layer to a function, which every
-    later forward then calls with its queries, keys and values:
-    record     is also given the scale and the softcap of logits, and returns nothing
-    turn_back  is also given the tokens' positions, and returns the queries and keys to go on with
+    These are the full-attention layers. To record, set one of two attributes of a layer to a function. Every later
+    forward then calls it with the layer's queries q, keys k and values v:
+    record(q, k, v, scale, softcap)   with the factor on q.k and the cap on logits (or None); returns nothing
+    turn_back(q, k, v, positions)     with the tokens' positions; returns the queries and keys that attention then uses
     """
     opening = Opening(Exact(), layers_served(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))

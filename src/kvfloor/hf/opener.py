@@ -120,7 +120,10 @@ class Opening:
         """Return the method for the layer with index `place` among the compressed layers, with its budget in tokens.
 
         The budget is one number, or one per row if the kv heads have different budgets. A row is one (batch item, kv
-        head). g: query heads per kv head. A budget in bytes or percent is converted to tokens for the shapes in `spec`.
+        head).
+        spec             widths and dtype of keys and values, to convert a budget in bytes or percent to tokens
+        batch, kv_heads  number of batch items, and of kv heads per item
+        g                query heads per kv head
         """
         if self.budgets is not None:
             return _with(self.method, per_head(self.budgets[place], kv_heads, place), batch)

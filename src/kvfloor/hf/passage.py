@@ -83,13 +83,15 @@ class Passage:
         self._open.add(layer)
 
     def passed_over(self, layer: int) -> bool:
-        """Return True if the newest forward bypassed kvfloor's attention, False if it broke off.
+        """Return True if the model bypasses kvfloor's attention, False if the newest forward broke off.
 
-        Call it when `layer` receives keys, before `begin_keys`, while keys given before (to any layer) still wait for
-        kvfloor's attention. If the newest forward has given no keys to `layer` yet, it is still running and has left
-        the waiting keys behind: True. If it has, the new keys begin the next forward, and the newest one ended with
-        keys waiting: False. In a model with only one layer that stores anything, the two cases look alike, and the
-        result is True.
+        Call it when `layer` receives new keys, before `begin_keys`, and earlier keys of any layer still wait for
+        kvfloor's attention.
+        True   `layer` has received no keys in the newest forward yet. So this forward still runs, and has gone past the
+               waiting keys without attending to them
+        False  `layer` has received keys in it. So the new keys begin another forward, and the newest one ended while
+               keys waited
+        In a model with only one layer that stores anything, the two cases look alike, and the result is True.
         """
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
@@ -208,9 +210,10 @@ class Passage:
     def _half_filled(self, last: int) -> set[int]:
         """Return {last} if layer `last` has not stored all that this forward brings it, otherwise the empty set.
 
-        last: the last layer that the forward has reached. It is compared with the earlier layers whose linear states
-        have the same class (`kinds`): these are complete, because the forward has left them. If other keys or updates
-        were stored in `last` than in them, something is missing. A layer without linear states gives the empty set.
+        last: the last layer that the forward has reached. Earlier layers with linear states of the same class (`kinds`)
+        show what is to be stored: the forward has left them, so they are complete. `last` lacks something if
+        what it has stored (keys, kinds and numbers of updates) differs from what they have. A layer without linear
+        states gives the empty set.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]

@@ -84,12 +84,12 @@ def wrong_bits(decoded: Tensor, hidden: Tensor, bits: int) -> Tensor:
 
 
 def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Tensor:
-    """Mark the rows (m,), bool, of answers (m, dv) that a method of relative error eta could have returned.
+    """Mark the rows (m,), bool, of answers (m, dv) that count as right at an allowed relative error eta.
 
-    hidden (m, dv) has the hidden levels. For single bits, the whole row must decode to its hidden levels. For values of
-    more bits, every answer must lie in [(1-eta) a, (1+eta) b], up to float32 rounding. Here a and b are the least and
-    the largest number that exact attention can give for the hidden value, if the query leaks at most `leak_ratio` to
-    other tokens.
+    hidden (m, dv) has the hidden levels, of `bits` bits each. With one bit, a row is right if all its answers decode to
+    the hidden levels. With more bits, it is right if every answer lies in [(1-eta) a, (1+eta) b], up to float32
+    rounding. Here a and b are the least and the largest number that exact attention can give for the hidden value when
+    the query leaks at most `leak_ratio` of its mass to other tokens.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)

@@ -39,7 +39,7 @@ def derived_seed(purpose: str, seed: int | str) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instance(ABC):
-    """Define one hard instance: `copies` independent streams, each hiding `rows` rows of dv values of `bits` bits.
+    """Define what both sides of one game know: `copies` streams, each hiding `rows` rows of dv values of `bits` bits.
 
     Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
     back. Each barrier (the game of one memory theorem) implements `rows`, `length`, `stream` and `answers`. All fields
@@ -90,10 +90,10 @@ class Instance(ABC):
         """
 
     def lift(self, method: Method) -> Method:
-        """Return the method to play: the given one, unless the game is not about standard attention.
+        """Return the method in the form that the game plays: here unchanged, for games about standard attention.
 
-        The game of attention over pairs of tokens returns a wrapper of the method. Raises ValueError for a method whose
-        kind of attention does not fit the game.
+        The game about attention over pairs of tokens overrides this, and wraps the method. Raises ValueError for a
+        method whose kind of attention does not fit the game.
         """
         return standard_law(method, f"barrier {self.barrier!r}")
 
@@ -105,7 +105,10 @@ class Instance(ABC):
         state.append(k, v)
 
     def optimum(self) -> Method:
-        """Return the smallest method known to answer this instance; raise ValueError where none is known."""
+        """Return the method of least memory that is known to answer all queries of this instance right.
+
+        Raises ValueError where none is known.
+        """
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
@@ -123,9 +126,9 @@ class Instance(ABC):
         return self.copies * self.rows * self.dv * self.bits
 
     def spec(self) -> Spec:
-        """Return the spec (sizes, dtype, scale, seed) that the method is opened for.
+        """Return the sizes, dtype, scale and seed for which the method opens Alice's state.
 
-        The scale is 1: logits are q.k, as in the papers.
+        The scale is 1: logits are q.k, as in the theorems, not q.k / sqrt(d).
         """
         return Spec(rows=self.copies, d=self.d, dv=self.dv, scale=1.0, seed=self.method_seed, dtype=DTYPES[self.dtype])
 
@@ -175,10 +178,11 @@ class KeyedInstance(Instance):
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
     """Return n public keys for an instance whose common fields (the dict that `agreed` returns) are `shared`.
 
-    family  name of a key family; None: the family whose worst key is best to single out, i.e. whose smallest gap is
+    family  name of the rule that makes the keys, such as "chirp" or "sphere"; None: the rule whose smallest gap is
             largest
-    The gap of a key is its squared norm less its largest inner product with another key. Raises ValueError where there
-    is no such family, or none with n keys of positive gap.
+    The gap of a key is its squared norm less its largest inner product with another key; the larger it is, the
+    better a query along the key singles it out. Raises ValueError where there is no such family, or none with n keys of
+    positive gap.
     """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 

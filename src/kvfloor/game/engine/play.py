@@ -69,8 +69,8 @@ class Played:
 def method_text(method: Method, given: str | None = None) -> str:
     """Return a text from which a fresh process rebuilds the method.
 
-    Tries `given`, `str(method)` and `module:Class(...)` in this order, and returns the first text that parses to an
-    equal method. Raises ValueError if none does.
+    Tries `given` (the text from which the caller made the method, if any), `str(method)` and `module:Class(...)` in
+    this order, and returns the first text that parses to an equal method. Raises ValueError if none does.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -90,7 +90,7 @@ def play_index(
 ) -> Played:
     """Play one game: hide values in a state, send its bytes, and query both the state and its restored copy.
 
-    method    a method or its text; the word "optimum" stands for the smallest method known for the instance
+    method    a method or its text; "optimum" stands for the method of least memory known for the instance
     instance  the public half of the game. All public data for Bob's process (method, `sys.path`, instance) are fixed
               before the first value is streamed
     hidden    draws the hidden values, and the rows to query if `sampled` is given

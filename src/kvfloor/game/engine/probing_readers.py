@@ -52,13 +52,19 @@ def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tenso
 
 
 def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose the newest `probes` of n tokens to look up in each run, as a sliding window does: (runs, probes) int64."""
+    """Choose the newest `probes` of n tokens to look up in each run, as a sliding window does: (runs, probes) int64.
+
+    Nothing is random here; `generator` is not used.
+    """
     del generator
     return torch.arange(n - probes, n).expand(runs, -1)
 
 
 def strided(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
-    """Choose `probes` evenly spaced tokens of 1..n-1 to look up in each run: (runs, probes) int64."""
+    """Choose `probes` evenly spaced tokens of 1..n-1 to look up in each run: (runs, probes) int64.
+
+    Nothing is random here; `generator` is not used.
+    """
     del generator
     return (1 + torch.arange(probes) * (n - 1) // max(1, probes)).expand(runs, -1)
 

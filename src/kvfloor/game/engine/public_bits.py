@@ -23,11 +23,12 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True)
 class PublicBits(Method):
-    """Store only the hidden levels of n tokens with public keys, packed into n dv times `bits` bits per stream.
+    """Store only the hidden levels of n tokens with public keys, packed into n * dv * bits bits per stream.
 
-    `family`, `n` and `key_seed` define the keys, so they need no memory. The method accepts only a stream of exactly
-    these keys, in order, with values on the 2^bits levels of [0, 1]; other keys raise ValueError. The message without
-    its header has as many bits as the floor at p = 1, where every answer must be right.
+    `family` (name of the rule that makes the keys, such as "chirp"), `n` and `key_seed` define the keys, so keys need
+    no memory. The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of
+    [0, 1]; other keys raise ValueError. The message without its header has as many bits as the floor at p = 1, where
+    every answer must be right.
     """
 
     name: ClassVar[str] = "public_bits"

@@ -145,7 +145,7 @@ def play(
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system
-    family       name of the key family, by default the one whose keys are separated best
+    family       rule that makes the keys ("chirp", "sphere", ...); by default the one that separates the keys best
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).

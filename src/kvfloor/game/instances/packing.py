@@ -3,12 +3,12 @@
 Alice hides a row of dv bits under every key of a stream of n tokens, and Bob, who restores her state from its bytes,
 reads each row by one query. Keys are separable if, for each of them, a query with logits of at most r puts nearly all
 softmax mass on this key.
-The stream is the hard instance of the floor for bounded norms: (p dv - H2(p)) min(n, N(d, r, eta)) bits. N is the
-number of keys of width d that are separable at relative error eta, H2 the binary entropy, and p the probability that a
-row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and
-Corollary 9). The formula for N is a lower estimate. The game builds its keys, so it may find more keys and hide more
-rows. Each of its m keys is streamed n/m times (rounded down) with its value; repeating all tokens alike changes no
-answer.
+The floor for bounded norms is a lower bound on the bits that any method must keep in this game:
+(p dv - H2(p)) min(n, N(d, r, eta)). N is the number of keys of width d that are separable at relative error eta, H2 the
+binary entropy, and p the probability that a row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d
+of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The formula for N may be too low. The game builds its keys, so
+it may find more of them and hide more rows. Each of its m keys is streamed n/m times (rounded down) with its value;
+repeating all tokens alike changes no answer.
 """
 
 import dataclasses
@@ -81,9 +81,10 @@ class Packing(KeyedInstance):
 def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tuple[str, int]:
     """Find the key family with the most separable keys, up to `most`, for queries with logits of at most `radius`.
 
-    Returns the family and the number m of keys. Keys are separable if, for each of them, a query leaves all other
-    tokens together at most eps_s = (1-eta)/4 times the softmax mass on this key. The others are m tokens: m - 1 keys
-    and one token that Bob may append.
+    A key family is a rule that makes m keys of width d, such as random signs or a code; eta is the relative error that
+    answers may have. Returns the family's name and the number m of keys. Keys are separable if, for each of them, a
+    query leaves all other tokens together at most eps_s = (1-eta)/4 times the softmax mass on this key. The others are
+    m tokens: m - 1 keys and one token that Bob may append.
     Law: keys of unit norm are separable if ln(m / eps_s) / gap <= radius. The left side is the length of the query. The
     gap is the smallest, over all keys that `key_seed` gives, of the squared norm of a key less its largest inner
     product with another key. One key is always separable.

@@ -4,7 +4,7 @@ A bit that Alice hides chooses the case of each stream: all keys zero, or one he
 mass, at a secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the
 method's state). The bytes that the method reads per query are counted. The method's success is compared with that of
 simple readers: rules that choose positions beforehand and look up the scores q.k there, which are counted.
-The game is of Haris & Onak (COLT 2025), Theorems 19 and 26, on a corrected family of streams. In the printed family,
+The game is that of Haris & Onak (COLT 2025), Theorems 19 and 26, on corrected streams. With the streams as printed,
 answers separate the two cases only at relative errors below 1/3, and each case has its own query (docs/floors.md,
 "Time").
 """

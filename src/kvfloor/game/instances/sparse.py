@@ -1,11 +1,11 @@
 """Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
 In the spike game, Alice hides a row of values under each public key, and Bob reads each row by a spike query, which
-gives one key nearly all softmax mass. By Haris & Onak (COLT 2025), Corollary 16, the floor stays the same if nearly all
-attention scores are negligible, unless the method is told which. In the plain spike game Alice asks no queries. Here
-she asks the spike query q_t = C k_t at every token t, k_t its key and C the length of the query. So every softmax row,
-hers and Bob's, has nearly all its mass on one token. Her queries do not depend on the hidden bits, so the proof is
-unchanged (docs/floors.md).
+gives one key nearly all softmax mass. The floor is the theorem's lower bound on the bits that any method must keep. By
+Haris & Onak (COLT 2025), Corollary 16, it stays the same if nearly all attention scores are negligible, unless the
+method is told which. In the plain spike game Alice asks no queries. Here she asks the spike query q_t = C k_t at every
+token t, k_t its key and C the length of the query. So every softmax row, hers and Bob's, has nearly all its mass on one
+token. Her queries do not depend on the hidden bits, so the proof is unchanged (docs/floors.md).
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ def play(
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     dtype        float32, float16 or bfloat16: type of the keys and values that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system
-    family       name of the key family, by default the one whose keys are separated best
+    family       rule that makes the keys ("chirp", "sphere", ...); by default the one that separates the keys best
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).

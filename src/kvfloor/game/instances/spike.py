@@ -1,9 +1,10 @@
 """Play the spike game: one hidden row per public key, read by a query that gives this key nearly all softmax mass.
 
 Alice hides the rows (dv values each) in the state of a method. Bob restores the state from its bytes, the message, and
-decodes the rows from the answers to the queries. The stream is the hard instance of Haris & Onak (COLT 2025), Theorems
-6 (eta = 0) and 8, with exact constants (docs/floors.md). Independent copies of the game in one state stand for kv heads
-and layers: their floors add up.
+decodes the rows from the answers to the queries. The stream is that of the proofs of Haris & Onak (COLT 2025),
+Theorems 6 (eta = 0) and 8, with exact constants (docs/floors.md). The floor is the theorem's lower bound on the bits
+that any method must keep. Independent copies of the game in one state stand for kv heads and layers: their floors add
+up.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ ROWS_SAMPLED = 2_048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spike(KeyedInstance):
-    """Stream n public keys of one family, each with a hidden row of dv values; Bob appends no token before he asks."""
+    """Stream n public keys, each with a hidden row of dv values; Bob appends no token before he asks."""
 
     barrier: ClassVar[str] = "spike"
     n: int
@@ -99,7 +100,8 @@ def play(
     seed         gives the public keys and, by a one-way derivation, the seed that the method receives
     hidden_seed  repeats the hidden values; by default they are fresh from the operating system. They never derive from
                  anything that the method sees, also where hidden_seed equals seed
-    family       name of the key family, by default the one whose keys are separated best at (n, d)
+    family       rule that makes the keys, such as "chirp" or "sphere"; by default the one that separates n keys of
+                 width d best
     codebook     size of a public set from which Alice chooses the n keys in secret, so that the keys hide bits too
                  (`kvfloor.game.instances.codebook`); None: all n public keys are streamed
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected

@@ -1,8 +1,9 @@
 """Measure the one-sided gap of each key to all other keys, and choose the key family with the largest worst gap.
 
 The keys are public keys of the game: Alice hides values under them, and Bob reads each value by a query along its key.
-The one-sided gap of a key is its squared norm less its largest inner product with another key. A query along the key
-can put nearly all softmax mass on this key only if the gap is positive; the worst gap of a family is its smallest.
+A key family is a rule that makes n keys of width d, such as random signs or a code. The one-sided gap of a key is its
+squared norm less its largest inner product with another key. A query along the key can put nearly all softmax mass on
+this key only if the gap is positive; the worst gap of a family is its smallest.
 """
 
 import torch
