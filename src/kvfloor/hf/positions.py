@@ -1,15 +1,17 @@
 """Undo a model's rotary embedding, for positions="cache": find each layer's rotation, and rotate keys back.
 
 A rotary model rotates queries and keys by their position before a cache receives them. A cache with positions="cache"
-stores keys without this rotation. When keys are read, the state rotates each by its token's rank among the held tokens
-instead (`Spec.rotation`).
+stores keys without this rotation. When keys are read, each is rotated by its token's rank among the held tokens
+instead.
 A layer's rotation is measured, not known by model family. One token is fed alone at several positions, one per batch
 item. A token alone attends only to itself, so nothing but its rotation depends on its position. The layer's key and
 query at each position must then equal those at position 0, rotated with the frequencies of one of the model's own
 rotary modules.
-B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens, pairs the number of rotated
-pairs of entries. A compressed layer is one whose keys and values a kvfloor method keeps; the place of a layer is its
-index among the compressed layers.
+A `Rotation` is one layer's rotary embedding: the frequencies, and the entries of a key that are rotated in pairs. A
+`Circle` is the cosine and the sine of each pair's angle. B is the batch, H and Hkv the numbers of query heads and kv
+heads, n the number of tokens, pairs the number of rotated pairs. A compressed layer is one whose keys and values a
+kvfloor method keeps; the place of a layer is its index among the compressed layers. A prepared model is one that
+`kvfloor.hf.prepare` has made work with such layers.
 """
 
 from __future__ import annotations
@@ -50,11 +52,11 @@ class Memo:
         self._circles: dict[tuple[Rotation, torch.dtype], Circle] = {}
 
     def circle(self, rotation: Rotation, place: int, positions: Tensor, dtype: torch.dtype) -> Circle:
-        """Return cosines and sines (B or 1, 1, n, pairs) of a rotation at positions (B or 1, n).
+        """Return cosines and sines of a rotation's angles at positions (B or 1, n): each (B or 1, 1, n, pairs).
 
-        pairs: number of pairs of entries that are rotated. place: index of the calling layer among the compressed
-        layers. Layers call in rising order, so a place that is not larger than in the last call means a new forward.
-        The cached cosines and sines are dropped then, and also when `positions` is another tensor than last time.
+        place: index of the calling layer among the compressed layers. Layers call in rising order, so a place that is
+        not larger than in the last call means a new forward. The cached cosines and sines are dropped then, and also
+        when `positions` is another tensor than last time. dtype: that of the result.
         """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
@@ -109,11 +111,11 @@ def plain(positions: Tensor) -> Tensor:
 
 
 def rotations(model: PreTrainedModel) -> list[Rotation | None]:
-    """Measure the rotary embedding of each compressed layer of a prepared model; None for a layer without one.
+    """Return the measured rotary embedding of each compressed layer of a prepared model, in the layers' order.
 
-    Feeds single tokens at a few positions to the model, in two forwards. Raises ValueError, naming the reason, for a
-    model whose positions are not fixed rotations (learned tables, frequencies that change with the length), and in
-    training mode.
+    The entry is None for a layer that does not rotate. Feeds single tokens at a few positions to the model, in two
+    forwards. Raises ValueError, naming the reason, for a model whose positions are not fixed rotations (learned tables,
+    frequencies that change with the length), and in training mode.
     """
     name = type(model).__name__
     if model.training:
@@ -151,22 +153,27 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 @dataclass
 class _Inputs:
-    """Record one layer's query, key and value (B, heads, d) of one token, at another position in each batch item."""
+    """Record one layer's query, key and value (B, heads, d) of one token, at another position in each batch item.
 
-    place: Tensor  # (batch,): the positions
+    place           (B,) these positions
+    value           None where the value is the key
+    positions_came  True if the model gave these positions to its attention function
+    """
+
+    place: Tensor
     query: Tensor
     key: Tensor
-    value: Tensor | None  # None where it is the key
-    positions_came: bool  # to the attention function
+    value: Tensor | None
+    positions_came: bool
 
 
 @dataclass
 class _Recorder:
-    """Record the queries, keys and values of a compressed layer, by standing in for its function `turn_back`.
+    """Record the queries, keys and values of a compressed layer, set as the layer's attribute `turn_back`.
 
-    A layer calls the function in its attribute `turn_back` before attention, and goes on with the query and key that it
-    returns. A recorder, set there, returns them unchanged; a `TurnBack`, set there, undoes their rotation.
-    place    (B,) position of the one token of each batch item (in this class, not the index of a layer)
+    Before attention, a layer calls the function in this attribute with them, and goes on with the query and key that
+    the function returns. A recorder returns both unchanged.
+    place    (B,) the position in the stream of each batch item's one token; in this class it is no index of a layer
     seen     the inputs of every call so far
     """
 
@@ -210,7 +217,7 @@ def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[
 def _candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
     """List the frequency tuples of the model's rotary modules, and then the same tuples with the opposite sign.
 
-    NanoChat rotates by the opposite sign.
+    The opposite sign is for NanoChat, which rotates in the other direction.
     """
     found: dict[tuple[float, ...], None] = {}
     for module in model.modules():
@@ -276,16 +283,16 @@ def _rope_types(module: nn.Module) -> list[str]:
 def _scales_queries(decoder: PreTrainedConfig) -> bool:
     """Return True if the model multiplies its queries by a factor that grows with their position.
 
-    Such a model has llama_4_scaling_beta in its configuration. The factor is not measured, as rotations are: before
-    transformers 5.3, the model computes it from a position count of its own, not from the positions that `_probed`
-    feeds it.
+    decoder: the configuration of the model's text decoder; such a model has llama_4_scaling_beta in it. Feeding the
+    model tokens at chosen positions would not show the factor: before transformers 5.3, the model computes it from a
+    position count of its own.
     """
     rope = getattr(decoder, "rope_parameters", None) or {}
     return any(bool(part.get("llama_4_scaling_beta")) for part in (rope, *rope.values()) if isinstance(part, dict))
 
 
 def table_room(model: nn.Module | None) -> int | None:
-    """Return the number of positions in a model's learned position table; None if it has no such table."""
+    """Return the number of positions in a model's learned position table; None without such a table or a model."""
     if not isinstance(model, PreTrainedModel):
         return None
     declared = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

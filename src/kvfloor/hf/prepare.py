@@ -1,10 +1,15 @@
 """Make a model use kvfloor's attention function, which works with a compressed cache and with every other cache.
 
+A compressed cache has compressed layers: each keeps a layer's keys and values by a kvfloor method, such as eviction,
+and itself computes their attention.
 Nothing is patched. For each attention that a part of the model had selected, such as "sdpa", an attention function and
 a mask function are added to transformers' own registries. The model's configuration then names them instead of the
 earlier attention. With a compressed cache, the cache's layers compute the attention; with any other cache, the earlier
-attention does. `restore(model)` selects the earlier attention again. In shapes, B is the batch, H the number of query
-heads, n the number of tokens, d and dv the widths of a key and a value.
+attention does. `restore(model)` selects the earlier attention again.
+In arguments, `module` is the model's attention module; `call` is the arguments that the module passed beyond query,
+key, value, mask and scaling, by name. A mask is a tensor, or a `LazyMask`: an object that holds the 2-d attention mask
+and builds the 4-d tensor only if it is used. In shapes, B is the batch, H the number of query heads, n the number of
+tokens, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -50,9 +55,10 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention of queries (B, H, n, d) as (B, n, H, dv), and the attention weights or None.
 
-    This is the function that transformers calls. If the keys carry the mark of a compressed layer, that layer computes
-    the attention, and the weights are None. For other keys, the attention `over` that the model had selected before
-    computes it; weights are returned if they are requested and the family's eager attention returns them.
+    This is the function that transformers calls. If a compressed layer returned the keys (it marks them), that layer
+    computes the attention, and the weights are None. For other keys, the attention `over` that the model had selected
+    before computes it; weights are returned if they are requested and the family's eager attention returns them.
+    scaling: factor on q.k, d**-0.5 if None; kwargs: further arguments of transformers' attention functions.
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
@@ -124,10 +130,10 @@ def _answered(
     scale: float,
     call: dict[str, Any],
 ) -> Tensor:
-    """Return the attention (B, n, H, dv) of a compressed layer.
+    """Append these tokens to the compressed layer `layer`, and return the attention (B, n, H, dv) that it computes.
 
-    call: further arguments of the attention function, by name. Raises ValueError, with the layer unchanged, if one of
-    them or the mask asks for attention that a compressed layer cannot compute.
+    scale: the factor on q.k. Raises ValueError, with the layer unchanged, if `call` or the mask asks for attention that
+    a compressed layer cannot compute.
     """
     try:
         _refuse(module, query, key, mask, call)
@@ -190,7 +196,7 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention output (B, n, H, dv), and the weights or None, for keys from any other cache or from none.
+    """Return the attention output (B, n, H, dv), and the weights or None, for keys of no compressed layer.
 
     The attention `over`, which the model had selected before, computes them. The family's own eager attention is used
     instead if sdpa cannot compute the call: with a cap on logits, with sinks, or with weights requested.

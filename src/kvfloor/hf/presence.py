@@ -17,7 +17,7 @@ _WHOLE = "give the same zeros again, or feed the tokens of these slots with all 
 
 
 class Presence:
-    """Hold the pads of one cache, and its slots whose tokens a later mask has hidden.
+    """Hold two lists of slots for one cache: the pads, and the slots whose tokens a later mask has hidden.
 
     In each forward, the first layer that computes attention compares the mask with both lists, for all layers.
     """
@@ -104,7 +104,8 @@ class Presence:
     def _positions(self, newly: Tensor, batch: int, seen: int) -> Tokens:
         """Convert (batch item, slot) pairs `newly` (e, 2) to batch item (e,) and position (e,) of the tokens there.
 
-        A position counts all tokens that the item ever stored, hidden since or not, and no pads.
+        A position counts all tokens that the item ever stored, hidden since or not, and no pads. batch: number of batch
+        items; seen: slots fed so far, which include those in `newly`.
         """
         taken = torch.ones(batch, seen, dtype=torch.int64)
         taken[tuple(self.pads.unbind(1))] = 0

@@ -1,7 +1,8 @@
 """Refuse calls that would bypass a compressed cache.
 
 There are two kinds: a forward in which another attention function than kvfloor's reads the keys, and a generate() that
-would replace the cache by a DynamicCache.
+would replace the cache by a DynamicCache. A compressed cache is one whose layers keep keys and values by a kvfloor
+method. A slot is one column of the padded batch.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from kvfloor.hf.selection import selects_kvfloor
 
 
 def refuse_other_attention(served_by: weakref.ref[nn.Module] | None) -> None:
-    """Raise RuntimeError if the model has switched away from kvfloor's attention since it filled a layer.
+    """Raise RuntimeError if the model has switched away from kvfloor's attention since it filled a cache layer.
 
-    served_by: the attention module that called the layer last, None before the first call. Another attention function
-    would attend to the newest tokens alone, because a compressed layer returns no others to the model.
+    served_by: the model's attention module that called the cache layer last, None before the first call. Another
+    attention function would attend to the newest tokens alone, because a compressed cache returns no others to the
+    model.
     """
     module = None if served_by is None else served_by()
     config = getattr(module, "config", None)
@@ -90,7 +92,7 @@ class SwitchingRotation:
             raise ValueError(self.told(seen))
 
     def told(self, seen: int) -> str:
-        """Return the error message for a cache with `seen` slots: the obstacle, and what to do instead."""
+        """Return the error message for a cache with `seen` slots: that the angles change, and what to do instead."""
         return (
             f"this model turns its keys by other angles above {self._length} tokens "
             f"(original_max_position_embeddings), so the {seen} in this cache do not go with more than that, and "
@@ -111,7 +113,10 @@ def _drops_unasked(config: PreTrainedConfig) -> bool:
 
 
 class _SlotsSeen(int):
-    """Represent the number of slots fed to a cache; a comparison `<=` with the switching length raises ValueError."""
+    """Represent the number of slots fed to a cache, for generate() to compare with the length where angles change.
+
+    With that length, `count <= length` raises ValueError where it would be True.
+    """
 
     _rotation: SwitchingRotation
 

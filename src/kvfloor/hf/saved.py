@@ -141,7 +141,7 @@ def _check_arguments(model: Any, method: Any, most_bytes: Any) -> None:
 
 
 def _described(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return two dicts for a layer: a JSON-ready description, and its tensors."""
+    """Return two dicts for one layer of a cache: a JSON-ready description, and the tensors to save."""
     plain: dict[str, Any] = {"layer": type(layer).__name__}
     if not isinstance(layer, CompressedLayer):
         return plain, stock.export(layer)
@@ -176,7 +176,8 @@ def _restored(
 def _check_clocks(clocks: dict[str, Any], state: State | None) -> None:
     """Raise ValueError if a layer's saved counters are malformed or do not fit its state.
 
-    The counters are the slots fed, the batch size, and True if the layer is filled.
+    clocks: the counters by name. They are the slots fed (columns of the padded batch), the batch size, and a flag that
+    is True if the layer has received tokens. state: the layer's restored state, None if it is empty.
     """
     kinds = {name: type(value) for name, value in clocks.items()}
     if kinds != {"seen": int, "batch": int, "is_initialized": bool}:

@@ -21,7 +21,7 @@ def name_over(before: str | None) -> str:
 
     transformers searches this name for words such as "flash", and prepares other inputs if it finds one. A slash in the
     name makes transformers load a kernel. So `before` is written with dots between its letters, unless it is "eager" or
-    "sdpa".
+    "sdpa". None: no attention was selected, which counts as "eager".
     """
     before = before or "eager"
     return _BEGIN + (before if before in _AS_THEY_ARE else "·".join(before).replace("/", "÷")) + _END
@@ -71,7 +71,10 @@ def give_own_configurations(model: nn.Module) -> None:
 
 
 def select(model: nn.Module) -> set[str]:
-    """Select kvfloor's attention in all parts of the model; return the names under which it must be registered."""
+    """Select kvfloor's attention in all parts of the model, and return the names by which they select it.
+
+    The caller must register the attention under these names in transformers, which looks it up by name.
+    """
     if not all(selects_kvfloor(config) for config in configurations(model)):
         give_own_configurations(model)
     for config in configurations(model):

@@ -1,8 +1,9 @@
 """Find the sizes of a model's weights and of its cache from the configuration alone, on torch's meta device.
 
 The meta device computes the shapes of tensors, and neither stores nor computes any number. So a forward of the model
-shows the keys, values and linear states of every layer, as the model itself makes them, without weights and in little
-time. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens.
+shows the keys, values and linear-attention states of every layer, as the model itself makes them, without weights and
+in little time. A compressed layer is a cache layer that keeps keys and values by a kvfloor method. In shapes, B is the
+batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens.
 """
 
 from __future__ import annotations
@@ -130,10 +131,11 @@ def _refuse_encoder(model: Any) -> None:
 
 
 def _recorder(layer: CompressedLayer, found: dict[int, LayerShape]) -> Callable[..., Tensor]:
-    """Return a substitute for `layer.answer` that records the layer's shapes in `found` and returns an empty output.
+    """Return a substitute for `layer.answer`, the method by which a compressed layer computes attention.
 
-    If nothing is staged (no keys came since the last call), the queries belong to a later layer that shares this
-    layer's keys. They are not recorded.
+    The substitute records the layer's shapes in `found`, by the layer's index, and returns an output of the right shape
+    whose numbers are not computed. A call without new keys since the last call is not recorded: its queries belong to a
+    later layer of the model that shares this layer's keys.
     """
 
     def answer(query: Tensor, key: Tensor, value: Tensor, *others: Any, **more: Any) -> Tensor:

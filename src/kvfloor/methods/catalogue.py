@@ -1,9 +1,9 @@
 """Describe every registered method in words, for `kvfloor methods` and the generated docs.
 
-A method is a way to cache tokens. It is either a whole method, such as `exact`, or composed of parts: a policy (chooses
-the tokens to evict), a summary (keeps a compressed form of evicted tokens) and a selector (chooses the held tokens that
-a query reads). A guarantee is a proved error bound; traits are the properties that a method promises, such as constant
-memory.
+A method is a way to cache tokens. It is either a whole method, such as `exact` (keeps every token), or composed of
+parts: a policy (chooses the tokens to evict), a summary (keeps a compressed form of evicted tokens) and a selector
+(chooses the held tokens that a query reads). A guarantee is a proved error bound; traits are the properties that a
+method promises, such as constant memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def rows() -> list[dict[str, Any]]:
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory
     ("constant", "constant under a budget" or "grows with the stream"), traits, aliases. The values are text, except
-    traits and aliases, which are lists of text. Variants come last: methods that cannot serve as a model's cache,
-    because they compute another attention than softmax attention. Variants with an argument that has no default are
-    left out: only the experiments of `kvfloor.game` use them.
+    traits and aliases, which are lists of text. The last dicts are of the kind "variant": methods
+    that cannot serve as a model's cache, because they compute another attention than softmax attention, such as one
+    over pairs of tokens. Variants with an argument that has no default are left out.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
@@ -89,6 +89,10 @@ def _memory(method: Method) -> str:
 
 
 def _claims(traits: Traits) -> list[str]:
-    """Return the traits as words: "reference=..." (the attention law), then the name of every trait that is True."""
+    """Return the traits as words: "reference=" and the attention that the method approximates, then those promised.
+
+    That attention is "softmax", for example. Those promised are the names of the traits that are True, such as
+    "constant_memory".
+    """
     promised = [f.name for f in fields(traits) if f.name != "reference" and getattr(traits, f.name)]
     return [f"reference={traits.reference}", *promised]

@@ -3,10 +3,12 @@
 METHOD  =  policy(args) + summary(args) | selector(args) @ budget
     or     method(args) | selector(args) @ budget
 
-The characters + | @ are part of the text. (args), + summary, | selector and @ budget may each be left out.
+The characters + | @ are part of the text. (args), + summary, | selector and @ budget may each be left out. The budget
+is the number of tokens that a row, i.e. one (batch item, kv head) stream, may hold; it may also be a share of the
+context (25%) or a number of bytes (64MiB).
 A policy chooses the tokens to evict, a summary keeps a compressed form of evicted tokens, a selector chooses the held
-tokens that a query reads. A method of the second form, such as `exact`, takes neither policy nor summary. The table of
-names is `TABLE` in `registry.py`.
+tokens that a query reads. A method of the second form, such as `exact` (keeps every token), takes neither policy nor
+summary. The table of names is `TABLE` in `registry.py`.
 """
 
 from __future__ import annotations

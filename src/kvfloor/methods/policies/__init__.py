@@ -1,1 +1,1 @@
-"""Choose which held tokens to evict, one policy per file."""
+"""Choose which held tokens to evict, by one of several rules (policies), one per file."""

@@ -34,9 +34,10 @@ class Expected(Guarded):
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||. The token
     of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken before
     their rotation, and then rotated by the mean rotation of the next `horizon` positions. Queries of the first `sinks`
-    tokens are left out. The rotation is that of the spec (`applied` or `rotation`); a model's cache that is given the
-    prepared model measures it. If no rotation is known, mu and Sigma are those of the queries as given. For a rotary
-    model this is a weaker law, because queries rotated to past positions then stand for future queries.
+    tokens are left out. The rotation is that of the spec (`applied` or `rotation`). A cache of kvfloor.hf measures the
+    model's rotation if the model is given when the cache is made. If no rotation is known, mu and Sigma are those of
+    the queries as given. For a rotary model the scores are then worse, because queries rotated to past positions stand
+    for future queries.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
     epsilon   weight of the value's norm for a token that receives no attention. Shares of attention sum to 1. So among

@@ -26,8 +26,8 @@ class FarthestKey(Guarded):
     Law (Gonzalez 1985): the held token whose key is farthest in l2 from all kept keys is kept next, until the budget
     is full. The protected tokens (`sinks` and `recent`) are kept first; the oldest token is kept first where none is
     protected. The largest distance from a held key to its nearest kept key is then at most twice the least that any
-    choice of as many tokens, the protected ones included, can achieve. Tokens that the caller pinned (`State.pin`) are
-    ranked like all others.
+    choice of as many tokens, the protected ones included, can achieve. Tokens that the caller pinned (`State.pin`)
+    always stay too, but are not kept first: they are picked as centres only in their turn.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     decode  "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;

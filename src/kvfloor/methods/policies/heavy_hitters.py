@@ -20,7 +20,7 @@ class HeavyHitters(Policy):
     Source: Zhang et al. 2023, H2O, Algorithm 1 with the heavy/recent split of section 5.
     score   "sum":   the paper's running sum of the softmax weights that a held token has received
             "mean":  this sum divided by the number of tokens since the token came, so that age is no advantage
-            "decay": a running sum multiplied by `decay` at every query
+            "decay": a running sum multiplied by the argument `decay`, 0.98 by default, at every query
     recent  newest tokens that are never evicted; half the budget unless given
     sinks   first tokens that are never evicted; 4 unless given
     group   how the weights from the queries of a GQA group are combined: "mean" or "max"

@@ -2,9 +2,9 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A sketched key is x =
 S'k, the key k projected to fewer channels by the matrix S. X is the matrix with the sketched keys as rows, and X'X its
-Gram matrix; ' is the transpose. A rotation is a rotary embedding (RoPE); `Spec.applied` is the rotation by which keys
-are already rotated when a state gets them, None if unknown. r, s, w and d in shapes are rows, slots, and the widths of
-a sketched and of a whole key.
+Gram matrix; ' is the transpose. A state is the memory of a method, a `Spec` the sizes and constants of a state. A
+rotation is a rotary embedding (RoPE); `Spec.applied` is the rotation by which keys are already rotated when a state
+gets them, None if unknown. r, s, w and d in shapes are rows, slots, and the widths of a sketched and of a whole key.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class RidgeLeverage(Guarded):
              of a key rises as similar keys are evicted
     centre   True: the mean of the keys is subtracted first
     keys     "cached": keys as the cache holds them, after the rotary embedding (RoPE); "unrotated": keys before it, as
-             in the paper. For this, a model's cache must be given the prepared model, so that it can measure the
-             rotation (`Spec.applied`); otherwise the keys are taken as cached
+             in the paper. For this, a cache of kvfloor.hf must be given the model when it is made, so that it can
+             measure the rotation (`Spec.applied`); otherwise the keys are taken as cached
     sinks    first tokens that are never evicted: 4 by default
     recent   newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     Compactor scores the whole prompt once, with
@@ -181,10 +181,10 @@ class KeyGram(PolicyMemory):
         return {name: Field(torch.float32, shape, finite=True) for name, shape in shapes.items()}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
-        """Raise ValueError if the Gram matrix in a message (a saved state) has a negative eigenvalue.
+        """Raise ValueError if the Gram matrix of a saved state has a negative eigenvalue.
 
-        No true Gram matrix of keys has a negative eigenvalue. If keys are centred, the matrix after subtraction of the
-        mean key is tested.
+        fields: the saved tensors by name: "gram", "total" and "met". No true Gram matrix of keys has a negative
+        eigenvalue. If keys are centred, the matrix after subtraction of the mean key is tested.
         """
         gram, total = fields["gram"].double(), fields["total"].double()
         if total.shape[1]:

@@ -4,7 +4,7 @@ In this file a row is one (batch item, kv head) stream, and a slot the place of 
 the prompt. The window is the last `window` tokens of the prompt, whose queries vote: a token's vote is the attention
 weight that it receives from these queries. In shapes, r are rows, s slots, w queries of the window, g query heads per
 kv head, d the width of a key. `Held` is what a policy may read about the held tokens of a call's rows, among it their
-keys and positions.
+keys and positions. A state is the memory of a method; a `Spec` has its sizes and constants.
 """
 
 from __future__ import annotations
@@ -160,8 +160,9 @@ class LastQueries(PolicyMemory):
     """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
     The queries are held as given, before any rotation (RoPE) that the state itself applies. An entry without a query
-    has position -1. The queries are dropped at the seal (end of the prompt), unless `for_good` is True
-    (decode="evict").
+    has position -1.
+    for_good   True: the queries are held after the seal (end of the prompt) too, because blocks of the answer are
+               compressed like the prompt; False: they are dropped at the seal
     """
 
     def __init__(self, spec: Spec, window: int, for_good: bool) -> None:

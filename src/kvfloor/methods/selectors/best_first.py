@@ -55,7 +55,7 @@ class BestFirst(Indexed):
 class BestFirstState(SelectorState):
     """Hold the box of every full page: the least and largest entry per channel of its keys.
 
-    The newest page, which is still filling, has no box. A search changes no part of the state.
+    The newest page, which is still filling, has no box. Choosing tokens for queries changes none of the boxes.
     """
 
     def __init__(self, spec: Spec, slots: Slots, method: BestFirst) -> None:

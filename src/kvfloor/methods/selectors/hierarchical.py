@@ -118,9 +118,10 @@ class HierarchicalState(SelectorState):
         self._number(slots, first, position.argsort(dim=1, stable=True))
 
     def _number(self, slots: Slots, first: Tensor, slot: Tensor) -> None:
-        """Set entries first[r] .. slots.held[r] - 1 of row r's `order`: entry i becomes slot[r, i].
+        """Set the entries from first[r] on of each row r's list `order`: entry i becomes slot[r, i].
 
-        slots.held[r] is the number of tokens that row r holds. Entry i is the slot of the row's i-th oldest token.
+        Entry i is the slot of the row's i-th oldest token. first is (rows,), slot (rows, c), with c the largest number
+        of tokens that a row holds; columns beyond a row's own number are ignored.
         """
         assert self.order is not None
         width = slot.shape[1]
@@ -271,8 +272,8 @@ class HierarchicalState(SelectorState):
 
         held (rows,) is the number of tokens that each row holds. The queries of one span share a choice: one of them
         makes it by rounds of halving, and all of them read the chosen tokens. The result is an average over these
-        queries. Each round reads the keys of 2 k / key_block centre blocks. Bytes read from this state are added: the
-        current choice and, if tokens may be evicted, the entries of `order` for the tokens read.
+        queries. Each round reads the keys of 2 k / key_block centre blocks. Added are the bytes of the current choice
+        (the chosen blocks' numbers) and, if tokens may be evicted, of the entries of `order` for the tokens read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

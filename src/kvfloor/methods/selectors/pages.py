@@ -123,9 +123,10 @@ class PagesState(SelectorState):
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
 
-        Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots, and
-        reads those that `choose` selects for it; the tokens in the others are unread. The bounds are -inf where every
-        token is read. They hold for logits in exact arithmetic, with the scale and softcap of the state.
+        Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots. The
+        unread tokens are those in pages that the query sees and does not read, because their logit bounds are too low.
+        The results are -inf where every token is read. They hold for logits in exact arithmetic, after scale and
+        softcap.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)

@@ -39,7 +39,7 @@ class ZCurve(Indexed):
 
     This is ZETA's search (Zeng et al. 2025), on the keys of a model that was not trained for the search.
     The place of a key x on a curve is the Morton code of the grid point of sqrt(d) P x / |x|. P is a 3 x d matrix of
-    orthonormal rows, drawn from the public seed and independent of the data. The grid is fixed: its lines are quantiles
+    orthonormal rows, drawn from a fixed seed and independent of the data. The grid is fixed: its lines are quantiles
     of the standard normal. Each of the `curves` curves has its own P and its own shift of the grid, because a single
     curve puts some near neighbours far apart. The candidates are the `window` keys around the query's own place on each
     curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
@@ -79,7 +79,7 @@ class ZCurve(Indexed):
 def projections(spec: Spec, curves: int) -> Tensor:
     """Return a random projection with orthonormal rows for each curve: (curves, min(3, d), d), float64.
 
-    The projections are fixed by the spec's seed and width alone.
+    spec: sizes and constants of a cache. The projections depend on its seed and its key width d alone.
     """
     dims = min(_DIMS, spec.d)
     key = row_keys(spec.seed, torch.arange(curves), "z-curve projections").view(-1, 1, 1)

@@ -7,8 +7,9 @@ of its tokens and moves the rest up to level l + 1, at double weight.
 A walk takes the tokens of a level one by one and gives each a random sign, such that the signed sum of the tokens'
 feature vectors stays short; the signs decide which half is evicted. The walk's threshold c sets how strongly a sign is
 drawn towards a short sum. A step of a walk is clamped where the rule would give a sign a probability outside [0, 1].
-A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits). In shapes, r are the
-rows of a call, m queries per row, s slots, d and dv the widths of a key and a value; n is the number of tokens seen.
+A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits). A `Spec` holds the
+sizes and constants of a cache, such as d and dv, the scale and the softcap on logits. In shapes, r are the rows of a
+call, m queries per row, s slots, d and dv the widths of a key and a value; n is the number of tokens seen.
 """
 
 from __future__ import annotations
@@ -125,11 +126,13 @@ class Balance(Method):
 
     @property
     def traits(self) -> Traits:
-        """Return the promises of this method. It is bounded in memory only with a budget (`constant_memory`).
+        """Return what this method promises, and what it does not, as `Traits`.
 
-        normalised     True: answers are averages of values, as numerator and denominator have the same positive weights
-        lossy_values   True: values count with an error, as held tokens do not all have weight 1 in answers
-        value_linear   False: answers are not linear in the values, as the choice of kept tokens depends on the values
+        constant_memory   True if there is a budget: the bytes of the memory never grow
+        normalised        True: answers are averages of values, as numerator and denominator have the same positive
+                          weights
+        lossy_values      True: values count with an error, as held tokens do not all have weight 1 in answers
+        value_linear      False: answers are not linear in the values, on which the choice of kept tokens depends
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
 

@@ -118,8 +118,8 @@ class Clusters(Memory):
         """Return a mask (r, b) of the keys that become new centres, at most room (r,) per row.
 
         wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) is True for keys that have no centre from
-        before this call within delta. The uncovered keys are taken in order, and one becomes a centre unless a new
-        centre is within delta.
+        before this call within delta. The uncovered keys are taken in order, and each becomes a centre unless an
+        earlier new centre is within delta.
         """
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
@@ -293,7 +293,8 @@ def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
 def check_budget(owner: str, budget: Budget | None, block: int, t: int) -> None:
     """Raise ValueError if the budget differs by row, or is too small for a block, a sampled pair and a cluster.
 
-    t: number of sampled keys of a cluster; owner: the method's name, for the error.
+    budget: tokens per row; None, and a text such as "25%" or "64MiB", are not checked. t: number of sampled keys of a
+    cluster; owner: the method's name, for the error.
     """
     if isinstance(budget, tuple):
         raise ValueError(f"{owner} takes one budget for all rows, not one per row")

@@ -48,7 +48,7 @@ def sub_gaussian(c: float) -> float:
 
 
 def worst_growth(sharpness: float, centre: bool) -> float:
-    """Return g, where the error bound of `Balance` grows as exp(g r^2) with the length r of keys and queries.
+    """Return the number g for which the error bound of `Balance` contains exp(g r^2), r the length of keys and queries.
 
     r is a bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|. The error bound is x max |v| / (batch - y), where x and y
     both have the factor exp(g r^2); the function `tree_error` computes them. In the walk, the inner product of two

@@ -56,8 +56,8 @@ class Less(Summary):
     rank     R
     kernels  the safetensors file that `kvfloor train-less` wrote, with one pair of networks per (layer, kv head); a row
              uses the pair of its own layer and kv head. A file with a single pair serves every row. "builtin": the
-             kernels shipped with the built-in model. None: untrained networks, which give the evicted tokens almost no
-             weight.
+             kernels of the small language model that kvfloor ships. None: untrained networks, which give the evicted
+             tokens almost no weight.
     A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
     refused once the file has changed.
     """
@@ -148,9 +148,10 @@ class Kernels:
 
     @classmethod
     def untrained(cls, heads: int, d: int, rank: int, hidden: int, seed: int) -> Kernels:
-        """Return the initial kernels of training: uniform in +-sqrt(6 / (fan in + fan out)), s1 and s2 at 1e-4.
+        """Return random kernels from which training starts: uniform in +-sqrt(6 / (fan in + fan out)), s1 = s2 = 1e-4.
 
-        heads: number of kv heads P; rank: R, the number of features; hidden: h, the width of the hidden layer.
+        heads: number of kv heads P; d: width of a head; rank: R, the number of features; hidden: h, the width of the
+        hidden layer; seed: fixes the random numbers.
         """
         source = torch.Generator().manual_seed(seed)
 
@@ -266,8 +267,8 @@ def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
 class LessState(SummaryState):
     """Hold the linear-attention state of each row: sums (rows, R, dv + 1), which are H with z as last column.
 
-    H = sum of psi(k) v^T and z = sum of psi(k), over the row's evicted tokens. sums are in the compute dtype. `tag` is
-    a number that identifies the contents of the kernels' file.
+    H = sum of psi(k) v^T and z = sum of psi(k), over the row's evicted tokens. sums are float32 (float64 for a float64
+    cache). `tag` is a number that identifies the contents of the kernels' file.
     """
 
     def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:

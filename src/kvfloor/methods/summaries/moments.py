@@ -68,7 +68,7 @@ class MomentsState(SummaryState):
     longest  (rows,) largest |k| of an evicted key
     cov_k    (rows, d(d+1)/2) lower triangle row by row, or (rows, d) diagonal only
     cov_vk   (rows, dv, d)
-    A covariance that the setting `covariance` leaves out is None.
+    cov_k and cov_vk are None if the argument `covariance` of `Moments` leaves them out.
     """
 
     def __init__(self, covariance: str, spec: Spec) -> None:
@@ -120,11 +120,12 @@ class MomentsState(SummaryState):
         self.count[at] += c
 
     def _blend(self, name: str, at: Tensor, new: Tensor, inside: Tensor, between: Tensor) -> None:
-        """Update the covariance attribute `name` of rows `at` by new tokens.
+        """Update the attribute `name` ("cov_k" or "cov_vk") of rows `at` (r,) by new tokens.
 
-        new      share of the new tokens in the joint count
-        inside   covariance of the new tokens among themselves
-        between  product of the differences between the new tokens' means and the stored means
+        new      share of the new tokens among all evicted tokens, old and new
+        inside   the new tokens' own covariance, of the shape of the attribute's rows, like `between`
+        between  for each entry of the covariance, the product of two differences: new mean minus stored mean, of either
+                 of its two variables
         """
         old: Tensor = getattr(self, name)
         old[at] = ((1 - new) * old[at] + new * inside + new * (1 - new) * between).to(old.dtype)
@@ -156,12 +157,13 @@ class MomentsState(SummaryState):
         return (torch.matmul(x, whole) * x).sum(-1).clamp_min(0.0)
 
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log E[e^y] and E[(dy/dx) e^y] / E[e^y], each (rows, m), for the logit x ~ N(centre, variance).
+        """Return the log of an evicted token's mean weight, and the factor on scale cov(v, k) q in the numerator.
 
-        y = x, or y = c tanh(x / c) under a softcap c. The first result is the log of an evicted token's mean weight;
-        the second is the factor on scale cov(v, k) q in the numerator. centre, variance and largest are (rows, m);
-        `largest` bounds |x| for every evicted key. Under a softcap |x| is limited to `largest`. Without a softcap
-        log E[e^y] is limited to `largest`, and the second result shrinks by the same factor as variance / 2.
+        Both are (rows, m): log E[e^y] and E[(dy/dx) e^y] / E[e^y]. Here x ~ N(centre, variance) is the logit before a
+        softcap; the logit itself is y = c tanh(x / c) under a softcap c, and y = x without one.
+        centre, variance and largest are (rows, m); `largest` bounds |x| for every evicted key. Under a softcap |x| is
+        limited to `largest`. Without a softcap the first result is limited to `largest`, and the second shrinks by the
+        same factor as variance / 2.
         """
         cap = self.spec.softcap
         if cap is None:

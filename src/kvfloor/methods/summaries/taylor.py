@@ -116,7 +116,7 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return a copy of the error bound `stated` with the error epsilon, marked as not holding if epsilon >= 1."""
+    """Return the error bound `stated` with `epsilon` in place of its own, marked as not holding if epsilon >= 1."""
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
@@ -283,10 +283,10 @@ class TaylorState(SummaryState):
     def guarantee(self, stated: Guarantee) -> Guarantee:
         """Return the error bound with the epsilon for r, the largest logit that can have occurred so far.
 
-        stated: the method's bound, which holds for logits of size up to `radius`. r is |scale| times the largest norm
-        of a query times the largest norm of an evicted key, at its largest over the rows. If r exceeds the radius, the
-        bound is returned as not holding. Epsilon includes rounding errors, which grow with the number of tokens, the
-        number of features and e^(2r).
+        stated: the method's bound, which holds for logits of size up to `radius`. For one row, the largest possible
+        logit is |scale| times the largest norm of a query times the largest norm of an evicted key; r is the largest
+        of these over the rows. If r exceeds the radius, the bound is returned as not holding. Epsilon includes rounding
+        errors, which grow with the number of tokens, the number of features and e^(2r).
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm
