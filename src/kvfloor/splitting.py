@@ -58,5 +58,5 @@ def split_words(text: str, pattern: str) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """Return `text` with quotes around it, for an error; after 40 characters it is cut, and its length added."""
+    """Return `text` in quotes, for an error message; a text of more than 40 characters is cut, and its length added."""
     return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text):,} characters)"

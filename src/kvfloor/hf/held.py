@@ -3,7 +3,8 @@
 A state is what a method keeps of one layer's tokens. A row is one (batch item, kv head) stream of them. All rows of a
 layer hold equally many tokens, so each row takes the same bytes; a state also takes some bytes once, for all rows. The
 sizes with one and with two rows give both numbers, and so the size with any number of rows. Some methods compress a
-prompt only at its end.
+prompt only at its end. A `LayerShape` holds the sizes of one layer: kv heads, query heads per kv head, and the widths
+of a key and of a value.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class StateBytes:
 def held_bytes(
     method: Method, layers: tuple[LayerShape, ...], tokens: int, dtype: torch.dtype, batch: int
 ) -> tuple[Method, StateBytes]:
-    """Return the method with its budget in tokens, and the bytes of its states summed over these layers.
+    """Return the method with its budget converted to tokens, and the bytes of its states summed over these layers.
 
-    The prompt of `tokens` tokens is read in one forward. A budget in bytes is for the states of all layers and the
-    whole batch together. Where layers have different shapes, a budget can come to different numbers of tokens; the
+    The prompt of `tokens` tokens is read in one forward. A budget given in bytes is for the states of all layers and
+    the whole batch together. Where layers have different shapes, it can come to different numbers of tokens; the
     returned method has the first layer's number. Raises ValueError for a budget that is too small.
     """
     known: dict[tuple[int | bool, ...], tuple[Method, StateBytes]] = {}

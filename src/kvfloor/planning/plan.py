@@ -71,7 +71,8 @@ class MemoryPlan:
     own_bytes          bytes of the other layers: sliding windows, convolution and linear states
     floor_bytes        provable lower bound (floor): on worst-case keys and values, any method needs at least these
                        bytes for the whole batch, summed over the layers with a floor
-    floor_layers       number of these layers: full attention and sliding windows, without latent attention
+    floor_layers       number of the layers with a floor: those with full or sliding-window attention, except where it
+                       is latent attention (one tensor is both key and value)
     lines              one entry per way to keep the cache
     """
 
@@ -113,10 +114,11 @@ def plan(
     context  tokens of each request's prompt, which is read in one forward
     batch    requests that share one cache
     memory   bytes for weights and caches, or a text such as "24GiB"; None: not limited
-    methods  methods to plan besides transformers' own cache, exact, quant(bits=8) and quant(bits=4), which every plan
-             has; None: sinks and h2o
-    budgets  budgets for each of `methods` that has none of its own; None: 25% of the context. If `methods` is None too,
-             a method is left out where 25% has no room beside the tokens that the method never evicts
+    methods  texts of methods, such as "h2o@512" or "h2o", to plan besides transformers' own cache, exact, quant(bits=8)
+             and quant(bits=4), which every plan has; None: sinks and h2o
+    budgets  budgets, such as "512" (tokens) or "25%" (of the context), for each of `methods` that has none of its own;
+             None: 25%. If `methods` is None too, a method is left out where 25% has no room beside the tokens that the
+             method never evicts
     dtype    bfloat16, float16 or float32: of the weights, and of keys and values
     config   the model's configuration, instead of the one of `model`
     Raises ValueError for bad input, and for a memory that does not hold the weights.
@@ -178,7 +180,7 @@ def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
     """Parse the planned methods: first exact and quantised caches, which every plan has, then `methods`, each once.
 
     A method without a budget of its own is planned once under each of `budgets`. Raises ValueError if it needs one and
-    `budgets` is empty, and for a method of another attention law than the standard one (softmax of q.k).
+    `budgets` is empty, and for a method that compresses another attention than softmax(q.k), such as tensor attention.
     """
     sizes = [parse_budget(text) for text in budgets]
     found = [parse(text) for text in BASELINES]
@@ -196,7 +198,7 @@ def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
 def _stock(shape: ModelShape, context: int, itemsize: int, batch: int) -> tuple[int, int]:
     """Return the bytes of the compressed layers' keys and values in transformers' own cache, twice: (size, size).
 
-    A method that compresses the prompt at its end has two sizes, after and before that; here they are equal.
+    The pair stands for (after, before) the compression at the prompt's end, as for a method; here the two are equal.
     context: tokens per request; itemsize: bytes of a number; batch: requests.
     """
     per_token = sum(layer.heads * (layer.d + (0 if layer.tied else layer.dv)) for layer in shape.compressed)

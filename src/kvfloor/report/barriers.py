@@ -1,9 +1,10 @@
 """Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
 
-A game hides random bits in the tokens that a method appends to its state, rebuilds the state from its bytes, and
-decodes the bits from the answers to queries. The certified bits are those that the answers prove to be in the state. A
-barrier is one kind of game, such as "spike"; a theorem says how many bytes any method needs to win it. A sweep is a
-series of games of growing difficulty; it shows the difficulty at which the method's curve leaves the theorem's curve.
+A state is what a method keeps of a stream of tokens. A game hides random bits in the tokens that are appended to the
+state, rebuilds the state from its bytes, and decodes the bits from the answers to queries. The certified bits are those
+that the answers prove to be in the state. A barrier is one kind of game, such as "spike"; a theorem says how many bytes
+any method needs to win it. A sweep is a series of games of one barrier, from easy to hard; its figure shows from which
+difficulty on fewer bits are certified than are hidden, or than the theorem demands.
 """
 
 from collections.abc import Sequence
@@ -57,8 +58,11 @@ def page(results: Sequence[Result], command: str) -> str:
 
 
 def plots(results: Sequence[Result]) -> list[Chart]:
-    """Return one figure for each game that is a "spike", "packing" or "probing" game.
+    """Return one figure for each game that is a "spike", "packing" or "probing" game; other games have none.
 
+    spike    certified bits against hidden bits, per value; the values are hidden under keys that are queried one by one
+    packing  certified bits against the largest logit allowed, for several widths of a key
+    probing  share of right answers against the number of scores q.k that are looked up for an answer
     For "spike" and "packing" this plays a sweep against the method; for "probing" the game's result has all numbers.
     """
     drawn = []

@@ -74,7 +74,7 @@ def note_below_floor(row: Row) -> str:
 def _shifts(rows: Sequence[Row], across: Axis) -> dict[str, float]:
     """Map each setting to the sideways shift of its point, so that points of almost equal bytes stand side by side.
 
-    `rows` are ordered from the fewest bytes up.
+    `rows` are ordered from the fewest bytes up; `across` is the figure's axis of bytes.
     """
     clusters: list[list[Row]] = []
     for row in rows:

@@ -74,9 +74,9 @@ def heatmaps(rows: Sequence[Row | ErrorMap]) -> tuple[Heatmap, ...]:
 
 
 def ink(error: float) -> float:
-    """Return the strength, in [0, 1], of the colour that an error is drawn with: 0 up to FAINTEST, 1 from STRONGEST on.
+    """Return the strength, in [0, 1], of the colour that an error is drawn with.
 
-    The scale between is logarithmic.
+    It is 0 for errors up to FAINTEST (0.001), 1 from STRONGEST (1) on, and grows with the log of the error between.
     """
     if error <= FAINTEST:
         return 0.0

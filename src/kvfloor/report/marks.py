@@ -1,6 +1,6 @@
 """Assign one colour and marker shape to each method, the same in every figure and distinct without colour.
 
-A marker is the shape of a curve's points.
+A marker is the shape of a curve's points. A mark is the look of a curve: its colour and its marker.
 """
 
 import math
@@ -74,5 +74,8 @@ def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
 
 
 def bound_mark(index: int, name: str) -> Mark:
-    """Return the mark of a curve that shows a bound: a dashed line without markers, in colour number `index`."""
+    """Return the mark of a curve called `name` that shows a theorem's bound instead of a method's measurements.
+
+    It is a dashed line without markers, in colour number `index` (modulo 8).
+    """
     return Mark(name, f"s{index % COLOURS}", "", baseline=True)

@@ -31,9 +31,10 @@ class CellScore:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """Hold one line of the scoreboard: a setting and its score on every cell.
+    """Hold one line of the scoreboard: a setting, its bytes, and its score on every cell.
 
-    Bytes are means over the cells. baseline: True if every audit compares with the setting's method.
+    state_bytes and exact_bytes are those of the setting's and of the exact cache, as means over the cells. baseline:
+    True if every audit compares with the setting's method.
     """
 
     setting: str
@@ -74,7 +75,7 @@ class Speed:
 
     prefill_ms           time to append the context
     decode_ms_per_token  time of one decoding step
-    output_tokens        mean length of a row's answers, in tokens
+    output_tokens        mean length of the answers, in tokens
     The other fields: the setting, whether it is one that every audit compares with (`baseline`), tokens of context.
     """
 

@@ -109,9 +109,10 @@ def print_notes(notes: Sequence[str], console: Console) -> None:
 def print_barriers(results: Sequence[Result]) -> None:
     """Print a table with one line per game played against a method, then each game's verdict in words.
 
-    A game hides random bits in a method's state and decodes them from its answers; by a theorem this takes much memory.
-    There are several kinds of games, the barriers. The numbers that only games of one barrier have, such as the width
-    of a window, follow the verdict.
+    A game hides random bits in a method's state (what it keeps of the tokens) and decodes them from its answers; by a
+    theorem this takes much memory. A game's verdict is "holds" (enough answers were right), "breaks" (too few were) or
+    "cheats" (more was answered than the state's bytes can hold). There are several kinds of games, the barriers. The
+    numbers that only games of one barrier have, such as the width of a window, follow the verdict.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

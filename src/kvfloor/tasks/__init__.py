@@ -1,7 +1,8 @@
 """Generate seeded recall tasks with exact answers, offline: `lookup(name).generate(seed, index, length) -> Sample`.
 
 A sample is a context of nearly `length` tokens, and at least one question about it. Each question has a right answer
-and the checks that score a generated one.
+and the checks that score a generated one. `name` is a task's, such as "recall"; `seed` and `index`, the sample's
+number, decide all random choices.
 """
 
 from .checks import AnswerCheck, BeginsWith, Contains, JsonField, Lines, Matches, Part, SameWords

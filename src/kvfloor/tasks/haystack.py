@@ -1,4 +1,8 @@
-"""Hide sentences with facts (needles) in a longer text (the haystack): among an essay's sentences, or between lines."""
+"""Hide sentences with facts (needles) in a longer text (the haystack): among an essay's sentences, or between lines.
+
+A `Request` holds what a sample is made from: among others its random generator `rng`, its largest number of tokens
+`length`, and the function `count`, which returns the number of tokens of a text.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ FEWEST_WORDS = 40
 def in_essay(request: Request, head: str, facts: list[str], questions: tuple[Question, ...]) -> str:
     """Return a context: the text `head`, then an essay with the sentences `facts` among its own, at most 40 facts.
 
-    Context, questions and generated answers together have nearly `request.length` tokens, never more. Raises ValueError
-    if the length is too small for that.
+    Context, `questions` and generated answers together have nearly `request.length` tokens, never more; the questions
+    only take up room and are not written into the context. Raises ValueError if the length is too small for that.
     """
     rest = request.rng.getrandbits(64)
 
@@ -31,9 +35,10 @@ def in_essay(request: Request, head: str, facts: list[str], questions: tuple[Que
 
 
 def among_sentences(rng: random.Random, sentences: list[str], needles: list[str]) -> list[str]:
-    """Return the sentences with the needles among them, in order, at different depths drawn from DEPTHS.
+    """Return a list of the sentences with the needles among them, at different random depths.
 
-    A depth is a share of the sentences in percent, 0 first to 100 last. There are 40 depths, so at most 40 needles.
+    Sentences and needles each keep their order. A depth is a share of the sentences in percent, 0 first to 100 last; it
+    is one of the 40 in DEPTHS, so there are at most 40 needles.
     """
     places = sorted(int(len(sentences) * depth / 100) for depth in rng.sample(DEPTHS, len(needles)))
     out = []
@@ -43,7 +48,10 @@ def among_sentences(rng: random.Random, sentences: list[str], needles: list[str]
 
 
 def between_lines(rng: random.Random, lines: list[str], needles: list[str]) -> list[str]:
-    """Return the lines with the needles among them, in order, each before another random line."""
+    """Return a list of the lines with the needles among them, no two of them between the same two lines.
+
+    Lines and needles each keep their order; the places of the needles are random, and never after the last line.
+    """
     places = sorted(rng.sample(range(len(lines)), len(needles)))
     out = []
     for (start, stop), needle in zip(pairwise([0, *places]), needles, strict=True):

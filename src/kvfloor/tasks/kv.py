@@ -2,6 +2,8 @@
 
 Keys and values are four-digit numbers of two tokens each. Keys share tokens with one another, so both tokens of a key
 must be matched.
+A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. A
+`Lexicon` holds the words and numbers to draw from.
 """
 
 from __future__ import annotations

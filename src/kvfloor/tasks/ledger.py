@@ -27,8 +27,9 @@ HEAD = "Read the following text, and keep in mind what each box holds.\n\n"
 def make(request: Request) -> Sample:
     """Return a sample: an essay that says what each box holds, and four turns, each more essay with a question.
 
-    Among the essay's sentences in each turn are three that change what a box holds. request.difficulty: number of
-    boxes. Raises ValueError if the length is too small.
+    Among the essay's sentences in each turn are three that change what a box holds. The request has the random
+    generator, the largest number of tokens, and the difficulty, which is the number of boxes. Raises ValueError if the
+    number of tokens is too small.
     """
     rng = request.rng
     boxes = [f"the {trait} box" for trait in rng.sample(request.lexicon.traits, request.difficulty)]
@@ -68,7 +69,9 @@ def make(request: Request) -> Sample:
 
 
 def question(text: str, name: str, box: str, thing: str) -> Question:
-    """Return a turn: more `text`, then the question what the box holds, whose right answer is `thing`.
+    """Return a turn of the conversation: more `text`, then a question about `box`, the name of a box.
+
+    It asks what the box holds now, and the right answer is `thing`.
 
     name: the name of this answer in reports, such as "kept 1" or "changed 2".
     """

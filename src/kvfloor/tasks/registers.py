@@ -18,8 +18,9 @@ JITTER = 0.2  # a period varies by this share: the next write is not known from 
 def make(request: Request) -> Sample:
     """Return a sample: assignments "r3 = 47." up to the requested length, and a question for all current values.
 
-    request.difficulty: number of registers. The question ends in "r0 =", so the answer is the value of r0 and then the
-    other registers, as in "47 r1 = 12 ...". Raises ValueError if the length has no room for two lines per register.
+    The request has the random generator, the largest number of tokens, and the difficulty, which is the number of
+    registers. The question ends in "r0 =", so the answer is the value of r0 and then the other registers, as in
+    "47 r1 = 12 ...". Raises ValueError if the length has no room for two lines per register.
     """
     rng, k = request.rng, request.difficulty
     empty = request.count("")

@@ -1,6 +1,6 @@
 """List the tasks and their groups, and look a task up by its name, or by `module:TASK` in the user's own code.
 
-A group is a named list of tasks, such as "ruler".
+A group is a named list of tasks: "builtin" (the tasks that the built-in model was trained on), "ruler" or "assistant".
 """
 
 from __future__ import annotations

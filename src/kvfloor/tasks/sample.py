@@ -12,8 +12,8 @@ class Question:
     """Hold a question about a context, with a right answer and the checks that score a generated one.
 
     ask      text to append to the context, after one space unless it begins with white space
-    answer   a right answer
-    opening  the answer's first words, which the model is given; `answer` follows them
+    answer   a right answer, without `opening`
+    opening  words that are appended to the question, for the generated answer to continue, such as "The key is"
     parts    named checks of the generated text; without any, it must equal `answer` word for word
     most     largest number of tokens to generate; None: a few more than `answer` has
     """
@@ -37,7 +37,8 @@ class Question:
     def shares(self, said: str, form: Form) -> dict[str, float]:
         """Return {name of part: share of its demands that the generated text `said` meets, from 0 to 1}.
 
-        form: returns a text as the tokenizer would encode and decode it, for right words to be compared in that form.
+        form: returns a text as the model's tokenizer would encode and decode it. The right words are put into this form
+        before they are compared with `said`.
         """
         return {part.name: part.check.share(said, form) for part in self.scored_parts}
 
@@ -56,7 +57,7 @@ class Sample:
 
     @property
     def turns(self) -> tuple[Question, ...]:
-        """Return the questions of one conversation: all of them in turn, or the first alone."""
+        """Return the questions of one conversation: all of them if `in_turn` is True, else the first alone."""
         return self.questions if self.in_turn else self.questions[:1]
 
     def prompt(self, which: int = 0) -> str:

@@ -118,7 +118,8 @@ def builtin_count() -> Count:
 class Woven:
     """Make the samples of a task whose facts stand at random places among filler sentences.
 
-    `plot(rng, difficulty, lexicon)` draws the facts and the questions of one sample.
+    `plot(rng, difficulty, lexicon)` draws the facts and the questions of one sample. Called with a `Request`, an object
+    of this class returns the `Sample`.
     """
 
     plot: Callable[[random.Random, int, Lexicon], Plot]

@@ -74,7 +74,7 @@ def encode(text: str, *, bos: bool = True) -> list[int]:
 
 
 def count_tokens(text: str) -> int:
-    """Return the number of tokens of `text`, BOS included. Counts are cached for texts shorter than SENTENCE."""
+    """Return the number of tokens of `text`, BOS included. Counts of texts below 160 characters are cached."""
     return _count_sentence(text) if len(text) < SENTENCE else len(encode(text))
 
 

@@ -28,7 +28,8 @@ _HEAD = (
 def make(request: Request) -> Sample:
     """Return a sample: the tool's description, a text with facts on several deliveries, and the demand for one call.
 
-    request.difficulty: number of deliveries. Raises ValueError if the length is too small.
+    The request has the random generator, the largest number of tokens, and the difficulty, which is the number of
+    deliveries. Raises ValueError if the number of tokens is too small.
     """
     rng = request.rng
     people = rng.sample(PEOPLE, request.difficulty)

@@ -21,7 +21,8 @@ MOST = 16
 def make(request: Request) -> Sample:
     """Return a sample: an essay with several facts among its sentences, and questions for three of them.
 
-    request.difficulty: number of facts. Raises ValueError if the length is too small.
+    The request has the random generator, the largest number of tokens, and the difficulty, which is the number of
+    facts. Raises ValueError if the number of tokens is too small.
     """
     rng = request.rng
     keys = list(islice(different(rng, "words"), request.difficulty))

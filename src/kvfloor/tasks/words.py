@@ -11,8 +11,9 @@ SHORTEST = 16  # words below which the first two ranks can come up equally often
 def make(request: Request) -> Sample:
     """Return a sample: a shuffled list of words, and the question for the most frequent one.
 
-    request.difficulty: number of other words. Counts fall as 1/rank, so the asked word is about twice as frequent as
-    the next one. Raises ValueError if the length or the lexicon is too small.
+    The request has the random generator, the largest number of tokens, the lexicon, and the difficulty, which is the
+    number of other words. Counts fall as 1/rank, so the asked word is about twice as frequent as the next one. Raises
+    ValueError if the length or the lexicon is too small.
     """
     rng, things = request.rng, request.lexicon.things
     if len(things) < 2:

@@ -112,7 +112,10 @@ def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
 def loss_of(kernels: Kernels, given: Lesson, weight: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Return the squared error of one layer's output on one text, against exact attention, summed to a scalar.
 
-    weight: the output projection (model's hidden size, P * g * dv), applied to both outputs; None: not applied.
+    kernels  the networks phi and psi of each kv head, whose low-rank state replaces the evicted tokens
+    given    the text in this layer, with its exact attention
+    weight   the output projection (model's hidden size, P * g * dv), applied to both outputs; None: not applied
+    dropout  share of the networks' hidden units that are off
     """
     return mixed(answers(kernels, given, dropout) - given.exact, weight).square().sum()
 
@@ -126,6 +129,7 @@ def fit(
     weight    the output projection of the layer (model's hidden size, P * g * dv); None: the error is that of the
               heads' outputs before the projection
     start     the untrained kernels
+    recipe    the settings of the training: learning rate, epochs, dropout and so on
     say       called at the end with one line: the error before and after training
     The best kernels are those with the least error on the last tenth, after any epoch or before the first.
     """
@@ -171,6 +175,7 @@ def train(
     model      a model that `kvfloor.hf.prepare` has prepared for compressed caches
     material   texts that the model runs over
     method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
+    recipe     the settings of the training: rank, hidden units, learning rate, epochs and so on
     say        called with each line of progress
     A layer without attention over all tokens (such as a sliding window) is never compressed. It gets copies of the
     kernels of the layer before it, or untrained ones if there is none, so that the file has kernels for each layer up

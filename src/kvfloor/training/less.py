@@ -49,7 +49,7 @@ def run(
     prompts   file of JSON lines, each {"prompt", "answer"} or {"context", "question", "answer"}; None: samples of the
               built-in tasks
     compared  number of texts, not used in training, to compare on; 0: return []
-    recipe    the settings of the training
+    recipe    the settings of the training: rank of LESS's state, texts, epochs, learning rate and so on
     say       called with each line of progress
     Returns a tuple (method as text, bytes per kv head, one mean error of the attention output per layer) for each of
     three methods: the policy alone, the policy with a larger budget, and the policy with the kernels. The last two take
@@ -96,8 +96,8 @@ def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> 
     """Measure each method's relative l2 error of the attention output against exact attention, on the given texts.
 
     Each text has a context, which the method compresses, and a rest (question and answer), on whose queries the error
-    is measured. Returns one tuple per method: the method written as text, the bytes of its empty state for one kv head,
-    and a list of one error per layer, the mean over the layer's kv heads.
+    is measured. Returns one tuple per method: the method written as text, the bytes that it allocates for one kv head
+    before the first token, and a list of one error per layer, the mean over the layer's kv heads.
     """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype
@@ -110,7 +110,7 @@ def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> 
 
 
 def rivals(method: Bounded, less: Less, spec: Spec) -> list[Bounded]:
-    """Return three methods to compare: the policy alone, with a larger budget, and with the LESS state.
+    """Return three methods to compare: the policy `method` alone, with a larger budget, and with the LESS state.
 
     The LESS state is the summary `less` of the tokens that the policy evicts. `spec` has the shapes of one kv head, for
     which bytes are counted. The policy with the larger budget keeps as many more tokens as fit into the bytes of that

@@ -137,7 +137,10 @@ def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, pro
 def lesson(method: Bounded, layer: int, text: Text, taken: tuple[Tensor, Tensor, Tensor, Any, Any]) -> Lesson | None:
     """Return one text's training data for one layer's kernels; None if no query follows an eviction.
 
-    method: the eviction policy; taken: the layer's (q, k, v, scale, softcap) on this text, as `recorded` yields it.
+    method  the eviction policy with its budget
+    layer   the layer's number in the model
+    taken   (q, k, v, scale, softcap) of the layer on this text: queries (rows, g, n, d), keys (rows, n, d) and values
+            (rows, n, dv) of all n tokens, the factor on q.k, and the cap on logits or None
     """
     q, k, v, scale, softcap = taken
     rows, g, n, d = q.shape

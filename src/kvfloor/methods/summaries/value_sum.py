@@ -1,7 +1,8 @@
-"""Summarise the evicted tokens by the sum of their values, each with logit 0.
+"""Summarise the evicted tokens of a KV cache by the sum of their values, as if all their logits were 0.
 
-With the policy `window`, which keeps the newest tokens, this is exactly the unmasked sliding window of Haris and Onak
-2025. A row is one (batch item, kv head) stream, and dv the width of a value.
+A summary is the fixed-size record that attention reads in place of the evicted tokens. With the policy `window`, which
+keeps the newest tokens, this summary gives exactly the unmasked sliding window of Haris and Onak 2025. A row is one
+(batch item, kv head) stream, and dv the width of a value.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from kvfloor.core.summary import Summary, SummaryState
 class ValueSum(Summary):
     """Summarise the evicted tokens by the sum and count of their values.
 
-    The summary takes dv + 1 numbers per row, and computes the law below without error.
-    Law (Haris and Onak 2025, section 4, "sliding window with unmasked values"): logits outside the window (the held
-    tokens) are 0 rather than -inf, so the c evicted tokens add c to the denominator and the sum of their values to the
-    numerator. The paper's Algorithm 1 estimates this sum with a reservoir sample; keeping the sum is exact.
+    The summary takes dv + 1 numbers per row, and computes the following form of attention without error (Haris and Onak
+    2025, section 4, "sliding window with unmasked values"). The logit of an evicted token is 0 rather than -inf, so
+    that c evicted tokens add c to the softmax's denominator and the sum of their values to its numerator. The paper's
+    Algorithm 1 estimates this sum with a reservoir sample; keeping the sum is exact.
     """
 
     name: ClassVar[str] = "value_sum"
@@ -51,7 +52,7 @@ class ValueSum(Summary):
 
 
 class ValueSumState(SummaryState):
-    """Hold the sum of the evicted values, total (rows, dv), and their count (rows,).
+    """Hold the sum of the evicted tokens' values, total (rows, dv), and the number of these tokens, count (rows,).
 
     In float64, 2**29 bfloat16 or float32 values (24 bits) of the same exponent add up without rounding error.
     """

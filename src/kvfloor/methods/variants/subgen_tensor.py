@@ -59,9 +59,9 @@ class SubGenTensor(Method):
         tau = sum over sampled keys  x of the first side, y of the second, of  n_x n_y / t^2 * exp(score(x, y))
         z   = sum over sampled pairs x of the first side, y of the second, of  w_x w_y * exp(score(x, y)) * (v_x * v_y)
 
-    score(x, y) is scale times the sum over l of q_l x_l y_l. A sampled pair x has the key x and the value v_x. n_x is
-    the number of keys in x's cluster, and w_x = mu1 / (s |v_x|^2) with mu1 the sum of |v1|^2 over all tokens. n_y and
-    w_y are defined in the same way on the second side.
+    For a query q, score(x, y) is scale times the sum over l of q_l x_l y_l. In z, x is the key of a sampled (key,
+    value) pair and v_x its value. n_x is the number of keys in x's cluster, and w_x = mu1 / (s |v_x|^2) with mu1 the
+    sum of |v1|^2 over all tokens. y, v_y, n_y and w_y are the same on the second side.
     delta1, delta2  cluster radius of the first and of the second keys (l2)
     t               sampled keys per cluster, on each side: a product of two clusters is estimated by t^2 pairs of keys
     s               tokens drawn per side, in proportion to |v1|^2 on the first and |v2|^2 on the second: s^2 pairs
@@ -124,15 +124,15 @@ class SubGenTensor(Method):
         return replace(self, budget=budget)
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        """Return the error bound for one query fixed in advance.
+        """Return the upper bound epsilon on the error, and its failure probability, for one query fixed in advance.
 
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F.
         V1 and V2 are the matrices of all first and second values, softmax the vector of exact weights of all token
         pairs. If x and x' are first keys of one cluster, y and y' second keys of one cluster, then score(x, y) and
         score(x', y') differ by at most D = 2 radius largest (delta1 + delta2); let R = exp(D).
-        Law (Chebyshev): an epsilon needs s = 9 / (epsilon^2 f) pairs for the numerator, and for the denominator
-        t = 9 (R-1)^2 / (4 R epsilon^2 f) samples per cluster. f = failure / 2 is the failure probability of each of the
-        two. Returns None without a radius.
+        By Chebyshev, an error of epsilon takes s = 9 / (epsilon^2 f) sampled pairs for the numerator, and t =
+        9 (R-1)^2 / (4 R epsilon^2 f) sampled keys per cluster for the denominator. f = failure / 2 is the failure
+        probability of each of the two. `spec` is not used. Returns None if `radius` is None.
         """
         del spec
         if self.radius is None:
@@ -156,7 +156,7 @@ class SubGenTensor(Method):
 
     @property
     def _reach(self) -> float:
-        """Return a bound on the l2 distance between the product k1 * k2 of two keys and the product of their centres.
+        """Return an upper bound on the l2 distance of the product k1 * k2 of two keys to the product of their centres.
 
         Products are entry by entry. k1 is a key in a cluster of the first side, k2 a key in a cluster of the second
         side, and each centre is that of the key's cluster.
@@ -169,7 +169,7 @@ class SubGenTensor(Method):
         s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F, for one query fixed in advance. delta is
         not a cluster radius. The returned method has no budget and no limit on clusters. Returns the method unchanged
-        without a radius, or if epsilon is not in (0, 1). Raises ValueError where the number of samples overflows.
+        if `radius` is None, or if epsilon is not in (0, 1). Raises ValueError where the number of samples overflows.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self

@@ -5,8 +5,9 @@ Each token j has two keys, K1[j] and K2[j], and two values, V1[j] and V2[j]:
     score(j1, j2) = scale * sum_l q_l K1[j1, l] K2[j2, l]         value(j1, j2) = V1[j1] * V2[j2], entry by entry
     answer(q)     = softmax over all n^2 pairs of the scores, applied to the values
 
-Law: Alman and Song 2023 (arXiv 2310.04064), D^-1 exp(Q (K1 (x) K2)^T) (V1 (x) V2) with (x) the column-wise Kronecker
-(Khatri-Rao) product. With K2 = V2 = 1 it is standard attention on (K1, V1).
+This is the definition of Alman and Song 2023 (arXiv 2310.04064), D^-1 exp(Q (K1 (x) K2)^T) (V1 (x) V2), with (x) the
+column-wise Kronecker (Khatri-Rao) product and D the diagonal matrix of the row sums of the exp. With K2 = V2 = 1 it is
+standard attention on (K1, V1).
 In shapes, rows are (batch item, kv head) streams, m queries per row, d and dv the widths of one key and of one value. A
 `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of scores). A state is what a
 method keeps of a stream of tokens. A `Spec` holds the sizes and constants of a cache, such as `scale`.
@@ -176,11 +177,11 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 
 
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
-    """Compute `over_pairs` by standard attention, for all pairs (x, y) of points at once.
+    """Return the tensor attention of q (rows, m, d) over all pairs (x, y), x of `one` and y of `two`, in one block.
 
     For one point x of `one` with key k1, tensor attention is standard attention of the query q * k1 over the points of
-    `two`. The points of `one` are then weighted by the masses of these standard attentions. The result is a `Partial`
-    (rows, m).
+    `two`. The points of `one` are then weighted by the masses (sums of exp of scores) of these standard attentions. The
+    result is a `Partial` (rows, m).
     """
     (rows, m, d), s = q.shape, one.k.shape[1]
     dtype = spec.compute_dtype

@@ -1,8 +1,8 @@
 """Stream an image from coarse to fine, one scale of tokens and queries at a time (visual autoregression).
 
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
-causal). The earlier scales are in a KV cache, which any method of this library may compress. Law and setting: Cao, Li,
-Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
+causal). The earlier scales are in a KV cache, which any method of this library may compress. The definition is that of
+Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881).
 A side is the number h_k of tokens along an edge of scale k's map. The first, small scales are the coarse ones. A row is
 one (batch item, kv head) stream; in shapes, t are tokens of one scale, g query heads per kv head, d and dv the widths
 of a key and a value. A `State` is the compressed cache that a method keeps of the tokens; to pin a token is to forbid
@@ -34,8 +34,8 @@ def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[
 
     sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole: as many of
     the first scales as fit into `share` of the budget. The rest of the budget is divided among the other
-    scales in proportion to their numbers of tokens, rounded down. The finest scales get what rounding leaves, one token
-    each. A budget with room for all tokens keeps all.
+    scales in proportion to their numbers of tokens, rounded down. The tokens that rounding leaves go one each to the
+    finest scales. A budget with room for all tokens keeps all.
     """
     total = whole("total", total)
     share = within("share", share, 0.0, 1.0)

@@ -33,7 +33,7 @@ class Needles:
 
     haystack      "noise", "essay" or "needle"
     key, value    kinds of keys and values: "words", "numbers" or "uuids"
-    keys          number of hidden keys; at least `asked` keys are hidden
+    keys          number of keys that have needles, or `asked` if that is more; the haystack "needle" has others besides
     values        number of needles per key, each with a value of its own
     asked         number of keys whose values the question asks for
     """
