@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,14 @@ def test_a_saved_cache_goes_on_with_its_rotation(tmp_path: Path) -> None:
         with torch.inference_mode():
             both = [model(some(30), past_key_values=one).logits for one in (cache, again)]
         assert torch.equal(*both)
+
+
+def test_a_configuration_alone_is_told_to_be_the_worse_choice() -> None:
+    model = prepare(tiny("llama").eval())
+    with pytest.warns(UserWarning, match="give the prepared model"):
+        CompressedCache(model.config, METHOD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CompressedCache(model, METHOD)
+        CompressedCache(model, METHOD, positions="cache")
+        CompressedCache(model.config, "h2o(block=8)@24")

@@ -9,6 +9,7 @@ tokens and others have not: the cache is then unusable.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -485,9 +486,20 @@ def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> t
     - for a method that needs no embedding
     - for positions="cache", where keys are stored without their rotation
     - if the embedding cannot be measured: `model` is not given or not prepared, or its positions are no fixed rotations
+    Warns if `model` is not given although the method needs it: the method then goes by the rotated queries and keys, by
+    which it chooses worse.
     """
     policy = method.parts.policy
-    if positions != "stream" or policy is None or not policy.wants_rotation or model is None or not is_prepared(model):
+    if positions != "stream" or policy is None or not policy.wants_rotation:
+        return None
+    if model is None:
+        warnings.warn(
+            f"{method} chooses better if it knows the model's rotary embedding, which a configuration does not show: "
+            f"give the prepared model, CompressedCache(model, ...), instead of model.config",
+            stacklevel=3,
+        )
+        return None
+    if not is_prepared(model):
         return None
     try:
         return tuple(rotations(model))
