@@ -145,9 +145,10 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stage this forward's keys and values (B, Hkv, n, d), after RoPE, and return them marked as this layer's.
+        """Stage this forward's `key_states` and `value_states` (B, Hkv, n, .), and return them marked as this layer's.
 
-        Nothing is stored yet. kvfloor's attention function recognises the mark on the keys and calls `answer`.
+        The keys come from the model after RoPE. Nothing is stored yet. kvfloor's attention function recognises the mark
+        on the keys and calls `answer`. Other arguments, such as transformers' cache_kwargs, are not used.
         """
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._stage)(key_states, value_states)  # pyright: ignore[reportCallIssue]
@@ -306,7 +307,7 @@ class CompressedLayer(CacheLayerMixin):
         self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch items `indices`, in that order, each with the rows of all its kv heads."""
+        """Keep the batch items with these indices (b,), in that order, each with the rows of all its kv heads."""
         if self.state is None:
             return
         heads = self.state.spec.rows // self.batch
@@ -327,9 +328,10 @@ class CompressedLayer(CacheLayerMixin):
         sink: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Append the staged keys and values (B, Hkv, n, .), and return the queries' attention output (B, n, H, dv).
+        """Append the staged keys and values, and return the queries' attention output (B, n, H, dv).
 
         query      (B, H, n, d)
+        key        (B, Hkv, n, d), the keys that this forward's `update` staged; value: (B, Hkv, n, dv), their values
         padding    bool (B, slots), True where a slot holds a real token; None if all do
         scale      the factor on q.k; softcap: the cap on logits, or None
         sink       one logit per query head (H,) that takes its share of the softmax and has no value; None without
@@ -345,9 +347,10 @@ class CompressedLayer(CacheLayerMixin):
             return answer(query, key, value, padding, scale, softcap, sink, positions, lower).to(lower)
 
     def append(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, law: Law) -> None:
-        """Append the staged keys and values (B, Hkv, n, .), without attention: nobody needs the queries' answers.
+        """Append the staged keys and values, without attention: nobody needs the queries' answers.
 
         query    (B, H, n, d), for its shape and dtype; what the layer keeps must not depend on these queries
+        key      (B, Hkv, n, d), the keys that this forward's `update` staged; value: (B, Hkv, n, dv), their values
         padding  bool (B, slots), True where a slot holds a real token; None if all do
         law      the factor on q.k, and the cap on logits or None
         """
@@ -366,9 +369,10 @@ class CompressedLayer(CacheLayerMixin):
         lower: torch.dtype | None,
         attend: bool = True,
     ) -> Tensor:
-        """Append the staged keys and values (B, Hkv, n, .), and return this layer's own attention output (B, n, H, dv).
+        """Append the staged keys and values, and return this layer's own attention output (B, n, H, dv).
 
         query           (B, H, n, d)
+        key, value      (B, Hkv, n, .), the keys and values that this forward's `update` staged
         padding         bool (B, slots), True where a slot holds a real token; None if all do
         scale, softcap  the factor on q.k, and the cap on logits or None
         sink            one logit per query head (H,) that takes its share of the softmax and has no value, or None

@@ -16,15 +16,19 @@ from kvfloor.hf.presence import Presence
 
 
 def layers_served(config: PreTrainedConfig) -> int:
-    """Count the layers of a model that a compressed cache compresses: those with attention over all tokens."""
+    """Return the number of layers that a compressed cache compresses, in a model of this configuration.
+
+    They are the layers with attention over all tokens.
+    """
     return sum(role != "own" for role, _ in layer_roles(config))
 
 
 def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer]]:
     """Return a cache that keeps every token exactly, and the list of its layers whose attention inputs can be recorded.
 
-    These are the full-attention layers. To record, set one of two attributes of a layer to a function. Every later
-    forward then calls it with the layer's queries q, keys k and values v:
+    config: the configuration of the model that the cache is for. The listed layers are the full-attention ones. To
+    record, set one of two attributes of a layer to a function. Every later forward then calls it with the layer's
+    queries q, keys k and values v:
     record(q, k, v, scale, softcap)   with the factor on q.k and the cap on logits (or None); returns nothing
     turn_back(q, k, v, positions)     with the tokens' positions; returns the queries and keys that attention then uses
     """
@@ -36,7 +40,7 @@ def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer
 def cache_layers(
     config: PreTrainedConfig, opening: Opening, meter: Meter, passage: Passage, presence: Presence
 ) -> list[Any]:
-    """Return one cache layer per layer of the model.
+    """Return one cache layer per layer of the model that has the configuration `config`.
 
     A layer with full attention gets kvfloor's class (`CompressedLayer`), or its variant with a linear state
     (`HybridLayer`) if it also has the state of a convolution or of linear attention. Every other layer gets

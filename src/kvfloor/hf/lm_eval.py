@@ -141,6 +141,7 @@ class CompressedLM(TemplateLM):
         """Return, per request, the log-probability of its continuation, and True if greedy decoding would give it.
 
         requests: (lm-eval's key of the request, token ids of the context, token ids of the continuation).
+        disable_tqdm: True to show no progress bar.
         """
         answers: dict[int, tuple[float, bool]] = {}
         sizes = [len(context) + len(continuation) for _, context, continuation in requests]
@@ -167,7 +168,8 @@ class CompressedLM(TemplateLM):
         """Return the log-probability of each whole text, scored in windows of `max_length` tokens.
 
         Each window has a cache of its own. Only one token of a window is fed as the prompt. So nearly all of the text
-        is predicted from tokens that the method kept.
+        is predicted from tokens that the method kept. requests: lm-eval's request objects, with args (text,).
+        disable_tqdm: True to show no progress bar.
         """
         windows: list[tuple[Any, list[int], list[int]]] = []
         owner: list[int] = []
@@ -184,7 +186,11 @@ class CompressedLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text that generate() produces per request, up to a stop string or the task's limit of tokens."""
+        """Return the text that generate() produces per request, up to a stop string or the task's limit of tokens.
+
+        requests: lm-eval's request objects, with args (prompt, generation options). disable_tqdm: True to show no
+        progress bar.
+        """
         said: dict[int, str] = {}
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         alike = [repr(sorted(request.args[1].items())) for request in requests]
@@ -208,10 +214,13 @@ class CompressedLM(TemplateLM):
     def _batches(
         self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None
     ) -> Iterator[list[int]]:
-        """Yield batches, each a list of request indices, with the longest requests first.
+        """Yield batches, each a list of request indices, with the longest requests first, and show their progress.
 
-        sizes: tokens per request. alike: the generation options of each request, as text; requests share a batch only
-        if their texts are equal. With `alike` None, any requests may share a batch.
+        sizes  tokens per request
+        quiet  True to show no progress bar
+        title  the progress bar's label, after the method
+        alike  the generation options of each request, as text; requests share a batch only if their texts are equal.
+               None: any requests may share a batch
         """
         kinds = alike or [""] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda i: (kinds[i], -sizes[i]))

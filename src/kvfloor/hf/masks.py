@@ -51,7 +51,8 @@ class LazyMask:
     ) -> None:
         """Store the call `form(**arguments)` that builds the tensor, and `queries`, the slice of its queries to keep.
 
-        form: a mask function of transformers, such as `sdpa_mask`; arguments: its keyword arguments.
+        form: a mask function of transformers, such as `sdpa_mask`, which returns None if no mask is needed; arguments:
+        its keyword arguments. EVERY keeps all queries.
         """
         self._arguments, self._form, self._queries = arguments, form, queries
         self._built: dict[bool, Tensor | None] = {}
@@ -128,7 +129,8 @@ class LazyMask:
     def __getitem__(self, index: Any) -> LazyMask | Tensor:
         """Return a part of the mask: a LazyMask if only its queries are sliced, otherwise a tensor.
 
-        Models slice the queries for layers that use the keys of an earlier layer.
+        `index` is any index of the tensor; mask[:, :, a:b, :] slices the queries. Models do this for layers that use
+        the keys of an earlier layer.
         """
         if isinstance(index, tuple) and len(index) == 4 and self._queries == EVERY:
             batch, heads, queries, keys = index
@@ -146,7 +148,10 @@ class LazyMask:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the torch function `func` with the built tensor in place of each LazyMask among its arguments."""
+        """Call the torch function `func` with the built tensor in place of each LazyMask among its arguments.
+
+        args and kwargs are the function's arguments; `types`, which torch passes too, is not used.
+        """
         del types
         made = [_made(x) for x in args]
         return func(*made, **{name: _made(x) for name, x in (kwargs or {}).items()})

@@ -256,7 +256,8 @@ def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[
 def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
     """Return True if `rule` rotates the recorded query and key at position 0 to those recorded at all other positions.
 
-    rule None: queries and keys must be equal at all positions.
+    rule None: queries and keys must be equal at all positions. seen: the inputs of one call of a layer's
+    attention, at all positions.
     """
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))

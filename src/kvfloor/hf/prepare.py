@@ -58,7 +58,12 @@ def attention(
     This is the function that transformers calls. If a compressed layer returned the keys (it marks them), that layer
     computes the attention, and the weights are None. For other keys, the attention `over` that the model had selected
     before computes it; weights are returned if they are requested and the family's eager attention returns them.
-    scaling: factor on q.k, d**-0.5 if None; kwargs: further arguments of transformers' attention functions.
+
+    key, value      those to attend to: with a compressed layer the forward's new ones, else all so far
+    attention_mask  a `LazyMask`, a 4-d tensor, or None without a mask
+    scaling         factor on q.k, d**-0.5 if None
+    dropout         share of weights that the earlier attention sets to 0; a compressed layer ignores it
+    kwargs          further arguments of transformers' attention functions
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
     if CompressedLayer.of(key) is not None:
@@ -93,7 +98,8 @@ def _latent(
     """Return the attention output (B, n, H, dv) of a latent-attention module (MLA), and its weights or None.
 
     Such a module computes its keys from latents that a cache returned. If the latents come from a compressed layer,
-    that layer computes the attention; otherwise the attention selected before kvfloor's does.
+    that layer computes the attention; otherwise the attention selected before kvfloor's does. scaling: the factor on
+    q.k, None for d**-0.5.
     """
     pair = latent.awaited()
     layer = None if pair is None else CompressedLayer.of(pair[0])
@@ -111,6 +117,7 @@ def _compressed(
 ) -> tuple[Tensor, None]:
     """Return the attention (B, n, H, dv) that a compressed layer computes for its own keys, and None for the weights.
 
+    `key` leads to the layer by its mark. scaling: the factor on q.k, None for d**-0.5.
     The caller `attention` excludes this function from torch.compile: compilation would trace the method's loop over
     blocks of tokens once per block.
     """
@@ -132,8 +139,8 @@ def _answered(
 ) -> Tensor:
     """Append these tokens to the compressed layer `layer`, and return the attention (B, n, H, dv) that it computes.
 
-    scale: the factor on q.k. Raises ValueError, with the layer unchanged, if `call` or the mask asks for attention that
-    a compressed layer cannot compute.
+    key, value: those of these tokens, (B, kv heads, n, .). scale: the factor on q.k. Raises ValueError, with the layer
+    unchanged, if `call` or the mask asks for attention that a compressed layer cannot compute.
     """
     try:
         _refuse(module, query, key, mask, call)
@@ -224,11 +231,12 @@ def _eager(module: torch.nn.Module) -> Any:
 def _additive(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
     """Convert a mask for sdpa to one for eager attention: 0 where a query may attend, the dtype's minimum elsewhere.
 
-    mask      a bool mask is converted; a mask of another dtype is returned unchanged. None stands for the causal mask
-              if attention is causal and there are several queries, and this causal mask is converted. Otherwise None
-              hides nothing, and None is returned
-    causal    True if attention is causal; if not given (None), the module's attribute of that meaning, `is_causal`,
-              decides
+    query, key  give the numbers of queries and slots, and the dtype
+    mask        a bool mask is converted; a mask of another dtype is returned unchanged. None stands for the causal mask
+                if attention is causal and there are several queries, and this causal mask is converted. Otherwise None
+                hides nothing, and None is returned
+    causal      True if attention is causal; if not given (None), the module's attribute of that meaning, `is_causal`,
+                decides
     """
     n, slots = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -114,7 +114,10 @@ class Presence:
 
 
 def _selected(absent: Tensor, items: list[int]) -> Tensor:
-    """Return the (batch item, slot) pairs (e, 2) of the batch items `items`, renumbered by their indices in `items`."""
+    """Return those of the (batch item, slot) pairs `absent` (e, 2) whose batch item is in `items`: (f, 2).
+
+    A pair's batch item is replaced by its index in `items`. An item that is in `items` twice has its pairs twice.
+    """
     parts = [absent[absent[:, 0] == item] for item in items]
     for place, part in enumerate(parts):
         part[:, 0] = place
@@ -122,6 +125,6 @@ def _selected(absent: Tensor, items: list[int]) -> Tensor:
 
 
 def _spelled(absent: Tensor) -> str:
-    """Return words for an error message: the first of these (batch item, slot) pairs (e, 2), and how many follow."""
+    """Return words for an error: the first of the (batch item, slot) pairs `absent` (e, 2), and how many follow."""
     item, slot = absent[0].tolist()
     return f"slot {slot} of row {item}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")

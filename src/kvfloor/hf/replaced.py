@@ -102,10 +102,10 @@ class SwitchingRotation:
 
 
 def _drops_unasked(config: PreTrainedConfig) -> bool:
-    """Return True if this family's generate() decides to replace the cache without calling `get_seq_length`.
+    """Return True if generate() decides to replace the cache without calling `get_seq_length`.
 
-    `get_seq_length` is the cache's count of slots fed. In older transformers releases, generate() decides by a position
-    count of its own.
+    config: the configuration of the model, whose class has this generate(). `get_seq_length` is the cache's count of
+    slots fed. In older transformers releases, generate() decides by a position count of its own.
     """
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     prepares = getattr(family, "prepare_inputs_for_generation", None)

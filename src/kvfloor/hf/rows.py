@@ -17,8 +17,8 @@ from kvfloor.core.state import State
 def present_rows(padding: Tensor | None, slots: slice, kv_heads: int) -> Tensor | None:
     """Return a bool tensor (B * Hkv, n), True where a row's slot holds a real token; None if all do.
 
-    padding: the attention mask (B, all slots so far), None without one; slots: the n slots of this forward. Raises
-    ValueError if the mask does not end with these slots.
+    padding: the attention mask (B, all slots so far), None without one; slots: the n slots of this forward; kv_heads:
+    Hkv. Raises ValueError if the mask does not end with these slots.
     """
     if padding is not None and padding.shape[1] != slots.stop:
         raise ValueError(
@@ -34,8 +34,8 @@ def step_rows(
 ) -> Tensor:
     """Append n tokens to a state, and return attention of their queries (B, H, n, d) as (B, n, H, dv), contiguous.
 
-    key, value: (B, Hkv, n, .). present: (B * Hkv, n), True for real tokens; None: all are real. sink: (H,), one logit
-    per query head that takes its share of the softmax and has no value; None without.
+    key, value: (B, Hkv, n, .), of the n tokens alone. present: (B * Hkv, n), True for real tokens; None: all are real.
+    sink: (H,), one logit per query head that takes its share of the softmax and has no value; None without.
     """
     (batch, heads, n, d), kv_heads, dv = query.shape, key.shape[1], value.shape[-1]
     g = heads // kv_heads

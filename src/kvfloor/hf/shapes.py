@@ -67,9 +67,9 @@ class ModelShape:
 def model_shape(config: PreTrainedConfig, dtype: torch.dtype, batch: int = 1) -> ModelShape:
     """Return the sizes of the causal language model of this configuration, with weights and cache of `dtype`.
 
-    Raises ValueError for a configuration that no model can be built from, for a family that a compressed cache cannot
-    serve, for a model that keeps no keys, and for a model that cannot run on the meta device because its forward reads
-    numbers from tensors.
+    batch: the number of requests that share the cache. Raises ValueError for a configuration that no model can be built
+    from, for a family that a compressed cache cannot serve, for a model that keeps no keys, and for a model that cannot
+    run on the meta device because its forward reads numbers from tensors.
     """
     model = _built(config, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -164,10 +164,11 @@ def _windowed(index: int, layer: Any) -> LayerShape:
 def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[int], int]:
     """Return a function of the number of tokens fed: the bytes that transformers' own layers then hold.
 
-    Linear and convolution states are counted as they are in `cache`, which a forward has filled: their size does not
-    depend on the number of tokens. For a layer with keys, the function feeds all tokens to an empty layer on the meta
-    device: all but the last one in one step, as a prompt, and the last one in a second step. Until this second step, a
-    sliding window's tensors would be views of the whole prompt's keys and values, and count as many bytes as these.
+    config: the model's configuration. Linear and convolution states are counted as they are in `cache`, which a forward
+    of this model has filled: their size does not depend on the number of tokens. For a layer with keys, the function
+    feeds all tokens to an empty layer of this configuration on the meta device: all but the last one in one step, as a
+    prompt, and the last one in a second step. Until this second step, a sliding window's tensors would be views of the
+    whole prompt's keys and values, and count as many bytes as these.
     """
     fixed = 0
     for layer in cache.layers:
@@ -193,7 +194,10 @@ def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[in
 
 
 def _storage(values: list[Any]) -> int:
-    """Return the bytes of the storages of these tensors, and of the tensors in these dicts, each storage once."""
+    """Return the bytes of the storages of these tensors, and of the tensors in these dicts, each storage once.
+
+    Values that are neither count nothing.
+    """
     flat = [x for value in values for x in (value.values() if isinstance(value, dict) else [value])]
     storages = [x.untyped_storage() for x in flat if isinstance(x, Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

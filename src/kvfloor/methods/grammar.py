@@ -129,7 +129,7 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _value(node: ast.expr) -> Any:
-    """Return the value of an argument, given as a syntax tree.
+    """Return the value of an argument of a method's text; `node` is its syntax tree, as Python's `ast` parsed it.
 
     A literal gives the Python value that it stands for, a bare word (score=mean) gives a str, and a method
     (store=sinks(4)@32) gives a `_Nested`.

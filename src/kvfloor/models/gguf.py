@@ -33,7 +33,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def folder_of(file_name: str, digest: str) -> Path:
-    """Return the path of the folder for the converted GGUF file of this name and SHA-256; it may not exist yet."""
+    """Return the path of the folder for a converted GGUF file; it may not exist yet.
+
+    file_name: the file's name, with or without `.gguf`; digest: its SHA-256 in hex digits.
+    """
     return cache_folder() / f"{Path(file_name).stem}-{digest[:16]}"
 
 

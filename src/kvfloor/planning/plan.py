@@ -199,7 +199,7 @@ def _stock(shape: ModelShape, context: int, itemsize: int, batch: int) -> tuple[
     """Return the bytes of the compressed layers' keys and values in transformers' own cache, twice: (size, size).
 
     The pair stands for (after, before) the compression at the prompt's end, as for a method; here the two are equal.
-    context: tokens per request; itemsize: bytes of a number; batch: requests.
+    shape: the model's sizes; context: tokens per request; itemsize: bytes of a number; batch: requests.
     """
     per_token = sum(layer.heads * (layer.d + (0 if layer.tied else layer.dv)) for layer in shape.compressed)
     size = batch * context * per_token * itemsize
@@ -222,6 +222,7 @@ def _line(
     budget_tokens  tokens per kv head that the method may keep; None: any number
     sizes          bytes of the compressed layers' states: (after the prompt's end, just before it)
     method         None for transformers' own cache
+    shape          the model's sizes, among them the bytes of the layers that are not compressed
     context        tokens per request; batch: requests
     free           bytes of memory that the weights leave; None: not limited
     """

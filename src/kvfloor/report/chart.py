@@ -25,7 +25,8 @@ LETTER = 7.0
 def number_text(value: float) -> str:
     """Write a number as text, such as `1.23M` or `4.5G`.
 
-    Below 1000 the text has four significant digits; from 1000 to a million it is a whole number.
+    Below 1000 the text has four significant digits; from 1000 to a million it is a whole number; above, it has three
+    significant digits and a unit.
     """
     for size, unit in ((1e9, "G"), (1e6, "M")):
         if abs(value) >= size:
@@ -73,7 +74,7 @@ class Axis:
         self.low, self.high = self.low - beyond, self.high + beyond
 
     def place(self, value: float) -> float:
-        """Return the page coordinate of a number."""
+        """Return the page coordinate at which the number `value` stands on the axis."""
         at = value if not self.log else math.log(value, self.base) if value > 0 else self.low
         return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
 
@@ -139,6 +140,7 @@ class Chart:
     label       text in place of the figure, for screen readers
     x_name      label of the horizontal axis
     across, up  horizontal and vertical axis
+    series      the curves
     captions    lines of text below the figure
     rules       vertical lines
     level       a point whose y is drawn as a line across the figure, with its interval as a band
@@ -171,7 +173,10 @@ class Chart:
         return self.across.place(one.x) + one.shift
 
     def side(self, rule: Rule) -> str:
-        """Return the SVG `text-anchor` of a vertical line's label: "start" if it fits right of the line, else "end"."""
+        """Return the SVG `text-anchor` of the label of the vertical line `rule`.
+
+        It is "start" if the label fits right of the line, else "end".
+        """
         width = LETTER * max(map(len, rule.words))
         return "start" if self.across.place(rule.x) + 6 + width <= WIDTH else "end"
 
@@ -181,7 +186,10 @@ def line_chart(
 ) -> Chart:
     """Make a figure of several curves on common axes that span all points; a linear axis also spans 0.
 
-    x_name is the label of the horizontal axis, caption the text below. log_x, log_y: True for a logarithmic axis.
+    title         text above the figure, which screen readers read too
+    x_name        label of the horizontal axis; caption: the text below the figure
+    series        the curves
+    log_x, log_y  True for a logarithmic axis
     """
     data = [one for line in series for one in line.data]
     across = Axis([one.x for one in data], LEFT, RIGHT, log=log_x)

@@ -100,8 +100,8 @@ def _datum(row: Row, shift: float) -> Datum:
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
     """Return the lines of text below the figure: they name the settings that take fewer bytes than the floor.
 
-    One line is for the settings that are shown to score lower than exact, one for all others. A line without settings
-    is left out.
+    rows: all rows of the figure's cell. One line is for the settings that are shown to score lower than exact, one for
+    all others. A line without settings is left out.
     """
     named: dict[str, list[str]] = {}
     for row in rows:

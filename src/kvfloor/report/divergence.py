@@ -24,6 +24,7 @@ def divergence_chart(lines: Sequence[TextSummary], marks: Mapping[str, Mark], li
     lines  one summary (mean divergence and bytes) per setting; `exact` may be among them and is not drawn
     marks  maps each method (a setting without its budget) to its colour and shape; each method is one curve
     limit  the largest tolerated divergence, drawn as a line across the figure
+    title  text above the figure
     """
     shown = sorted((one for one in lines if one.setting != "exact"), key=lambda one: one.state_bytes)
     any_line = lines[0]
@@ -57,7 +58,9 @@ def divergence_chart(lines: Sequence[TextSummary], marks: Mapping[str, Mark], li
 def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> list[Chart]:
     """Return one figure of divergence against bytes for each context length of the texts, the shortest first.
 
-    marks and limit are the curves' looks by method, and the largest tolerated divergence.
+    rows   one per setting and text; a figure has those of its context length
+    marks  maps each method (a setting without its budget) to its colour and shape
+    limit  the largest tolerated divergence
     """
     found = []
     for context in sorted({row.context for row in rows}):
@@ -71,10 +74,10 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
 def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
     """Return the lines of the divergence table, from the smallest divergence up: (summary, verdict, sign) per setting.
 
-    The summary has the setting's mean divergence and bytes. `standard` holds the largest tolerated divergence (the
-    limit) and the confidence of the verdicts. The verdict is "holds" if the divergence is shown to be within the limit,
-    "falls" if it is shown to exceed the limit, else "open". Its sign is ✓, ✗ or ?. `exact` has no verdict and no sign:
-    (summary, None, "").
+    rows: one per setting and text. The summary has the setting's mean divergence and bytes. `standard` holds the
+    largest tolerated divergence (the limit) and the confidence of the verdicts. The verdict is "holds" if the
+    divergence is shown to be within the limit, "falls" if it is shown to exceed the limit, else "open". Its sign is ✓,
+    ✗ or ?. `exact` has no verdict and no sign: (summary, None, "").
     """
     lines = []
     for one in sorted(summaries(rows, standard.racing), key=lambda one: one.figures.kl):

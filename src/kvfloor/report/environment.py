@@ -45,7 +45,10 @@ def environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Return text with its control characters replaced by `\\u` codes; leave markup of the templates as it is."""
+    """Return a field's value as text, its control characters replaced by `\\u` codes; return markup unchanged.
+
+    Markup is what templates and filters made, and is safe already.
+    """
     return value if isinstance(value, Markup) else visible(str(value))
 
 

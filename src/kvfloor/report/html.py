@@ -128,7 +128,10 @@ def page(
 
 
 def _recommended_first(maps: Sequence[heatmap.Heatmap], answer: Recommendation) -> list[heatmap.Heatmap]:
-    """Return the maps with the recommended setting's first, the others by rising error."""
+    """Return the maps of errors per layer and kv head, the recommended setting's first, the others by rising error.
+
+    answer: the recommendation; if it has no setting, all maps are sorted by error.
+    """
     return sorted(maps, key=lambda one: (one.setting != answer.method, one.overall))
 
 
@@ -140,6 +143,8 @@ def _last_component(model: str) -> str:
 def _pasted_setting(rows: Sequence[Row | TextRow], answer: Recommendation) -> dict[str, Any] | None:
     """Return a dict with the recommended setting, to paste into Python; None where no setting is recommended.
 
+    rows: all of the audit, on tasks and on texts. answer: the recommendation, whose `method` is the setting or None.
+    The keys of the dict:
     literal  the setting as a quoted string, such as '"h2o@512"'. A budget that is a share of the context is replaced by
              the largest number of tokens that it came to in the audit, because a cache for a stream of unknown length
              cannot take a share

@@ -47,7 +47,8 @@ class Multiple:
 def multiples(rows: Sequence[Row], marks: Mapping[str, Mark]) -> tuple[Multiple, ...]:
     """Return one small figure per cell, ordered by task. All have the same axis of bytes, and scores from 0 to 100 %.
 
-    marks: maps each method (a setting without its budget) to the colour and shape of its curve.
+    rows: all of the audit; without any, the result is (). marks: maps each method (a setting without its budget) to
+    the colour and shape of its curve.
     """
     if not rows:
         return ()

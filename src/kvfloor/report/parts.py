@@ -24,8 +24,8 @@ class PartTable:
 def part_tables(rows: Sequence[Row]) -> tuple[PartTable, ...]:
     """Return one table per cell, sorted by cell, with the mean share met of each part by each setting.
 
-    A cell gets no table where it would only repeat the scores: where there is a single part, and each setting's mean
-    share of it equals the setting's score (its share of right answers).
+    rows: all of the audit, on any number of cells. A cell gets no table where it would only repeat the scores: where
+    there is a single part, and each setting's mean share of it equals the setting's score (its share of right answers).
     """
     tables = []
     for cell in sorted({row.cell for row in rows}):

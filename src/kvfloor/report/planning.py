@@ -13,9 +13,10 @@ from kvfloor.report.text import visible
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
-    """Print model, weights and floor, a table with one line per way to keep the cache, and notes.
+    """Print model, weights and floor of a plan, a table with one line per way to keep the cache, and notes.
 
-    The floor is a lower bound on any method's bytes for worst-case keys and values.
+    All is printed to the terminal `console`. The floor is a lower bound on any method's bytes for worst-case keys and
+    values.
     """
     for name, words in _pairs(plan):
         console.print(Text(f"{name:<9}", style="bold") + Text(visible(words)))

@@ -128,7 +128,10 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
 
 
 def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
-    """Return the bytes of every setting's cache: one `Sizes` per setting (method with budget) and context length."""
+    """Return the bytes of every setting's cache: one `Sizes` per setting and context length.
+
+    rows: all of the audit. The order is that of `ordered`: exact first, the baselines last.
+    """
     return tuple(
         Sizes(
             setting=setting,
@@ -147,7 +150,10 @@ def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
 
 
 def speeds(rows: Sequence[Row]) -> tuple[Speed, ...]:
-    """Return the prefill and decode times: one `Speed` per setting (method with budget) and context length."""
+    """Return the prefill and decode times: one `Speed` per setting and context length.
+
+    rows: all of the audit. The order is that of `ordered`: exact first, the baselines last.
+    """
     table = []
     for (setting, context), group in _by_context(rows).items():
         decode = [row.decode_ms_per_token for row in group if row.decode_ms_per_token is not None]

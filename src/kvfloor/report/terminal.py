@@ -42,6 +42,7 @@ def print_report(
 
     rows      one per setting, task, context length and protocol; one table per context length and protocol
     answer    the recommended setting, with the verdict on every candidate
+    console   the terminal to print to
     texts     one row per setting and text; none: no table of divergences
     examples  answers of exact and of other settings to one prompt; the first is printed, cut to a line per answer
     """
@@ -73,8 +74,8 @@ def print_report(
 def _print_example(one: SideBySide, console: Console) -> None:
     """Print the end of an example's prompt, the right answer if there is one, exact's answer, and the other settings'.
 
-    Of another setting's answer the text is printed from the first token on that differs from exact's answer. Each text
-    is cut to 60 characters.
+    `one` is the example, `console` the terminal to print to. Of another setting's answer the text is printed from the
+    first token on that differs from exact's answer. Each text is cut to 60 characters.
     """
     console.print()
     console.print(_line(f"Example, {one.name} after {one.context:,} tokens: ", f"…{_brief(one.prompt_end, -60)}"))
@@ -101,7 +102,7 @@ def _brief(text: str, most: int = 60) -> str:
 
 
 def print_notes(notes: Sequence[str], console: Console) -> None:
-    """Print what an audit left out, and other notes on it, one per line."""
+    """Print to `console` what an audit left out, and other notes on it, one per line."""
     for note in notes:
         console.print(_line("- ", note))
 

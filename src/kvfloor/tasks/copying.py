@@ -1,7 +1,7 @@
 """Define the task "copy": repeat word for word a marked passage of random words, hidden in filler.
 
-A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. A
-`Lexicon` holds the words and numbers to draw from.
+A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. `rng` is
+the sample's random generator; a `Lexicon` holds the words and numbers to draw from.
 """
 
 from __future__ import annotations

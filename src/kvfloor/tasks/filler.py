@@ -21,7 +21,7 @@ PATTERNS = (
 
 
 def sentence(rng: random.Random) -> str:
-    """Draw one random filler sentence, of 5 to 15 tokens of the built-in tokenizer."""
+    """Draw one filler sentence with the generator `rng`: 5 to 15 tokens of the built-in tokenizer."""
     return rng.choice(PATTERNS).format(
         manner=rng.choice(MANNERS),
         person=rng.choice(PEOPLE),

@@ -2,8 +2,8 @@
 
 Keys and values are four-digit numbers of two tokens each. Keys share tokens with one another, so both tokens of a key
 must be matched.
-A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. A
-`Lexicon` holds the words and numbers to draw from.
+A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. `rng` is
+the sample's random generator; a `Lexicon` holds the words and numbers to draw from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from .weave import Plot
 
 
 def plot(rng: random.Random, pairs: int, lexicon: Lexicon) -> Plot:
-    """Draw `pairs` facts such as "4821 = 9043." with different keys, and for each the question "4821 ="."""
+    """Draw `pairs` facts such as "4821 = 9043." with different keys, and for each the question "4821 =".
+
+    Raises ValueError if the lexicon has too few numbers for so many keys.
+    """
     keys = lexicon.numbers(rng, 4, pairs)
     values = [lexicon.number(rng, 4) for _ in keys]
     return Plot(

@@ -1,4 +1,7 @@
-"""Define the words and two-digit numbers that tasks are made of. Each is one token of the built-in tokenizer."""
+"""Define the words and two-digit numbers that tasks are made of. Each is one token of the built-in tokenizer.
+
+In arguments, `rng` is the random generator that decides what is drawn.
+"""
 
 from __future__ import annotations
 

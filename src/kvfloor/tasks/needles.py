@@ -1,8 +1,8 @@
 """Define the task "needles": recall one of several equally phrased facts, hidden in filler.
 
 The facts share the words of their keys (the pale fox, the pale hen, the old fox), so both words must be matched.
-A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. A
-`Lexicon` holds the words and numbers to draw from.
+A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. `rng` is
+the sample's random generator; a `Lexicon` holds the words and numbers to draw from.
 """
 
 from __future__ import annotations

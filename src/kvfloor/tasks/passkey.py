@@ -1,8 +1,8 @@
 """Define the tasks "passkey" and "passkey64": recall a number of 5 or 6 digits, or of 64, hidden in filler.
 
 The 64 digits of "passkey64" take 32 tokens to copy. In short contexts, both tasks have fewer digits by default.
-A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. A
-`Lexicon` holds the words and numbers to draw from.
+A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. `rng` is
+the sample's random generator; a `Lexicon` holds the words and numbers to draw from.
 """
 
 from __future__ import annotations

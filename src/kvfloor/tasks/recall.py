@@ -1,8 +1,8 @@
 """Define the task "recall": recall the value of one key among pairs (multi-query associative recall, MQAR).
 
 Keys are distinct words, each followed by its value, a two-digit number. Every pair is equally likely to be asked.
-A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. A
-`Lexicon` holds the words and numbers to draw from.
+A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. `rng` is
+the sample's random generator; a `Lexicon` holds the words and numbers to draw from.
 """
 
 from __future__ import annotations

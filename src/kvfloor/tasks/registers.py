@@ -43,10 +43,11 @@ def make(request: Request) -> Sample:
 
 
 def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
-    """Draw the register that each line assigns to, in order of the lines.
+    """Draw the register that each of `lines` lines assigns to, one of `names`, in order of the lines.
 
-    Each register is assigned to at roughly regular intervals, with random jitter. The numbers of assignments grow
-    geometrically from one register to the next, and it is random which register has which number.
+    rng: the sample's random generator. Each register is assigned to at roughly regular intervals, with random jitter.
+    The numbers of assignments grow geometrically from one register to the next, and it is random which register has
+    which number.
     """
     times: list[tuple[float, str]] = []
     for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):

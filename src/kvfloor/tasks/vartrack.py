@@ -2,8 +2,8 @@
 
 The context holds several chains, such as "let fox = 4821." ... "let hen = fox.". The difficulty is a chain's number of
 hops, i.e. of assignments from another variable.
-A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. A
-`Lexicon` holds the words and numbers to draw from.
+A `Plot` holds the facts and the questions of one sample, before the facts are placed among filler sentences. `rng` is
+the sample's random generator; a `Lexicon` holds the words and numbers to draw from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Place a task's facts among filler sentences, in a context of the requested length."""
+"""Place a task's facts among filler sentences, in a context of the requested length.
+
+In arguments, `rng` is the sample's random generator.
+"""
 
 from __future__ import annotations
 

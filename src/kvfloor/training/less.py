@@ -93,11 +93,12 @@ def weights_tag(model: Any) -> str:
 
 
 def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> list[tuple[str, int, list[float]]]:
-    """Measure each method's relative l2 error of the attention output against exact attention, on the given texts.
+    """Measure each method's relative l2 error of the attention output against exact attention, on the texts `material`.
 
-    Each text has a context, which the method compresses, and a rest (question and answer), on whose queries the error
-    is measured. Returns one tuple per method: the method written as text, the bytes that it allocates for one kv head
-    before the first token, and a list of one error per layer, the mean over the layer's kv heads.
+    The model is prepared for kvfloor's attention. Each text has a context, which the method compresses, and a rest
+    (question and answer), on whose queries the error is measured. Returns one tuple per method: the method written as
+    text, the bytes that it allocates for one kv head before the first token, and a list of one error per layer, the
+    mean over the layer's kv heads.
     """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype

@@ -65,7 +65,7 @@ class Lesson:
 def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
     """Tokenize items: return, for each, the token ids of its context and those of its first question with the answer.
 
-    An item is a context with at least one question and its right answer.
+    tokenizer: the model's, of transformers. An item is a context with at least one question and its right answer.
     """
 
     def plain(text: str) -> list[int]:
@@ -81,9 +81,9 @@ def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
 
 
 def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Item]:
-    """Draw `samples` samples of the built-in tasks, task after task in turn, with contexts of `length` tokens.
+    """Draw `samples` samples of the built-in tasks, task after task in turn, with contexts of at most `length` tokens.
 
-    Each item has one question with its answer. seed decides all samples.
+    `tokenizer`, the model's, counts these tokens. Each item has one question with its answer. seed decides all samples.
     """
 
     def size(text: str) -> int:
@@ -95,7 +95,7 @@ def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Ite
 
 
 def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Any, Any]]:
-    """Yield (q, k, v, scale, softcap) of model layer `layer` for each text.
+    """Yield (q, k, v, scale, softcap) of model layer `layer` for each text of `material`.
 
     q (kv heads, g, n, d), k (kv heads, n, d) and v (kv heads, n, dv) are taken after RoPE, while the model runs over
     the text with an exact cache; g is the size of the GQA group, n the number of tokens. scale is the factor on q.k,

@@ -181,9 +181,10 @@ class Balance(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance.
 
-        V is the matrix of all values, and softmax the vector of exact attention weights. With probability 1 - `failure`
-        the bound holds for epsilon = sqrt(spread) x / (batch - y). The numbers x and y do not depend on the tokens; the
-        function `tree_error` derives them.
+        V is the matrix of all values, and softmax the vector of exact attention weights. `spec` describes the cache
+        that the bound is for; dv and softcap are used. With probability 1 - `failure` the bound holds for epsilon =
+        sqrt(spread) x / (batch - y). The numbers x and y do not depend on the tokens; the function `tree_error` derives
+        them.
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
@@ -223,8 +224,8 @@ class Balance(Method):
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
         """Return this method with the least even `batch` that gives error epsilon and failure probability delta.
 
-        The error is that of `guarantee`; c becomes the safe threshold and budget None. Returns the method unchanged if
-        radius, spread or horizon is not given.
+        The error is that of `guarantee`, for a cache with the value width dv of `spec`; c becomes the safe threshold
+        and budget None. Returns the method unchanged if radius, spread or horizon is not given.
         Law: x / (batch - y) <= epsilon / sqrt(spread), where the error is at most x max |v| / (batch - y) in l2 norm
         (`tree_error`).
         """

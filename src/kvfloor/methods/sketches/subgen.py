@@ -114,7 +114,7 @@ class SubGen(Method):
         Law (Chebyshev): an epsilon needs s = 9 dv / (epsilon^2 f) pairs for the numerator, and for the denominator
         t = 9 (R-1)^2 / (4 R epsilon^2 f) samples per cluster. R = exp(2 delta radius), and f = failure / 2 is the
         failure probability of each of the two. An epsilon of 1 or more is vacuous.
-        Returns None without a radius.
+        `spec` describes the cache; dv is used. Returns None without a radius.
         """
         if self.radius is None:
             return None
@@ -134,7 +134,8 @@ class SubGen(Method):
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
         s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in
-        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op, for one query fixed in advance. The argument delta
+        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op, for one query fixed in advance, where V is the
+        matrix of all values, of the width dv in `spec`, and softmax the vector of exact weights. The argument delta
         is not the cluster radius, which stays as it is. The returned method has no budget and no limit on clusters.
         Returns the method unchanged without a radius, or if epsilon is not in (0, 1). Raises ValueError where the
         number of samples overflows.

@@ -97,7 +97,7 @@ class Less(Summary):
         return Traits(trained_for=(file.layers, file.heads, file.kernels.query_in.shape[1]))
 
     def open(self, spec: Spec) -> LessState:
-        """Return an empty summary with the trained feature maps (kernels) of every row.
+        """Return an empty summary for the rows of `spec`, with the trained feature maps (kernels) of every row.
 
         Raises ValueError if the kernels were trained for another head width, or if the file has none for the layer and
         kv head of a row.
@@ -234,7 +234,8 @@ def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
 def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
     """Return the numbers of layers and of kv heads of a kernels file, whose tensors are (layers, heads, ...).
 
-    Raises ValueError where the names, shapes, dtypes or values do not fit together.
+    tensors: the file's, by name; path: the file's, for the error. Raises ValueError where the names, shapes, dtypes or
+    values do not fit together.
     """
     names = {f.name for f in fields(Kernels)}
     if set(tensors) != names:

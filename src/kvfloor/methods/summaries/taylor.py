@@ -103,8 +103,9 @@ class Taylor(Summary):
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
         """Return this summary with the least even degree whose guarantee has an error of at most epsilon.
 
-        There are at most FEATURES_LIMIT features, even if the error then exceeds epsilon. Without a radius there is no
-        guarantee, and the degree is 0. The failure probability delta is not used, as the error bound is certain.
+        There are at most FEATURES_LIMIT features for keys of width spec.d, even if the error then exceeds epsilon.
+        Without a radius there is no guarantee, and the degree is 0. The failure probability delta is not used, as the
+        error bound is certain.
         """
         del delta
         degree = 0

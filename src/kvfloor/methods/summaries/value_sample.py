@@ -97,7 +97,8 @@ class ValueSample(Summary):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the error bound for the median of Q means of T samples (Theorem 24).
 
-        Returns None without spread and horizon, and where too few groups make the bound vacuous.
+        `spec` gives dv: the bound holds for all horizon * dv coordinates of the means at once. Returns None without
+        spread and horizon, and where too few groups make the bound vacuous.
         """
         if self.spread is None or self.horizon is None:
             return None

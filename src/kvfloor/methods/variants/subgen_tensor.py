@@ -167,9 +167,10 @@ class SubGenTensor(Method):
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
         s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in
-        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F, for one query fixed in advance. delta is
-        not a cluster radius. The returned method has no budget and no limit on clusters. Returns the method unchanged
-        if `radius` is None, or if epsilon is not in (0, 1). Raises ValueError where the number of samples overflows.
+        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F, for one query fixed in advance, with the
+        matrices and weights of `guarantee`. delta is not a cluster radius; `spec` gives dv. The returned method has no
+        budget and no limit on clusters. Returns the method unchanged if `radius` is None, or if epsilon is not in (0,
+        1). Raises ValueError where the number of samples overflows.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self

@@ -165,8 +165,8 @@ class Points:
 def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
     """Return the tensor attention of q (rows, m, d) over all pairs (x, y), x a point of `one` and y a point of `two`.
 
-    The weight of a pair is the product of its points' weights. Pairs are taken in blocks of bounded size. Returns a
-    `Partial` (rows, m).
+    The weight of a pair is the product of its points' weights. Pairs are taken in blocks of bounded size. `spec` is
+    that of the cache: its scale, its softcap and the dtype to compute in are used. Returns a `Partial` (rows, m).
     """
     (rows, m, _), s = q.shape, one.k.shape[1]
     part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
@@ -180,8 +180,9 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
     """Return the tensor attention of q (rows, m, d) over all pairs (x, y), x of `one` and y of `two`, in one block.
 
     For one point x of `one` with key k1, tensor attention is standard attention of the query q * k1 over the points of
-    `two`. The points of `one` are then weighted by the masses (sums of exp of scores) of these standard attentions. The
-    result is a `Partial` (rows, m).
+    `two`. The points of `one` are then weighted by the masses (sums of exp of scores) of these standard attentions.
+    `spec` is that of the cache: its scale, its softcap and the dtype to compute in are used. The result is a `Partial`
+    (rows, m).
     """
     (rows, m, d), s = q.shape, one.k.shape[1]
     dtype = spec.compute_dtype

@@ -52,7 +52,10 @@ def make(request: Request) -> Sample:
 
 
 def numbered(rng: random.Random, words: list[str], often: int, seldom: int) -> str:
-    """Return a shuffled list "1. fox 2. hen ...": the first ten words `often` times each, the others `seldom` times."""
+    """Return a shuffled list "1. fox 2. hen ...": the first ten words `often` times each, the others `seldom` times.
+
+    rng: the random generator that shuffles.
+    """
     entries = words[:COMMON] * often + words[COMMON:] * seldom
     rng.shuffle(entries)
     return in_order(entries)

@@ -1,4 +1,7 @@
-"""Draw the keys and values of needles (hidden facts "KEY is VALUE"): word pairs, seven-digit numbers, UUIDs."""
+"""Draw the keys and values of needles (hidden facts "KEY is VALUE"): word pairs, seven-digit numbers, UUIDs.
+
+In arguments, `rng` is the random generator that decides what is drawn.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A chain is five assignments "VAR ABCDE = 12345", "VAR FGHIJ = VAR ABCDE", ..., hidden between repeats of a paragraph
 (noise lines). A worked example with names of three letters and its answer comes first. Templates and parameters are
-those of https://github.com/NVIDIA/RULER.
+those of https://github.com/NVIDIA/RULER. In arguments, `rng` is the sample's random generator.
 """
 
 from __future__ import annotations
