@@ -72,7 +72,7 @@ def open_regular(path: str | Path, what: str) -> Iterator[tuple[FileIO, int]]:
 
 
 def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> bytes:
-    """Return the next `size` bytes of an open file. Raises ValueError if fewer are left.
+    """Return the next `size` bytes of the open file `stream`. Raises ValueError if fewer are left.
 
     path, what: the file's path and the kind of file, for the error.
     """
@@ -170,7 +170,7 @@ class FolderLock:
 
 
 def _write_all(stream: FileIO, data: bytes) -> None:
-    """Write all of `data`, in as many calls as the system takes."""
+    """Write all of `data` to the open file `stream`, in as many calls as the system takes."""
     left = memoryview(data)
     while left:
         left = left[stream.write(left) or 0 :]

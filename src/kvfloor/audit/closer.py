@@ -51,7 +51,10 @@ class Closer:
     examples: tuple[SideBySide, ...] = ()
 
     def write(self, folder: Path) -> None:
-        """Write the maps, floors and examples to `output_errors.jsonl`, `text_floors.jsonl` and `examples.jsonl`."""
+        """Write the maps, floors and examples to three files in `folder`, the audit's, which must exist.
+
+        They are `output_errors.jsonl`, `text_floors.jsonl` and `examples.jsonl`.
+        """
         errors, floors, examples = (folder / name for name in EXPLANATIONS)
         write_error_maps(errors, self.error_maps)
         write_records(floors, self.floors)

@@ -73,9 +73,10 @@ class Remote:
         return self._worker.grid
 
     def measure(self, place: Place, setting: str, exact: AnyRow | None) -> Measured:
-        """Measure a setting on a place, and return its row.
+        """Measure a setting, given as text, on a place, and return its row.
 
-        exact: the row of `exact` on this place; None while `exact` itself is measured.
+        exact: the row of `exact` on this place; None while `exact` itself is measured. With the row of `exact` on a
+        cell come the floors of the kv heads, i.e. lower bounds on the bytes that any method needs.
         """
         return self._worker.measure(place, setting, exact)
 
@@ -238,7 +239,7 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    """Connect to the Ray cluster at an address, or start one on this machine.
+    """Connect the imported module `ray` to the Ray cluster at an address, or start a cluster on this machine.
 
     address: such as "host:port"; None: the one in the variable RAY_ADDRESS, or a new cluster here if that is not set.
     Raises ValueError if the cluster cannot be reached.
@@ -264,9 +265,10 @@ def _reach(address: str) -> None:
 
 
 def _count(ray: Any, workers: int | None, threads: int) -> int:
-    """Return the number of workers to start: `workers`, or as many as the cluster has processors for.
+    """Return the number of workers to start: `workers`, or if that is None, as many as the cluster has processors for.
 
-    threads: number of processors that each worker takes. Raises ValueError if the workers do not fit into the cluster.
+    `ray` is the imported module, connected to the cluster; `threads` the number of processors that each worker takes.
+    Raises ValueError if the workers do not fit into the cluster.
     """
     room = int(ray.cluster_resources().get("CPU", 0)) // threads
     if workers is None and room:

@@ -225,8 +225,11 @@ def shown_settings(answer: Recommendation) -> list[str]:
 def text_examples(speaker: Speaker, excerpt: Excerpt, progress: Callable[[str], None]) -> list[SideBySide]:
     """Continue an excerpt's context, and ask a chat model to summarise it; return one or two examples.
 
-    The second example is left out if the model has no usable chat template. `progress` is called with a line of text
-    before each example.
+    speaker   answers each prompt with the exact cache and under a few settings, of which only the first answers the
+              chat model's prompt
+    excerpt   context and continuation as token ids; the continuation is the first example's right answer
+    progress  function that is called with a line of text before each example
+    The second example is left out if the model has no usable chat template.
     """
     progress(f"{excerpt.cell.text}: an example answer")
     most = min(MOST_TOKENS, len(excerpt.continuation))
@@ -245,8 +248,12 @@ def task_examples(
     """Answer one sample of each of the first tasks that were measured, at most 4 (MOST_TASKS): one example per task.
 
     The sample is the first in the task's first measured cell that exact answers right and the first setting of
-    `speaker.methods` answers wrong; if there is none, the cell's first sample. `work` holds the cells with their
-    samples, `rows` the measured results. `progress` is called with a line of text before each example.
+    `speaker.methods` answers wrong; if there is none, the cell's first sample.
+
+    speaker   answers each prompt with the exact cache and under the settings `speaker.methods`
+    work      the cells with their samples; a cell without a row in `rows` is skipped
+    rows      the measured results: one per setting and cell
+    progress  function that is called with a line of text before each example
     """
     measured = {row.cell for row in rows}
     cells: dict[str, Work] = {}

@@ -20,12 +20,12 @@ from kvfloor.audit.rows import Row
 
 
 def why(answer: Recommendation) -> str:
-    """Return the reason for the recommended setting, or the reason that none is recommended, as one paragraph."""
+    """Return the reason why `answer` recommends its setting, or why it recommends none, as one paragraph."""
     return _why_none(answer) if answer.chosen is None else _why_chosen(answer, answer.chosen)
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
-    """Return sentences on where quality is lost: one on the task that breaks first, then one per method.
+    """Return sentences on where the settings of `answer` lose quality: on the task that breaks first, then by method.
 
     Each setting that certainly loses quality on tasks has a weakest cell. The task to which most of these cells belong
     breaks first. The sentence on it is left out if no setting certainly loses. A method's sentence names its smallest
@@ -46,7 +46,7 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
 
 
 def cautions(answer: Recommendation) -> tuple[str, ...]:
-    """Return the limits of the audit's numbers, one sentence each.
+    """Return the limits of the numbers behind `answer`, one sentence each; an empty tuple if there are none.
 
     The sentences warn if no task was run, if samples are few, if exact itself scores low, and if the recommended
     setting takes, at its peak, as many bytes as exact or more.
@@ -72,7 +72,7 @@ def cautions(answer: Recommendation) -> tuple[str, ...]:
 
 
 def closest_setting(answer: Recommendation) -> Judged | None:
-    """Return the verdict on the setting that is nearest to being safe; None if no setting was judged.
+    """Return the verdict on the setting of `answer` that is nearest to being safe; None if no setting was judged.
 
     It is the setting whose divergence has the smallest upper confidence limit. If no text was read, it is the one whose
     loss on its weakest cell has the smallest upper confidence limit. Of equal ones, the one with the fewest bytes wins.
@@ -81,15 +81,15 @@ def closest_setting(answer: Recommendation) -> Judged | None:
 
 
 def next_smaller(answer: Recommendation, chosen: Judged) -> Judged | None:
-    """Return the verdict on the setting with the most bytes below those of `chosen`; None if nothing is smaller."""
+    """Return the verdict on the setting of `answer` with the most bytes below those of `chosen`; None without one."""
     return next((one for one in reversed(answer.judged) if one.state_bytes < chosen.state_bytes), None)
 
 
 def _few_samples(standard: Standard, n: int) -> list[str]:
     """Return at most one sentence: a warning that n samples per cell are too few to exclude a small loss on tasks.
 
-    It warns if n samples cannot exclude even the tolerated loss, or if the tolerated loss is above 5 points, which is
-    not small. Otherwise the list is empty.
+    It warns if n samples cannot exclude even the tolerated loss of `standard`, or if the tolerated loss is above 5
+    points, which is not small. Otherwise the list is empty.
     """
     if n < standard.samples_needed(standard.margin):
         needed = standard.samples_needed(standard.margin)
@@ -121,7 +121,7 @@ def _why_chosen(answer: Recommendation, chosen: Judged) -> str:
 
 
 def _saved(answer: Recommendation, chosen: Judged) -> str:
-    """Write a sentence that compares the recommended setting's bytes with those of exact.
+    """Write a sentence that compares the bytes of `chosen`, the setting that `answer` recommends, with those of exact.
 
     Bytes are those in the model's dtype. If texts were read and the dtype does not have 16 bits, the sentence also
     compares what both would hold if it had, and a second one names the smallest safe setting then, if it is another.
@@ -198,7 +198,8 @@ def _why_none(answer: Recommendation) -> str:
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
     """Name one method's smallest safe setting, and its largest setting that is not shown to hold, in one sentence.
 
-    `settings` are the verdicts on the method's settings (the method with each budget), from the largest budget down.
+    `settings` are the verdicts on the method's settings (the method with each budget), from the largest budget down;
+    `standard` is what they were judged by.
     """
     believed = [one.setting for one in settings if one.believed]
     broken = next((one for one in settings if one.verdict != "holds"), None)
@@ -212,7 +213,7 @@ def _room(one: Judged, standard: Standard) -> float:
     """Return a number that is larger for a setting closer to safe: minus the largest loss that is not excluded.
 
     That loss is the upper confidence limit of the divergence; if no text was read, the upper confidence limit of
-    exact's score minus the setting's, on its weakest cell.
+    exact's score minus the setting's, on its weakest cell, at the confidence of `standard`.
     """
     if one.divergence is not None:
         return -one.divergence.kl_high
@@ -221,7 +222,10 @@ def _room(one: Judged, standard: Standard) -> float:
 
 
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Describe where a setting is weakest: its divergence if texts decided the verdict, else its weakest cell."""
+    """Describe where a setting is weakest: its divergence if texts decided the verdict, else its weakest cell.
+
+    `one` is the verdict on the setting, `standard` has the limit and the confidence that the words name.
+    """
     if one.decided_by == "texts":
         assert one.divergence is not None and standard.kl_limit is not None
         far = f"{nats_text(one.divergence.kl)} ({_interval(one.divergence)})"

@@ -232,7 +232,7 @@ def _cheapest(
 
 
 def summary(found: Sequence[Head]) -> str:
-    """Name the compressible kv heads in one plain sentence."""
+    """Name the compressible kv heads among `found` in one plain sentence; it says so if there are none."""
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]

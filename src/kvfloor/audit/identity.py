@@ -58,7 +58,7 @@ def identity(question: AuditRequest, settings: Sequence[BudgetedMethod], folder:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return the names of the entries in which two identities differ; an empty list if they are equal."""
+    """Return the names of the entries in which one identity differs from the other; an empty list if they are equal."""
     return [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
 
 

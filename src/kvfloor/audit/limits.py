@@ -28,7 +28,7 @@ def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
 
 
 def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: float) -> list[Pair]:
-    """Return the measurements without those on left-out cells; there only the exact cache is measured.
+    """Return the measurements `pairs`, less those on left-out cells; there only the exact cache is measured.
 
     A cell is left out if the exact cache's row, among the `rows` so far, has a score below `least`.
     """

@@ -134,7 +134,8 @@ def _token_bytes(recorded: Sequence[traces.Trace]) -> int:
 def _batches(lengths: Sequence[int], token_bytes: int) -> list[range]:
     """Divide samples with prompts of these lengths in tokens into batches whose exact caches take BATCH_BYTES at most.
 
-    The batches follow one another and differ by at most one sample in size. Each has at least one sample.
+    A token takes `token_bytes` in the exact cache. Returns the indices of each batch's samples. The batches follow one
+    another and differ by at most one sample in size. Each has at least one sample, even if that one takes more.
     """
     most = max(1, BATCH_BYTES // (max(lengths) * token_bytes))
     count = -(-len(lengths) // most)
@@ -172,8 +173,9 @@ class Bench:
     def prepare(self, work: Work) -> Prepared:
         """Return a cell's samples as token ids, cut at the end of the prompt, with the traces of the first few.
 
-        The prompt is the context under the protocol "after". Under "visible" it is the context and the question without
-        its last token, as feeding that token gives the first logits of the answer.
+        `work` is the cell with its samples as text. The prompt is the context under the protocol "after". Under
+        "visible" it is the context and the question without its last token, as feeding that token gives the first
+        logits of the answer.
         """
         contexts = []
         per_turn: list[Turn] = [Turn([], [], 0) for _ in work.items[0].turns]
@@ -234,8 +236,8 @@ class Bench:
     def run(self, method: Method, prepared: Prepared) -> Measurement:
         """Run a method on all samples of a cell, batch by batch, and return the answers, bytes and times.
 
-        The contexts are prefilled and the cache is sealed. Then each question is fed, and its answer is decoded
-        greedily.
+        `prepared` holds the cell's samples as token ids. The contexts are prefilled and the cache is sealed. Then each
+        question is fed, and its answer is decoded greedily.
         """
         method = self.resolved(method, prepared)
         runs = [self._run(method, prepared, samples, prompt) for samples, prompt in prepared.batches]

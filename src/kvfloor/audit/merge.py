@@ -148,7 +148,7 @@ def _require_all(whole: Header, rows: dict[Pair, AnyRow]) -> None:
 def unlike(one: AnyRow, other: AnyRow) -> str | None:
     """Return the name of the first field in which two rows differ by more than rounding; None if they do not.
 
-    Measured times are not compared.
+    `one` and `other` are rows of the same measurement. Measured times are not compared.
     """
     for field in fields(one):
         if field.name not in TIMES and not _alike(getattr(one, field.name), getattr(other, field.name, None)):

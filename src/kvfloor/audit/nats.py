@@ -217,7 +217,7 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
 
 
 def block_means(rows: Iterable[TextRow]) -> list[float]:
-    """Return the mean KL of each block of scored tokens, text by text, in nats per token."""
+    """Return the mean KL of each block of scored tokens of a setting's rows, row by row, in nats per token."""
     return [total / count for row in rows for total, count in blocks(row.kl, BLOCK_TOKENS)]
 
 
@@ -294,5 +294,5 @@ def read_text_rows(path: Path) -> list[TextRow]:
 
 
 def _short(column: Iterable[float]) -> tuple[float, ...]:
-    """Round each number to the significant digits that the file keeps (_DIGITS)."""
+    """Round one figure of all scored tokens, such as their KL, to the digits that the file keeps (_DIGITS)."""
     return tuple(float(f"{x:.{_DIGITS}g}") for x in column)

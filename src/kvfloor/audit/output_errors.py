@@ -117,9 +117,9 @@ def read_error_maps(path: Path) -> list[ErrorMap]:
 
 
 def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
-    """Return the tokens to record: those of the context, and the next 64 (ASKED), whose queries are answered.
+    """Return the token ids of an excerpt to record: its context, and the next 64 (ASKED), whose queries are answered.
 
-    If the recorded tensors would exceed MOST_RECORDED_BYTES, only the beginning of the context is taken.
+    If the model's recorded tensors would exceed MOST_RECORDED_BYTES, only the beginning of the context is taken.
     """
     most = MOST_RECORDED_BYTES // traces.token_bytes(model)
     ids = excerpt.context + excerpt.continuation

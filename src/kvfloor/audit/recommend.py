@@ -199,8 +199,9 @@ def _candidates(
     """Return the settings that may be recommended, with their rows.
 
     Such a setting is measured on every cell and text (with `racing`, on at least one text), takes fewer bytes than
-    exact, and is neither `exact` nor `random`. `exact` and `exact_texts` are the exact cache's rows on the cells and on
-    the texts. Raises ValueError if a setting has two rows on one cell or text.
+    exact, and is neither `exact` nor `random`. `rows` and `texts` are the rows of all settings on the cells and on the
+    texts, `exact` and `exact_texts` the exact cache's among them, by cell and by text. Raises ValueError if a setting
+    has two rows on one cell or text.
     """
     settings: dict[str, dict] = defaultdict(dict)
     for row in (*rows, *texts):
@@ -224,7 +225,7 @@ def _candidates(
 
 
 def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged, ...]:
-    """Judge every candidate, each method's budgets from the largest down; return the verdicts by rising bytes."""
+    """Judge the candidates by `standard`, each method's largest budget first; return the verdicts by rising bytes."""
     judged: list[Judged] = []
     stopped: set[str] = set()
     for one in sorted(candidates, key=lambda one: (-one.mean("state_bytes"), one.setting)):
@@ -255,7 +256,10 @@ def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged
 
 
 def _strength(row: Row, standard: Standard) -> tuple[int, float, float, Cell]:
-    """Return a sort key that puts the row with the worst verdict first, and of these the one with the largest loss."""
+    """Return a sort key that puts the row with the worst verdict by `standard` first.
+
+    Of several such rows, the one with the largest loss of score comes first.
+    """
     return SEVERITY[standard.verdict(row)], row.score - row.exact_score, standard.lower_end(row), row.cell
 
 
@@ -266,6 +270,7 @@ def _verdict(on_texts: Verdict | None, weakest: Row | None, standard: Standard) 
 
     on_texts  the verdict on its divergence; None if no text was read: tasks alone decide
     weakest   its row with the worst verdict on a cell; None if no task was run
+    standard  what `weakest` is judged by; if texts were read, only a certain loss on it counts against the setting
     """
     if on_texts is None:
         assert weakest is not None

@@ -188,13 +188,27 @@ def measured_row(
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
-    setting         the method with its budget
-    outcomes        one 0 (wrong) or 1 (right) per sample
-    exact_outcomes  the exact cache's outcomes on the same samples in the same order; for the exact cache's own row they
-                    are `outcomes` again
-    parts           name of each part in which the task checks an answer -> mean share of its check, from 0 to 1; None:
-                    an answer has one part
-    All other arguments are fields of `Row`.
+    Bytes are of the whole cache of one sample.
+
+    setting                the method with its budget
+    budget_tokens          tokens kept per kv head; None if the budget is not one number
+    task, context          the task's name; the number of tokens of context
+    protocol               "visible": a question is compressed with its context; "after": it follows the compression
+    outcomes               one 0 (wrong) or 1 (right) per sample
+    exact_outcomes         the exact cache's outcomes on the same samples in the same order; for the exact cache's own
+                           row they are `outcomes` again
+    state_bytes            bytes at the end of the context; `peak_state_bytes` are the most at any moment
+    exact_bytes            bytes of the exact cache at the end of the same context
+    floor_bytes            lower bound on the bytes that any method needs, for worst-case keys and values
+    token_id_bytes         bytes of the context's token ids
+    bytes_read_per_token   bytes of the cache that are read to produce one token
+    output_error_by_layer  relative L2 error of the attention output: (layers,); `output_error_by_head` is the same per
+                           layer and kv head: (layers, kv heads)
+    prefill_ms             milliseconds to read the context, per sample
+    decode_ms_per_token    median milliseconds to decode a token, per sample; None if no token was decoded
+    output_tokens          mean length of the answers, in tokens
+    parts                  name of each part in which the task checks an answer -> mean share of its check, from 0 to 1;
+                           None: an answer has one part
 
     Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
     number is not finite.

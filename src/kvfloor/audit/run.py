@@ -116,7 +116,9 @@ def run(question: AuditRequest, track: Track, announce: Announce = _silent) -> A
 def measure_part(question: AuditRequest, track: Track, announce: Announce = _silent) -> int:
     """Measure the part of an audit that `question.shard` names, and return its number of rows.
 
-    Shard (i, n) is the i-th of n parts; `kvfloor merge` joins them. Arguments and errors are those of `run`.
+    Shard (i, n) is the i-th of n parts; `kvfloor merge` joins them. The other arguments are those of `run`:
+    `track(total, text)` is called before each of `total` measurements, `announce` with lines of text that tell the
+    expected time and what was measured before. Raises ValueError as `run` does.
     """
     plan, _ = _checked(question)
     with Journal(open_folder(question.out)) as journal:
@@ -218,6 +220,11 @@ def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track
     """Measure what explains the result (errors by head, floors, example answers), and write it beside the rows.
 
     Do nothing if every cell is left out and no text was read.
+
+    question  the arguments of the audit, of which only the limit of the divergence is used
+    engine    measures on the loaded model, in this process or on a Ray cluster
+    journal   holds the rows; the files are written into its folder
+    track     function that is called with a line of text before each step
     """
     header = journal.about
     weak = left_out(journal.rows, header.least_exact)
@@ -228,11 +235,12 @@ def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track
 
 
 def _engine(question: AuditRequest, folder: Path, known: dict[str, Any], track: Announce) -> Engine:
-    """Return the engine that `question` names, with the model loaded: this process, or a Ray cluster.
+    """Return the engine, with the model loaded: it measures in this process, or on a Ray cluster.
 
-    folder  the model's files
-    known   the identity of the audit
-    track   function that is called with a line of text before each long step
+    question  the arguments of the audit, which name the engine
+    folder    the model's files
+    known     the identity of the audit
+    track     function that is called with a line of text before each long step
     """
     if question.engine == "ray":
         from kvfloor.audit.cluster import Cluster
@@ -254,12 +262,13 @@ def _header(
 ) -> Header:
     """Return the description of the audit that begins now, for `audit.json`.
 
-    plan     the settings
-    known    the identity of the audit
-    grid     the places and settings
-    hashes   file or text -> SHA-256 of what is measured
-    began    time at which this start of the command began, seconds since 1970
-    seconds  time that earlier starts took
+    question  the arguments of the audit
+    plan      the settings
+    known     the identity of the audit
+    grid      the places and settings
+    hashes    file or text -> SHA-256 of what is measured
+    began     time at which this start of the command began, seconds since 1970
+    seconds   time that earlier starts took
     """
     return Header(
         model=question.model,
@@ -284,7 +293,8 @@ def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
     """Return the rule that says which measurements the audit asks for: a race, or a fixed list.
 
     An audit of texts with a time limit is a race: settings that clearly lose stop early, and undecided ones read
-    further texts. `header` is the description of the audit.
+    further texts. `question` holds the arguments of the audit; `header` is its description, with the places and
+    settings.
     """
     if header.racing:
         configurations = [one.configuration for one in header.methods]
@@ -293,7 +303,7 @@ def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
 
 
 def _is_done(question: AuditRequest, journal: Journal) -> bool:
-    """Return True if nothing is left to measure in the journal's folder.
+    """Return True if nothing is left to measure in the journal's folder for the audit with the arguments `question`.
 
     That is so if all rows that are asked for are there. It is also so if rows are missing, but an earlier run of the
     command with the same time limit came to its end: these rows did not fit into the time.
@@ -309,9 +319,9 @@ def _is_done(question: AuditRequest, journal: Journal) -> bool:
 def _finish(question: AuditRequest, journal: Journal, asked: Race | Fixed, notes: Sequence[str]) -> int:
     """Write the files in the order of the report, and return the number of rows.
 
-    Rows of a place on which a setting is missing are left out. A part of an audit (`question.shard`) keeps all rows, as
-    other parts may be measured in the same folder. `asked` is the rule that says which measurements are asked for,
-    `notes` are sentences for the report.
+    Rows of a place on which a setting is missing are left out. A part of an audit (`question.shard`, None for a whole
+    audit) keeps all rows, as other parts may be measured in the same folder. `question` holds the arguments of the
+    audit, `asked` is the rule that says which measurements are asked for, `notes` are sentences for the report.
     """
     pairs = asked(journal.rows)
     missing = journal.missing(pairs)

@@ -105,7 +105,8 @@ def replay(trace: Trace, method: Method) -> Tensor:
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
     """Return a method's relative l2 error of the attention output, per layer and kv head: [layer][kv head].
 
-    Norms run over the samples, the heads of the GQA group, the question's and answer's tokens and the head width.
+    `traces` has one entry per layer; the method's budget must be in tokens per kv head. Norms run over the samples, the
+    heads of the GQA group, the question's and answer's tokens and the head width.
     """
     table = []
     for trace in traces:

@@ -160,7 +160,10 @@ class Worker:
 
 
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
-    """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions."""
+    """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions.
+
+    `question` holds the arguments of the audit; with `allow_beyond` among them nothing is raised.
+    """
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(most, int) and longest > most and not question.allow_beyond:
         raise ValueError(

@@ -211,7 +211,11 @@ def check_method(
     groups: Sequence[int] = (1, 4),
     seed: int = 0,
 ) -> None:
-    """Raise Broken listing every law that the method breaks; return None if it keeps them all."""
+    """Raise Broken listing every law that the method breaks; return None if it keeps them all.
+
+    `dtypes` of the cache and sizes of the GQA group (`groups`) are tested where the law may depend on them. `seed` is
+    that of the random token streams and of the method's own draws.
+    """
     outcome = run_checks(method, dtypes=dtypes, groups=groups, seed=seed)
     if outcome.failed:
         lines = [f"- {failure['check']}: {failure['why']}" for failure in outcome.failed]

@@ -3,8 +3,9 @@
 A method is the configuration of a cache, a state the cache itself; a row is the stream of one kv head of one sequence.
 A slot is the place of one held token. A summary is the part of a method that absorbs evicted tokens in compressed form.
 A selector is the part that picks, for each query, the held tokens to read; it may keep an index of the held keys.
-A check requires a law, i.e. a property that every method must have, and raises Broken if the law fails. Its `Setting`
-is the cache's dtype, the size of the GQA group and the seed; it draws a random stream of tokens (`Stream`) itself.
+A check requires a law, i.e. a property that every method must have, and raises Broken if the law fails. Its argument
+`at`, a `Setting`, has the cache's dtype, the size of the GQA group and the seed. The check itself draws a random stream
+of tokens (`Stream`) from that seed.
 """
 
 from __future__ import annotations
@@ -143,7 +144,11 @@ class CountingProbeState(SummaryState):
 
 
 def check_absorbed_once(method: Method, at: Setting) -> None:
-    """Require that each evicted token is absorbed by the summary exactly once."""
+    """Require that each evicted token is absorbed by the summary exactly once.
+
+    The method is tested with a summary that counts. A method of "unmasked" attention, in which evicted tokens keep
+    logit 0, is also asked with queries of zeros, for which every token must have weight 1.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     whole = Stream(
         stream.q, (8 * stream.k).round(), (8 * stream.v).round(), stream.prompt

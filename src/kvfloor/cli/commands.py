@@ -42,7 +42,10 @@ class _Commands(TyperGroup):
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the subcommand's name, its click command, and the remaining arguments."""
+        """Return the subcommand's name, its click command, and the remaining arguments.
+
+        `ctx` is click's context of the call, `args` the words of the command line after `kvfloor`.
+        """
         name, command, rest = super().resolve_command(ctx, args)
         if name == "break":
             from kvfloor.cli.break_options import with_options
@@ -276,8 +279,7 @@ def audit(
 def _show(answer: Any, as_json: bool) -> None:
     """Write the HTML report of an audit, print its results, and exit with code 1 if a requirement is not met.
 
-    answer: the results, as `kvfloor.audit.run.run` returns them. as_json: print them as one JSON document instead of
-    tables.
+    answer: the results, an `Answer` of `kvfloor.audit.run`. as_json: print them as one JSON document instead of tables.
     """
     from rich.console import Console
 

@@ -38,6 +38,10 @@ class Blocked(State[M]):
     uses queries, `_on_queries`. A selector picks the held tokens that a query reads. If the selector keeps an index of
     the held tokens, this class adds every new token to the index, and the variant must pass the index the tokens that
     it evicts.
+
+    slots     storage of the held tokens
+    block     number of tokens of a row from one call of `_close` to the next
+    in_order  True if tokens stay in the slots in order of arrival, as none is ever evicted; the index relies on it
     """
 
     slots: Slots
@@ -246,7 +250,8 @@ class Blocked(State[M]):
     def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
         """Append the first take[r] tokens of row r to the slots; return the number of tokens held before, (rows,).
 
-        bare: the keys before they were rotated, if the spec has a rotation.
+        k (rows, a, d) and v (rows, a, dv) are the new tokens' keys and values; `bare` (rows, a, d) the keys before they
+        were rotated, which are stored too if the slots keep them.
         """
         before = self.slots.held
         position = self.seen.unsqueeze(1)

@@ -86,7 +86,7 @@ class ExactState(Blocked[Exact]):
         """Do nothing at the end of a block in these rows: no token is ever evicted."""
 
     def _pin(self, start: int, stop: int) -> None:
-        """Do nothing: no token is ever evicted, so every span is pinned."""
+        """Do nothing for positions start .. stop - 1: no token is ever evicted, so every span is pinned."""
 
     def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
         del row, position

@@ -72,7 +72,7 @@ def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (header, fields), the two dicts from which `pack` made a message.
+    """Return (header, fields), the two dicts from which `pack` made the message `data`.
 
     Raises CorruptState if the message is not intact, and OlderVersion or NewerVersion for another format.
     """
@@ -117,7 +117,7 @@ def read(path: str | Path, most_bytes: int, what: str) -> bytes:
 
 
 def payload_bytes(data: bytes) -> int:
-    """Return the number of bytes that the tensors of a message take, i.e. its size without the safetensors header."""
+    """Return how many bytes the tensors of the message `data` take, i.e. its size without the safetensors header."""
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
@@ -163,7 +163,7 @@ def _header_end(start: bytes, size: int) -> int:
 
 
 def _digest(data: bytes) -> bytes:
-    """Return the SHA-256 of all bytes of a message but its digest, as 64 hex digits."""
+    """Return the SHA-256 of all bytes of the message `data` but its digest, as 64 hex digits."""
     rest = memoryview(data)
     digest = hashlib.sha256(rest[: _DIGEST.start])
     digest.update(rest[_DIGEST.stop :])

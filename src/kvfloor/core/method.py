@@ -244,9 +244,10 @@ def standard_law(method: Method, place: str) -> Method:
 
 
 def call_text(name: str, config: Any, skip: tuple[str, ...] = ()) -> str:
-    """Return the text `name(arg=value, ...)` of a dataclass, with the arguments that differ from their defaults.
+    """Return the text `name(arg=value, ...)`, with the arguments of `config` that differ from their defaults.
 
-    An example is "h2o(recent=64)". Arguments named in `skip` are left out.
+    `config` is a dataclass object, such as a method or a part of one. An example is "h2o(recent=64)". Arguments named
+    in `skip` are left out.
     """
     arguments = []
     for f in fields(config):

@@ -74,7 +74,7 @@ class Partial:
         return Partial(self.mean.view(*shape, self.mean.shape[-1]), self.log_mass.view(shape))
 
     def merge(self, other: Partial) -> Partial:
-        """Return the result of attention over the union of two disjoint token sets, in either order; exact."""
+        """Return the exact result over the union of two disjoint sets of tokens: this result's and those of `other`."""
         top = torch.maximum(self.log_mass, other.log_mass)
         shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)
         mine, theirs = torch.exp(self.log_mass - shift), torch.exp(other.log_mass - shift)

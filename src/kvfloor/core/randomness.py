@@ -21,7 +21,7 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 numbers right by `bits` and fill with zeros; torch's `>>` would copy the sign bit."""
+    """Shift the int64 numbers x right by `bits` and fill with zeros; torch's `>>` would copy the sign bit."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 

@@ -521,9 +521,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
 
 def _require_dense(x: Tensor, name: str) -> None:
-    """Raise TypeError unless the tensor is dense and has data, so that its shape and numbers can be read.
+    """Raise TypeError unless the tensor x is dense and has data, so that its shape and numbers can be read.
 
-    Nested, sparse and quantised tensors, tensors on the meta device, and lazy ones without data yet are refused.
+    Nested, sparse and quantised tensors, tensors on the meta device, and lazy ones without data yet are refused. The
+    error calls the tensor `name`.
     """
     if is_lazy(x):
         raise TypeError(f"{name} must be a dense tensor with data, got a {type(x).__name__}")
@@ -533,7 +534,7 @@ def _require_dense(x: Tensor, name: str) -> None:
 
 
 def _all_finite(x: Tensor) -> bool:
-    """Return True if all entries are finite, without writing a mask.
+    """Return True if all entries of x are finite, without writing a mask.
 
     A NaN or an infinity makes the sum not finite. The sum of finite numbers may overflow too, so if the sum is not
     finite, the least and the largest entry decide.

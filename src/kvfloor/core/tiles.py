@@ -33,6 +33,8 @@ def weights_by_tile(
     The first pass finds each query's largest logit and its sum of exponentials; the second turns each tile's logits
     into weights. So at most rows x m x tile weights exist at a time. Keys that fit in one tile take one pass.
 
+    scale    factor on q.k, which gives the logits
+    softcap  c in c * tanh(logit / c); None: logits are not capped
     hide     function from a slice of keys to a mask, bool (rows or 1, m, keys), True for keys that queries do not see
     clear    number of first keys that all queries see; `hide` is not called for them
     held     number of first keys of each row that its queries may see (None: all); the other keys have weight 0,

@@ -121,7 +121,8 @@ def metric_space(
     The `leak` of `wrong_share` is x = m e^(-radius g), g a gap that some m unit keys in d dimensions have
     (`gap_known`): 1 less the largest inner product of two keys. The query of a key leaves all other tokens together at
     most x times the softmax mass of the key. Without `radius`, x can be made arbitrarily small.
-    Raises ValueError naming the argument, what was given and what is allowed.
+    Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
+    ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)
@@ -217,7 +218,7 @@ def _squared_norm(m: int, dv: int) -> float:
 
 
 def _leak(m: int, d: int, radius: float | None) -> float:
-    """Return (softmax mass off the queried key)/(mass on it) for `m` unit keys, at logits of at most `radius`.
+    """Return (softmax mass off the queried key)/(mass on it) for m unit keys of width d, at logits up to `radius`.
 
     The mass off the key includes the mass of the token that the receiver of the state appends. Without `radius` the
     ratio is 0, or infinite where no query can single out a key.

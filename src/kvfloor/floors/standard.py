@@ -49,8 +49,9 @@ def space(
                                 queries can tell apart
         W - 1                   under `window` = W, as the appended token takes one place
         2                       for d = 1 without `radius`
-    `heads` counts KV heads. The bound is for worst-case keys and values, not for those of one model. Raises ValueError
-    naming the argument, what was given and what is allowed.
+    `heads` counts KV heads. The bound is for worst-case keys and values, not for those of one model. Returns a `Floor`:
+    the bound, the numbers that it was computed from, and memory sizes that suffice. Raises ValueError naming the
+    argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)
@@ -102,6 +103,7 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
     """Return numbers about the queries of the proof's hard instance with `rows` distinct keys, as a dict.
 
+    The answers may have a relative error of eta.
     eps_s  ratio (softmax mass off the queried key)/(mass on it)
     tau    threshold in an answer between hidden 0 and 1
     gap    smallest one-sided gap of the keys (squared norm less the largest inner product with another key)

@@ -138,7 +138,7 @@ class CompressedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of token slots fed to a layer so far, pads and evicted tokens included."""
+        """Return the number of token slots fed to layer `layer_idx` so far, pads and evicted tokens included."""
         seen = super().get_seq_length(layer_idx)
         return seen if self._rotation is None else self._rotation.seen(seen)
 
@@ -155,7 +155,7 @@ class CompressedCache(Cache):
         return len(self.layers) > 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Return the sizes of the attention mask for a forward: (number of slots covered, index of the first slot).
+        """Return the attention mask's sizes for layer `layer_idx`: (number of slots covered, index of the first slot).
 
         query_length: the number of new slots; before transformers 5.3, a tensor of their positions.
         Raises ValueError if the forward would pass the length at which the model changes its rotary angles (Phi-3),
@@ -223,7 +223,7 @@ class CompressedCache(Cache):
         return out
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the last inputs of a layer's convolution, None before the first forward, as transformers does.
+        """Return the last inputs of the convolution of layer `layer_idx`; None before the first forward.
 
         state_idx: which of the layer's convolutions, if it has several.
         """
@@ -233,7 +233,7 @@ class CompressedCache(Cache):
         return state
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the recurrent state of a linear layer, None before the first forward, as transformers does.
+        """Return the recurrent state of the linear layer `layer_idx`; None before the first forward.
 
         state_idx: which of the layer's recurrent states, if it has several.
         """
@@ -243,9 +243,10 @@ class CompressedCache(Cache):
         return state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Store new inputs of a layer's convolution, and return the last ones that it needs, as transformers does.
+        """Store new inputs of layer `layer_idx`'s convolution, and return the last ones that it needs.
 
-        state_idx: which of the layer's convolutions, if it has several.
+        conv_states: the new inputs. state_idx: which of the layer's convolutions, if it has several. Both, and further
+        arguments, are passed on to transformers' own cache layer.
         """
         call = super().update_conv_state
         _told(self._passage.begin_state, layer_idx, "conv", state_idx)
@@ -257,9 +258,10 @@ class CompressedCache(Cache):
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """Replace the recurrent state of a linear layer, and return the new one, as transformers does.
+        """Replace the recurrent state of the linear layer `layer_idx` by `recurrent_states`, and return the new one.
 
-        state_idx: which of the layer's recurrent states, if it has several.
+        state_idx: which of the layer's recurrent states, if it has several. All arguments are passed on to
+        transformers' own cache layer.
         """
         call = super().update_recurrent_state
         _told(self._passage.begin_state, layer_idx, "recurrent", state_idx)

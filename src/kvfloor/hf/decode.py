@@ -112,7 +112,7 @@ class Dialogue:
         return said, steps_ms
 
     def _forward(self, token_ids: Tensor, real: Tensor, every: bool = False) -> Tensor:
-        """Run the model over new slots (batch, slots); return the logits after the last one (batch, 1, vocabulary).
+        """Run the model over new slots, token_ids (batch, slots); return the last one's logits (batch, 1, vocabulary).
 
         real: 1 in slots of tokens, 0 in pads. With `every`, returns the logits after every slot (batch, slots,
         vocabulary).
@@ -142,7 +142,7 @@ def padded(
 ) -> tuple[Tensor, Tensor]:
     """Pad lists of token ids to one width: return the batch (b, width), int64, and its mask (b, width).
 
-    The mask is 1 in slots of tokens and 0 in pads. side: where the pads go.
+    The mask is 1 in slots of tokens and 0 in pads. pad: the token id in pads. side: where the pads go.
     """
     width = max(len(ids) for ids in token_ids)
     batch = torch.full((len(token_ids), width), pad, dtype=torch.int64)

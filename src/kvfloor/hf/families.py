@@ -1,7 +1,8 @@
 """Decide which layers of a model are compressed, and which model families are refused, with the reason.
 
 A compressed layer is one whose keys and values a kvfloor method keeps. A family is refused if its models use their
-cache or their attention in a way that a compressed cache cannot follow.
+cache or their attention in a way that a compressed cache cannot follow. `config` is the configuration of the whole
+model, as in `model.config`; of a model with several parts, such as images and text, the text decoder's layers count.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _sample(numbers: Tensor) -> Tensor:
-    """Return about `SAMPLE` entries of the flattened tensor, evenly spaced at an odd step.
+    """Return about `SAMPLE` entries of the flattened weight `numbers`, evenly spaced at an odd step.
 
     With an even step, all entries could come from one column of a matrix whose width is a power of two.
     """

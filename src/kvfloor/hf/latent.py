@@ -102,7 +102,7 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def is_plainly_linear(project: nn.Module) -> bool:
-    """Return True if a call of this module is a product with its weight and nothing else.
+    """Return True if a call of the module `project` is a product with its weight and nothing else.
 
     An adapter, a bias, a hook, or a quantised or offloaded weight makes it False.
     """

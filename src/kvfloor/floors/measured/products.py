@@ -29,7 +29,7 @@ class Factors:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, scale: float, softcap: float | None, dtype: torch.dtype) -> Factors:
-        """Return the factors of the logits of q (m, d) on k (n, d), each rounded to `dtype` once."""
+        """Return the factors of the logits scale q.k of q (m, d) on k (n, d), each rounded to `dtype` once."""
         return Factors((q.double() * scale).to(dtype), k.to(dtype), softcap)
 
     def logits(self, queries: slice | Tensor, tokens: slice | Tensor) -> Tensor:
@@ -92,7 +92,10 @@ class Rounding:
 
 
 def logits(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Return the logits (m, n) of q (m, d) on k (n, d) in the precision of k; float32 for bfloat16 keys."""
+    """Return the logits scale q.k, after the softcap if there is one, of q (m, d) on k (n, d): (m, n).
+
+    They are computed in the precision of k, but float32 for bfloat16 keys.
+    """
     everything = slice(None)
     return Factors((q * scale).to(k.dtype), k, softcap).logits(everything, everything)
 

@@ -44,7 +44,8 @@ def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tenso
     """Choose `probes` distinct random tokens of 1..n-1 to look up in each run: (runs, probes) int64.
 
     Every token is equally likely. No choice is better, because the heavy key is equally likely at each of these tokens.
-    All runs share one random order of the tokens, and each run starts at its own random position in it.
+    All runs share one random order of the tokens, and each run starts at its own random position in it; `generator`
+    draws both.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)
@@ -134,5 +135,5 @@ def _scored(name: str, n: int, told: Tensor, found: Tensor, planted: Tensor) -> 
 
 
 def as_rows(points: Sequence[ReaderSuccess]) -> list[dict[str, Any]]:
-    """Return the records as dicts of plain JSON types, one per record."""
+    """Return the records `points`, as `curve` makes them, as dicts of plain JSON types, one per record."""
     return [dataclasses.asdict(point) for point in points]

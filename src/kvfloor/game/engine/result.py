@@ -29,7 +29,12 @@ Verdict = Literal["holds", "breaks", "cheats"]
 class Result:
     """Record one game and its verdict. Sizes are in bytes, information in bits.
 
+    barrier              name of the kind of game
     n                    hidden rows per stream, a row being the dv values that one query reads
+    d, dv                widths of a key and of a value
+    bits                 hidden bits per value
+    eta                  relative error that answers may have
+    seed                 seed of the public keys
     hidden_bits          bits hidden in all streams together
     certified_bits       bits that the message (the bytes of Alice's state) provably carries
     live_certified_bits  bits that Alice's own state (the live state) provably carries
@@ -49,6 +54,7 @@ class Result:
                          trusted rows only), log-loss (from the probabilities that the answers give to the hidden
                          values) or sampled rows (from the wrong rows in a sample); of the first three, the best
     details              further numbers of this kind of game: key family, window, scales, probes, measured sparsity ...
+    rows_asked           number of rows that were queried
     hidden_seed          seed that repeats the run's hidden values
     """
 
@@ -153,8 +159,10 @@ def conclude(
 def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
     """Return the verdict on a game (holds, breaks or cheats), and the reason for the verdict in words.
 
-    `live` and `sent` are decoded from the answers of Alice's state and of the restored state; `certified` is the number
-    of bits that the message provably carries.
+    played     the sizes of message and state, and both states' answers
+    live       certified bits and share of rows right, decoded from the answers of Alice's state
+    sent       the same from the answers of the restored state
+    certified  number of bits that the message provably carries; 0 if no state could be restored
     """
     message_bits, state_bits = 8 * played.message_bytes, 8 * played.state_bytes
     if played.restored is None:

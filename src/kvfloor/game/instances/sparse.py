@@ -65,7 +65,7 @@ class Sparse(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Append a piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), each token with its spike query.
+        """Append a piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), to her state, with spike queries.
 
         The spike query q_t = C k_t of token t gives the token's own key nearly all softmax mass. So eviction policies
         observe softmax weights that are nearly one-sparse.
