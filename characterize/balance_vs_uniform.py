@@ -36,7 +36,20 @@ TOKENS, QUERIES, SEEDS, AT_ONCE, LAYERS = 1024, 16, 96, 16, 7
 ALONE = "sinks=0,recent=0"
 PAPER = f"batch=512,keep=smaller,centre=False,sharpness=1.0,{ALONE}"
 KINDS = (("normal(0.25)", 64), ("normal(0.5)", 64), ("normal(1)", 64), ("normal(1)", 4), ("cluster", 64), ("walk", 64))
-FIELDS = ("keys", "kind", "d", "method", "uniform_tokens", "held", "streams", "uniform_error", "error", "ratio", "low", "high")
+FIELDS = (
+    "keys",
+    "kind",
+    "d",
+    "method",
+    "uniform_tokens",
+    "held",
+    "streams",
+    "uniform_error",
+    "error",
+    "ratio",
+    "low",
+    "high",
+)
 Stream = tuple[Tensor, Tensor, Tensor]
 
 

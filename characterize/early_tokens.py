@@ -5,12 +5,11 @@
 Synthetic streams have 2,000 tokens with normal keys and queries (d = 32, scale 1/sqrt(d), GQA group of 1). In such a
 stream no early token is better than a late one. 32 streams come from one seed. Real streams are those of
 `characterize.lib.real_keys`: all layers of the built-in model, 4 of SmolLM2's 30. Every token evicts one, as in the
-paper (block 1), or every 16th evicts the worst 16, kvfloor's habit of working in blocks (block 16); at 8k tokens only
-the latter is affordable. The budget is a tenth of the tokens, without sinks. Each rule gets the share of the final cache that is
-among the first tenth of all tokens, as a mean over the streams with its 95 % interval, and the median age of the held
-tokens. The rule "future" is no method: it keeps the tokens with the most attention by the last 64 queries of exact
-attention, so it shows how many early tokens are worth keeping. The synthetic streams take two minutes on one core, the
-real ones eight.
+paper (block=1), or every 16th token evicts 16 (block=16); at 8k tokens only the latter is affordable. The budget is a
+tenth of the tokens, without sinks. Each rule gets the share of the final cache that is among the first tenth of all
+tokens, as a mean over the streams with its 95 % interval, and the median age of the held tokens. The rule "future" is
+no method: it keeps the tokens with the most attention by the last 64 queries of exact attention, so it shows how many
+early tokens are worth keeping. The synthetic streams take two minutes on one core, the real ones three.
 """
 
 from __future__ import annotations

@@ -73,9 +73,13 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, size: tuple[float, in
     assert stated is not None
     wrong, size_bytes, clusters = answers(str(method))
     stored = size_bytes / seeds / (n * (d + dv) * 4)
-    uniform = float((answers(f"random@{round(stored * n)}")[0] / exact.norm(dim=1)).median()) if stored < 1 else math.nan
+    uniform = (
+        float((answers(f"random@{round(stored * n)}")[0] / exact.norm(dim=1)).median()) if stored < 1 else math.nan
+    )
     quantile = float((wrong / unit).flatten().quantile(0.9))
-    return Measured(clusters / n, quantile, stated.epsilon, float((wrong / exact.norm(dim=1)).median()), uniform, stored)
+    return Measured(
+        clusters / n, quantile, stated.epsilon, float((wrong / exact.norm(dim=1)).median()), uniform, stored
+    )
 
 
 def synthetic() -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +113,9 @@ def main() -> None:
                 measure(*stream, scale, (delta * unit, t, s), seeds)
                 for stream, unit in zip(streams, units, strict=True)
             ]
-            shown = [median(getattr(one, field) for one in found) for field in ("epsilon", "relative", "uniform", "stored")]
+            shown = [
+                median(getattr(one, field) for one in found) for field in ("epsilon", "relative", "uniform", "stored")
+            ]
             interval = median_interval([one.quantile for one in found])
             clusters = median(one.clusters for one in found)
             table.add(name, len(streams[0][1]), len(found), delta, t, s, clusters, radius, *interval, *shown)

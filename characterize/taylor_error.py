@@ -39,7 +39,17 @@ TOKENS, QUERIES = 4096, 64
 LAYERS, ASKED, SINKS, NEWEST, REAL_DEGREES = 7, 16, 4, 60, (0, 2, 4, 8, 16)
 LOGITS = ("dropped", "all", "evicted", "centred", "middle")
 NUMBERS = tuple(f"numbers_d{d}" for d in WIDTHS)
-MEASURED = ("streams", "largest_logit", "low", "high", "bound", "least_degree", "measured", "measured_low", "measured_high")
+MEASURED = (
+    "streams",
+    "largest_logit",
+    "low",
+    "high",
+    "bound",
+    "least_degree",
+    "measured",
+    "measured_low",
+    "measured_high",
+)
 FIELDS = ("keys", "logits", "degree", *MEASURED, *NUMBERS)
 
 
@@ -113,7 +123,9 @@ def main() -> None:
     names = chosen(__doc__)
     table = Table(__file__, FIELDS, names, KEYS)
 
-    def add(name: str, logits: str, degree: int, count: int, size: tuple[float, ...], error: tuple[object, ...]) -> None:
+    def add(
+        name: str, logits: str, degree: int, count: int, size: tuple[float, ...], error: tuple[object, ...]
+    ) -> None:
         numbers = [math.comb(d + degree, degree) * (d + 1) for d in WIDTHS]
         bound = relative_error(degree, size[0])
         table.add(name, logits, degree, count, *size, bound, least_degree(size[0]), *error, *numbers)

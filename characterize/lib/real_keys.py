@@ -51,7 +51,8 @@ class Streams:
     def spec(self, **changed: Any) -> Spec:
         """Return the spec of a state for these rows; `changed` are further fields of it."""
         rows, _, d = self.k.shape
-        return Spec(rows, d, self.v.shape[2], self.scale, places=self.places or None, **changed)
+        given = {"dtype": self.k.dtype, "places": self.places or None} | changed
+        return Spec(rows, d, self.v.shape[2], self.scale, **given)
 
     def asked(self, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries of the `last` tokens, (rows, g * last, d), and the keys and values of all tokens before.

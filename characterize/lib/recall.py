@@ -1,4 +1,4 @@
-"""Measure recall: the share of the tokens with the largest logits that a selector reads, and the mass of what it reads."""
+"""Measure recall: the share of the tokens with the largest logits that a selector reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def recall(selector: Selector, q: Tensor, k: Tensor, top: int, seed: int = 0) ->
 
 
 def tokens_read(selector: Selector, q: Tensor, k: Tensor, seed: int = 0) -> Tensor:
-    """Return the mask (rows, m, n) of the keys that each query reads. Queries q (rows, m, d) come after k (rows, n, d)."""
+    """Return the mask (rows, m, n) of the keys k (rows, n, d) that each later query of q (rows, m, d) reads."""
     rows, n, d = k.shape
     state = Exact(selector).open(Spec(rows, d, 1, dtype=k.dtype, device=k.device, seed=seed))
     state.append(k, k.new_zeros(rows, n, 1))
@@ -39,8 +39,3 @@ def share_of_best(read: Tensor, q: Tensor, k: Tensor, top: int) -> Tensor:
         raise ValueError(f"top must lie in 1..{n}, the number of keys, got {top}")
     best = (q.double() @ k.double().mT).topk(top, dim=-1).indices
     return read.gather(2, best).double().mean(-1)
-
-
-def mass_of(read: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return the softmax mass (rows, m), float64, of the keys in the mask `read` (rows, m, n), with logits scale q.k."""
-    return (scale * q.double() @ k.double().mT).softmax(-1).mul(read).sum(-1)
