@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from characterize.lib.mass import keys_for_mass, softmax_weights
-from characterize.lib.real_keys import REAL, RealKeys, Streams, chosen, real
+from characterize.lib.real_keys import REAL, RealKeys, Streams, after, chosen, real
 from characterize.lib.table import Table, mean_interval
 from kvfloor import parse
 from kvfloor.hf.allocate import Shares, pyramid, spread
 from kvfloor.hf.calibrate import distinguished, in_proportion
 from kvfloor.hf.recording import Recorded
 
-ASKED, SHARE, LEAST, CALIBRATION, KEPT = 16, 16, 8, 2048, 0.5
+ASKED, SHARE, LEAST, CALIBRATION, KEPT = 16, 16, 16, 2048, 0.5
 POLICIES = {"built-in 2k": ("sinks(4)", "h2o"), "SmolLM2 2k": ("sinks(4)", "h2o"), "SmolLM2 8k": ("sinks(4)",)}
 FIELDS = ("keys", "policy", "budget", "allocation", "heads", "error", "difference", "low", "high", "better")
 
@@ -62,8 +62,9 @@ def shares_by_text(source: RealKeys) -> dict[str, dict[str, Shares]]:
 def errors(policy: str, budgets: tuple[int, ...], streams: Streams) -> Tensor:
     """Return the error (rows,) of each stream at its own budget in tokens."""
     q, k, v = streams.asked(ASKED)
-    state = parse(policy).with_budget(budgets).open(streams.spec())
-    state.step(streams.q[:, :, :-ASKED], k, v)
+    method = parse(policy).with_budget(budgets)
+    assert method is not None
+    state = after(method, streams, ASKED)
     exact = softmax_weights(q, k, streams.scale) @ v.double()
     return (state.read(q).mean.double() - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
 

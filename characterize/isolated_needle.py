@@ -9,6 +9,8 @@ Synthetic: 1,024 keys of width 64 come from a random walk (near tokens have near
 Real: all layers of the built-in model and 7 of SmolLM2's 30 (`characterize.lib.real_keys`). A needle is a token that
 gets more than half of a query's softmax mass and is neither one of the first 4 nor one of the newest 64. Among the
 queries of the last 512 tokens that have one, up to 16 per stream are drawn; "share" is how many have one.
+"neighbours" is the median share of all keys that have a smaller logit than a key next to the needle: 0.5 is no hint.
+"length" is the median share of all keys that are shorter than the needle.
 Each selector gets the number of queries for which it reads the key of largest logit, with Wilson's 95 % interval, and
 the bytes that a query reads, its index included, as a share of all keys and values. As many tokens drawn at random
 would find the key in that share of the queries. The script takes two minutes on one core.
@@ -30,7 +32,19 @@ from kvfloor.statistics import wilson_interval
 
 TOKENS, WIDTH, STREAMS, AT_ONCE = 1024, 64, 400, 50
 LAYERS, LAST, SINKS, NEWEST, PER_STREAM, HALF = 7, 512, 4, 64, 16, 0.5
-FIELDS = ("keys", "needle", "selector", "found", "queries", "low", "high", "bytes_read", "share")
+FIELDS = (
+    "keys",
+    "needle",
+    "selector",
+    "found",
+    "queries",
+    "low",
+    "high",
+    "bytes_read",
+    "share",
+    "neighbours",
+    "length",
+)
 SELECTORS = (
     "hip(k=64)",
     "hip(k=128)",
@@ -80,6 +94,19 @@ def real_queries(source: RealKeys) -> tuple[list[tuple[Tensor, Tensor]], float]:
     return found, float(torch.stack(masks).mean())
 
 
+def hints(asked: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Return the median share of keys with a smaller logit than a needle's neighbours, and of keys shorter than it."""
+    near, short = [], []
+    for q, k in asked:
+        logits, length = (q @ k.mT).squeeze(1), k.norm(dim=2)  # (rows, n)
+        best = logits.argmax(1, keepdim=True)
+        for step in (-1, 1):
+            beside = logits.gather(1, (best + step).clamp(0, k.shape[1] - 1))
+            near.append((logits < beside).double().mean(1))
+        short.append((length < length.gather(1, best)).double().mean(1))
+    return float(torch.cat(near).median()), float(torch.cat(short).median())
+
+
 def kinds(name: str) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]], float | str]]:
     """Yield each kind of needle with its queries, keys, and how many of all queries have one."""
     if name == SYNTHETIC:
@@ -96,7 +123,7 @@ def main() -> None:
     table = Table(__file__, FIELDS, names, KEYS)
     for name in names:
         for kind, asked, share in kinds(name):
-            count = sum(len(q) for q, _ in asked)
+            count, told = sum(len(q) for q, _ in asked), hints(asked)
             for text in SELECTORS:
                 method = parse(f"exact|{text}")
                 assert isinstance(method, Exact)
@@ -106,7 +133,7 @@ def main() -> None:
                 state.append(torch.zeros(1, n, d), torch.zeros(1, n, d))
                 state.seal()
                 read = state.bytes_read / (n * 2 * d * 4)
-                table.add(name, kind, text, right, count, *wilson_interval(right, count), read, share)
+                table.add(name, kind, text, right, count, *wilson_interval(right, count), read, share, *told)
     table.save()
 
 

@@ -13,14 +13,13 @@ answer each (at 8k tokens 4).
             seeds; for real keys the median over the streams with its bootstrap 95 % interval
   epsilon   the bound that SubGen states for a failure probability of 0.1, median over the streams
   relative  the median of |answer - attention|_2 / |attention|_2 over queries and seeds, median over the streams
-  uniform   likewise, for as many bytes of uniformly drawn tokens; no figure where SubGen stores more than all tokens
+  uniform   likewise, for as many bytes of uniformly drawn tokens; 0 where these are all tokens
   stored    the state's bytes as a share of all keys and values; above 1 nothing is saved
 The synthetic streams take four minutes on one core, the real ones six.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import median
 
@@ -73,9 +72,8 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, size: tuple[float, in
     assert stated is not None
     wrong, size_bytes, clusters = answers(str(method))
     stored = size_bytes / seeds / (n * (d + dv) * 4)
-    uniform = (
-        float((answers(f"random@{round(stored * n)}")[0] / exact.norm(dim=1)).median()) if stored < 1 else math.nan
-    )
+    tokens = round(stored * n)
+    uniform = float((answers(f"random@{tokens}")[0] / exact.norm(dim=1)).median()) if tokens < n else 0.0
     quantile = float((wrong / unit).flatten().quantile(0.9))
     return Measured(
         clusters / n, quantile, stated.epsilon, float((wrong / exact.norm(dim=1)).median()), uniform, stored

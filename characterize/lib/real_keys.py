@@ -25,6 +25,8 @@ from torch import Tensor
 
 from kvfloor import Spec
 from kvfloor.audit.texts import GENERATED, SHIPPED, excerpts
+from kvfloor.core.bounded import BoundedState
+from kvfloor.core.method import Method
 from kvfloor.hf import prepare
 from kvfloor.hf.layers import watched_cache
 from kvfloor.hf.recording import Recorder
@@ -98,6 +100,21 @@ REAL = (
     RealKeys("SmolLM2 8k", "smollm2", SHIPPED, 8192, 8192),
 )
 KEYS = (SYNTHETIC, *(source.name for source in REAL))
+
+
+def after(method: Method, streams: Streams, last: int) -> BoundedState:
+    """Return an evicting method's state after all tokens but the `last` ones.
+
+    Queries come with the tokens only if the policy learns from attention: without them the same tokens are held.
+    """
+    _, k, v = streams.asked(last)
+    state = method.open(streams.spec())
+    assert isinstance(state, BoundedState)
+    if state.method.policy.wants_weights:
+        state.step(streams.q[:, :, :-last], k, v)
+    else:
+        state.append(k, v)
+    return state
 
 
 def chosen(description: str | None, available: Sequence[str] = KEYS) -> tuple[str, ...]:
