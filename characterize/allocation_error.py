@@ -7,7 +7,8 @@ average, so bytes are equal. A policy streams over a text; then the queries of i
 left out at 8k tokens, where it would take ten minutes. The ways to divide the budget:
   even      equal shares
   pyramid   shares that fall with depth, by PyramidKV's rule
-  inverted  the same shares from the last layer to the first
+  mild      half of the mean, and the rest by PyramidKV's rule
+  inverted  PyramidKV's shares from the last layer to the first
   floor     half of the mean, and the rest in proportion to the tokens that a head's queries read apart
   keys95    half of the mean, and the rest in proportion to the keys that carry 95 % of the softmax mass
 The last two are measured on the first 2,048 tokens of another text of the same source. A head's error is
@@ -54,7 +55,8 @@ def shares_by_text(source: RealKeys) -> dict[str, dict[str, Shares]]:
     found = {}
     for i, text in enumerate(source.texts):
         falling = pyramid(len(measured[text]["floor"]))
-        fixed = {"even": ((1.0,),) * len(falling), "pyramid": falling, "inverted": falling[::-1]}
+        fixed = {"even": ((1.0,),) * len(falling), "pyramid": falling, "mild": in_proportion(falling, KEPT)}
+        fixed["inverted"] = falling[::-1]
         found[text] = fixed | measured[source.texts[i - 1]]
     return found
 
