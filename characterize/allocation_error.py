@@ -25,7 +25,7 @@ from torch import Tensor
 
 from characterize.lib.mass import keys_for_mass, softmax_weights
 from characterize.lib.real_keys import REAL, RealKeys, Streams, after, chosen, real
-from characterize.lib.table import Table, mean_interval
+from characterize.lib.table import ResultTable, mean_interval
 from kvfloor import parse
 from kvfloor.hf.allocate import Shares, pyramid, spread
 from kvfloor.hf.calibrate import distinguished, in_proportion
@@ -74,7 +74,7 @@ def errors(policy: str, budgets: tuple[int, ...], streams: Streams) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__, sources := tuple(source.name for source in REAL))
-    table = Table(__file__, FIELDS, names, sources)
+    table = ResultTable(__file__, FIELDS, names, sources)
     for name in names:
         source = real(name)
         shares, budget = shares_by_text(source), source.tokens // SHARE

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from characterize.lib.mass import effective_keys, keys_for_mass, softmax_weights
 from characterize.lib.real_keys import REAL, Streams, chosen, real
-from characterize.lib.table import Table, median_interval
+from characterize.lib.table import ResultTable, median_interval
 from kvfloor import parse
 from kvfloor.hf.allocate import pyramid
 
@@ -47,7 +47,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__, sources := tuple(source.name for source in REAL))
-    table = Table(__file__, FIELDS, names, sources)
+    table = ResultTable(__file__, FIELDS, names, sources)
     for name in names:
         found: dict[int, list[Tensor]] = {}  # per layer: (texts) of (rows, 3)
         for streams in real(name).streams():

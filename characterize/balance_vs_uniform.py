@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from characterize.lib.real_keys import KEYS, SYNTHETIC, chosen, real
-from characterize.lib.table import Table, median_interval
+from characterize.lib.table import ResultTable, median_interval
 from kvfloor import Spec, parse
 
 TOKENS, QUERIES, SEEDS, AT_ONCE, LAYERS = 1024, 16, 96, 16, 7
@@ -108,7 +108,7 @@ def compared(text: str, uniform: str, parts: list[Stream]) -> Iterator[tuple[Ten
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__)
-    table = Table(__file__, FIELDS, names, KEYS)
+    table = ResultTable(__file__, FIELDS, names, KEYS)
     for name in names:
         for (kind, d), parts in streams(name).items():
             for method, (text, uniform) in methods(parts[0][1].shape[1]).items():

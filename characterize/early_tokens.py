@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from characterize.lib.real_keys import KEYS, SYNTHETIC, Streams, chosen, real
-from characterize.lib.table import Table, mean_interval
+from characterize.lib.table import ResultTable, mean_interval
 from kvfloor import parse
 from kvfloor.core.bounded import Bounded
 
@@ -75,7 +75,7 @@ def wanted(streams: Streams, budget: int) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__)
-    table = Table(__file__, FIELDS, names, KEYS)
+    table = ResultTable(__file__, FIELDS, names, KEYS)
     for name in names:
         streams = synthetic() if name == SYNTHETIC else real(name).together(LAYERS)
         count, n, _ = streams.k.shape

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from characterize.lib.real_keys import KEYS, SYNTHETIC, RealKeys, Streams, chosen, real
 from characterize.lib.recall import recall
-from characterize.lib.table import Table
+from characterize.lib.table import ResultTable
 from kvfloor import Spec, parse
 from kvfloor.core.exact import Exact
 from kvfloor.statistics import wilson_interval
@@ -120,7 +120,7 @@ def kinds(name: str) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]], float |
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__)
-    table = Table(__file__, FIELDS, names, KEYS)
+    table = ResultTable(__file__, FIELDS, names, KEYS)
     for name in names:
         for kind, asked, share in kinds(name):
             count, told = sum(len(q) for q, _ in asked), hints(asked)

@@ -12,7 +12,9 @@ Real: the queries of the last 16 tokens of a text, over the keys before them (`c
 layers of the built-in model and in 7 of SmolLM2's 30.
 Each line has one selector's mean recall of the 32 and the 64 tokens of largest logit, and the mean softmax mass of what
 it reads, with 95 % intervals (over the queries of synthetic keys, over the streams of real ones). "read" is the mean
-number of tokens read, 128 or about 512 on real keys. `newest` reads the first 4 and the newest, whatever the query.
+number of tokens read, 128 or about 512 on real keys. `newest` reads the first 4 and the newest, whatever the query;
+"gain" is the mass beyond that of `newest` with as many tokens, the mean of the streams' differences, and "more" the
+number of streams in which it is positive.
 "bytes" is what one query reads, its index included, as a share of all keys and values. "visited" is the share of the
 pages that best_first looks into to find the k best tokens (20 queries). The script takes four minutes on one core.
 """
@@ -25,18 +27,34 @@ from torch import Tensor
 from characterize.lib.mass import mass_of
 from characterize.lib.real_keys import KEYS, SYNTHETIC, Streams, chosen, real
 from characterize.lib.recall import share_of_best, tokens_read
-from characterize.lib.table import Table, mean_interval
+from characterize.lib.table import ResultTable, mean_interval
 from kvfloor import Spec, parse
 from kvfloor.core.exact import Exact
 
 COUNT, QUERIES, WIDTHS, KINDS = 2048, 200, (3, 8, 32, 64, 128), ("unit", "normal", "cluster", "walk")
 LAYERS, ASKED, SEARCHED = 7, 16, 20
 FOR_SYNTHETIC = ("zeta", "zeta(curves=8)", "hip(k=128)", "pages(pages=8)", "best_first(k=32)")
-READ_128 = ("top_k(k=128)", "zeta(k=128)", "zeta(k=128,curves=8)", "hip(k=92)", "pages(pages=7)", "newest(128)")
-READ_512 = ("top_k(k=512)", "zeta(k=512,curves=16)", "hip(k=476)", "pages(pages=31)", "newest(512)")
-FOR_REAL = (*READ_128, *READ_512, "best_first(k=32)")
+FOR_REAL = {  # what reads as many tokens as `newest`
+    "newest(128)": ("top_k(k=128)", "zeta(k=128)", "zeta(k=128,curves=8)", "hip(k=92)", "pages(pages=7)"),
+    "newest(512)": ("top_k(k=512)", "zeta(k=512,curves=16)", "hip(k=476)", "pages(pages=31)"),
+    "newest(32)": ("best_first(k=32)",),
+}
 INTERVALS = tuple(f"{name}{end}" for name in ("recall32", "recall64", "mass") for end in ("", "_low", "_high"))
-FIELDS = ("keys", "kind", "d", "selector", "streams", "read", "bytes", *INTERVALS, "visited")
+FIELDS = (
+    "keys",
+    "kind",
+    "d",
+    "selector",
+    "streams",
+    "read",
+    "bytes",
+    *INTERVALS,
+    "gain",
+    "gain_low",
+    "gain_high",
+    "more",
+    "visited",
+)
 
 
 def drawn(kind: str, d: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -84,21 +102,29 @@ def share_read(text: str, n: int, d: int) -> float:
     return state.bytes_read / (n * 2 * d * 4)
 
 
-def found(text: str, parts: list[tuple[Tensor, Tensor]], scale: float, by_query: bool) -> list[object]:
-    """Return the fields of one selector from "streams" on; parts are the queries and keys of some rows each."""
+def found(text: str, parts: list[tuple[Tensor, Tensor]], scale: float, by_query: bool) -> Tensor:
+    """Return (streams or queries, 4): tokens read, recall of the best 32 and 64, mass; parts are queries and keys."""
     measured: list[Tensor] = []
     for q, k in parts:
         mask = read_by(text, q, k)
         shares = (share_of_best(mask, q, k, 32), share_of_best(mask, q, k, 64), mass_of(mask, q, k, scale))
         each = torch.stack([mask.sum(-1).double(), *shares], -1)  # (rows, queries, 4)
         measured.append(each.flatten(0, 1) if by_query else each.mean(1))
-    values = torch.cat(measured)
+    return torch.cat(measured)
+
+
+def line(text: str, parts: list[tuple[Tensor, Tensor]], values: Tensor, base: Tensor | None) -> list[object]:
+    """Return the fields of one selector from "streams" on; base: the values of `newest` with as many tokens."""
     n, d = parts[0][1].shape[1:]
-    streams = sum(len(k) for _, k in parts)
     intervals = [number for i in (1, 2, 3) for number in mean_interval(values[:, i].tolist())]
+    gain: list[object] = [""] * 4
+    if base is not None:
+        difference = values[:, 3] - base[:, 3]
+        gain = [*mean_interval(difference.tolist()), int((difference > 0).sum())]
     visited = [pages_visited(text, q, k) for q, k in parts] if text.startswith("best_first") else []
     shown = sum(visited) / len(visited) if visited else ""
-    return [streams, float(values[:, 0].mean()), share_read(text, n, d), *intervals, shown]
+    streams = sum(len(k) for _, k in parts)
+    return [streams, float(values[:, 0].mean()), share_read(text, n, d), *intervals, *gain, shown]
 
 
 def asked(streams: Streams) -> tuple[Tensor, Tensor]:
@@ -109,7 +135,7 @@ def asked(streams: Streams) -> tuple[Tensor, Tensor]:
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__)
-    table = Table(__file__, FIELDS, names, KEYS)
+    table = ResultTable(__file__, FIELDS, names, KEYS)
     for name in names:
         if name == SYNTHETIC:
             source = torch.Generator().manual_seed(0)
@@ -117,12 +143,16 @@ def main() -> None:
                 for d in WIDTHS:
                     parts = [drawn(kind, d, source)]
                     for text in FOR_SYNTHETIC:
-                        table.add(name, kind, d, text, *found(text, parts, d**-0.5, True))
+                        table.add(name, kind, d, text, *line(text, parts, found(text, parts, d**-0.5, True), None))
         else:
             streams = list(real(name).streams(LAYERS))
-            parts = [asked(one) for one in streams]
-            for text in FOR_REAL:
-                table.add(name, "real", parts[0][0].shape[2], text, *found(text, parts, streams[0].scale, False))
+            parts, scale = [asked(one) for one in streams], streams[0].scale
+            d = parts[0][0].shape[2]
+            for newest, texts in FOR_REAL.items():
+                base = found(newest, parts, scale, False)
+                table.add(name, "real", d, newest, *line(newest, parts, base, None))
+                for text in texts:
+                    table.add(name, "real", d, text, *line(text, parts, found(text, parts, scale, False), base))
     table.save()
 
 

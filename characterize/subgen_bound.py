@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from characterize.lib.real_keys import KEYS, SYNTHETIC, chosen, real
-from characterize.lib.table import Table, median_interval
+from characterize.lib.table import ResultTable, median_interval
 from kvfloor import Spec, parse
 
 TOKENS, WIDTH, CLUSTERS, SEEDS, QUERIES, RADIUS = 1024, 8, 32, 300, 8, 2.0
@@ -40,7 +40,7 @@ FIELDS = ("keys", "tokens", "streams", "delta", "t", "s", "clusters", "radius", 
 
 
 @dataclass(frozen=True)
-class Measured:
+class SubGenFigures:
     """Hold what one stream shows: the fields of the script's table that have no interval are per stream."""
 
     clusters: float
@@ -51,7 +51,7 @@ class Measured:
     stored: float
 
 
-def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, size: tuple[float, int, int], seeds: int) -> Measured:
+def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, size: tuple[float, int, int], seeds: int) -> SubGenFigures:
     """Measure SubGen on keys k (n, d), values v (n, dv) and queries q (m, d); size is (delta, t, s), delta a length."""
     (n, d), dv = k.shape, v.shape[1]
     delta, t, s = size
@@ -75,7 +75,7 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, size: tuple[float, in
     tokens = round(stored * n)
     uniform = float((answers(f"random@{tokens}")[0] / exact.norm(dim=1)).median()) if tokens < n else 0.0
     quantile = float((wrong / unit).flatten().quantile(0.9))
-    return Measured(
+    return SubGenFigures(
         clusters / n, quantile, stated.epsilon, float((wrong / exact.norm(dim=1)).median()), uniform, stored
     )
 
@@ -93,7 +93,7 @@ def synthetic() -> tuple[Tensor, Tensor, Tensor]:
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__)
-    table = Table(__file__, (*FIELDS, "relative", "uniform", "stored"), names, KEYS)
+    table = ResultTable(__file__, (*FIELDS, "relative", "uniform", "stored"), names, KEYS)
     for name in names:
         if name == SYNTHETIC:
             q, k, v = synthetic()

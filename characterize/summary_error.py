@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from characterize.lib.real_keys import REAL, Streams, after, chosen, real
-from characterize.lib.table import Table, median_interval
+from characterize.lib.table import ResultTable, median_interval
 from kvfloor import parse
 
 BUDGETS, LAYERS, ASKED = (64, 256), 7, 16
@@ -44,7 +44,7 @@ def error(text: str, streams: Streams) -> tuple[Tensor, float]:
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__, sources := tuple(source.name for source in REAL))
-    table = Table(__file__, FIELDS, names, sources)
+    table = ResultTable(__file__, FIELDS, names, sources)
     for name in names:
         parts = list(real(name).streams(LAYERS))
         token_bytes = (parts[0].k.shape[2] + parts[0].v.shape[2]) * 4

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from characterize.lib.real_keys import KEYS, SYNTHETIC, Streams, chosen, real
-from characterize.lib.table import Table, median_interval
+from characterize.lib.table import ResultTable, median_interval
 from kvfloor import Spec, parse
 from kvfloor.methods.summaries.taylor import relative_error
 
@@ -121,7 +121,7 @@ def least_degree(radius: float) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     names = chosen(__doc__)
-    table = Table(__file__, FIELDS, names, KEYS)
+    table = ResultTable(__file__, FIELDS, names, KEYS)
 
     def add(
         name: str, logits: str, degree: int, count: int, size: tuple[float, ...], error: tuple[object, ...]

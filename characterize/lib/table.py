@@ -24,7 +24,7 @@ def save(script: str, fields: Sequence[str], rows: Iterable[Row]) -> None:
     Path(script).with_suffix(".tsv").write_text(show(fields, rows) + "\n", encoding="utf-8")
 
 
-class Table:
+class ResultTable:
     """Collect a script's rows, of which the first field names the source of keys, and save them beside the script.
 
     Rows of the sources that are not `measured` stay as they are in the file; `order` lists all sources in the order of

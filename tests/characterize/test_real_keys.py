@@ -14,7 +14,7 @@ from characterize.lib import real_keys
 from characterize.lib.mass import effective_keys, keys_for_mass, mass_of, softmax_weights
 from characterize.lib.real_keys import RealKeys, Streams, chosen, spaced
 from characterize.lib.recall import share_of_best
-from characterize.lib.table import Table, median_interval
+from characterize.lib.table import ResultTable, median_interval
 from kvfloor import Spec, parse
 from kvfloor.audit.texts import text_of
 from kvfloor.models import load
@@ -102,13 +102,13 @@ def test_unknown_keys_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_table_keeps_the_rows_of_sources_that_were_not_measured(tmp_path: Path) -> None:
     script, order = str(tmp_path / "some.py"), ("a", "b", "c")
     for name, value in (("b", 1.0), ("a", 2.0), ("b", 3.0)):
-        table = Table(script, ("keys", "value"), (name,), order)
+        table = ResultTable(script, ("keys", "value"), (name,), order)
         table.add(name, value)
         table.save()
     assert (tmp_path / "some.tsv").read_text() == "keys\tvalue\na\t2\nb\t3\n"
     with pytest.raises(ValueError, match="tsv has the fields"):
-        Table(script, ("keys", "other"), ("a",), order)
-    Table(script, ("keys", "other"), order, order)
+        ResultTable(script, ("keys", "other"), ("a",), order)
+    ResultTable(script, ("keys", "other"), order, order)
 
 
 def test_the_median_lies_in_its_interval_which_shrinks_with_the_root_of_n() -> None:
