@@ -15,7 +15,7 @@ SmolLM2's 30. Each line has the median over the streams of the queries' median, 
   evicted   likewise, all others approximated around 0
   centred   likewise, around the logit of the mean key, which a state can hold
   middle    likewise, around the middle of each query's own logits: the best that any shift can do, and known to none
-Degree 0 is the mean of the values.
+"shift" is that number, the median over the streams. Degree 0 is the mean of the values.
   bound         the relative error that `window+taylor` guarantees at this largest logit, for values >= 0
   least_degree  the least even degree whose guarantee is below 1 at this largest logit
   numbers       C(d+g, g) (dv + 1) at d = dv
@@ -25,6 +25,7 @@ The script takes two minutes on one core.
 from __future__ import annotations
 
 import math
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -39,18 +40,8 @@ TOKENS, QUERIES = 4096, 64
 LAYERS, ASKED, SINKS, NEWEST, REAL_DEGREES = 7, 16, 4, 60, (0, 2, 4, 8, 16)
 LOGITS = ("dropped", "all", "evicted", "centred", "middle")
 NUMBERS = tuple(f"numbers_d{d}" for d in WIDTHS)
-MEASURED = (
-    "streams",
-    "largest_logit",
-    "low",
-    "high",
-    "bound",
-    "least_degree",
-    "measured",
-    "measured_low",
-    "measured_high",
-)
-FIELDS = ("keys", "logits", "degree", *MEASURED, *NUMBERS)
+SIZE = ("largest_logit", "low", "high", "bound", "least_degree")
+FIELDS = ("keys", "logits", "streams", "shift", "degree", *SIZE, "measured", "measured_low", "measured_high", *NUMBERS)
 
 
 def set_exactly(degree: int, radius: float) -> float:
@@ -94,8 +85,8 @@ def approximated(logits: str, q: Tensor, k: Tensor, scale: float) -> tuple[Tenso
     return x, shift, kept
 
 
-def on(streams: Streams, logits: str, degrees: tuple[int, ...]) -> tuple[list[float], list[list[float]]]:
-    """Return the rows' largest |logit|, and per degree the rows' errors; each number is the queries' median."""
+def on(streams: Streams, logits: str, degrees: tuple[int, ...]) -> tuple[list[float], list[float], list[list[float]]]:
+    """Return the rows' largest |logit|, their shifts, and per degree their errors; each is the queries' median."""
     q, k, v = (x.double() for x in streams.asked(ASKED))
     x, shift, kept = approximated(logits, q, k, streams.scale)
     y = x - shift
@@ -107,7 +98,8 @@ def on(streams: Streams, logits: str, degrees: tuple[int, ...]) -> tuple[list[fl
         weights = torch.where(kept, torch.exp(y - top), others)
         answer = weights @ v / weights.sum(-1, keepdim=True)
         errors.append(((answer - exact).norm(dim=-1) / exact.norm(dim=-1)).median(1).values.tolist())
-    return y[:, :, ~kept].abs().amax(-1).median(1).values.tolist(), errors
+    largest = y[:, :, ~kept].abs().amax(-1)
+    return largest.median(1).values.tolist(), shift.squeeze(-1).median(1).values.tolist(), errors
 
 
 def least_degree(radius: float) -> int:
@@ -123,27 +115,26 @@ def main() -> None:
     names = chosen(__doc__)
     table = ResultTable(__file__, FIELDS, names, KEYS)
 
-    def add(
-        name: str, logits: str, degree: int, count: int, size: tuple[float, ...], error: tuple[object, ...]
-    ) -> None:
+    def add(first: tuple[object, ...], degree: int, size: tuple[float, ...], error: tuple[object, ...]) -> None:
         numbers = [math.comb(d + degree, degree) * (d + 1) for d in WIDTHS]
-        bound = relative_error(degree, size[0])
-        table.add(name, logits, degree, count, *size, bound, least_degree(size[0]), *error, *numbers)
+        table.add(*first, degree, *size, relative_error(degree, size[0]), least_degree(size[0]), *error, *numbers)
 
     for name in names:
         if name == SYNTHETIC:
             for degree in DEGREES:
                 for radius in RADII:
-                    add(name, "set", degree, 1, (radius,) * 3, (set_exactly(degree, radius), "", ""))
+                    add((name, "set", 1, 0), degree, (radius,) * 3, (set_exactly(degree, radius), "", ""))
             continue
         streams = list(real(name).streams(LAYERS))
         for logits in LOGITS:
             degrees = REAL_DEGREES if logits != "dropped" else (0,)
             each = [on(one, logits, degrees) for one in streams]
-            sizes = [size for found, _ in each for size in found]
+            sizes = [size for found, _, _ in each for size in found]
+            shift = median(shift for _, found, _ in each for shift in found)
             for i, degree in enumerate(degrees):
-                errors = [error for _, found in each for error in found[i]]
-                add(name, logits, degree, len(sizes), median_interval(sizes), median_interval(errors))
+                errors = [error for _, _, found in each for error in found[i]]
+                first = (name, logits, len(sizes), shift)
+                add(first, degree, median_interval(sizes), median_interval(errors))
     table.save()
 
 

@@ -163,7 +163,7 @@ def test_the_polynomial_written_out_is_the_taylor_summarys_answer() -> None:
     mine[..., -1] = torch.exp(one.scale * q @ k[:, -1:].mT)[..., 0]  # the one token that the window keeps
     torch.testing.assert_close(mine @ v / mine.sum(-1, keepdim=True), whole, rtol=1e-9, atol=1e-12)
     assert float(kept.max()) < 0.5
-    _, errors = taylor_error.on(one, "all", (2,))
+    _, _, errors = taylor_error.on(one, "all", (2,))
     wrong = taylor @ v / taylor.sum(-1, keepdim=True) - exact
     assert errors[0] == pytest.approx([float((wrong.norm(dim=-1) / exact.norm(dim=-1)).median())])
 
@@ -171,7 +171,7 @@ def test_the_polynomial_written_out_is_the_taylor_summarys_answer() -> None:
 @pytest.mark.parametrize("logits", taylor_error.LOGITS)
 def test_what_is_approximated_is_exact_to_a_high_degree(logits: str) -> None:
     one = drawn(5, n=120)
-    sizes, errors = taylor_error.on(one, logits, (0, 2, 30))
+    sizes, _, errors = taylor_error.on(one, logits, (0, 2, 30))
     assert max(sizes) < 8
     if logits == "dropped":
         assert errors[0] == errors[1] == errors[2] and min(errors[0]) > 0.01
