@@ -4,8 +4,8 @@
 
 All layers of recorded models (`characterize.lib.real_keys`). The budget is a sixteenth of the tokens per kv head on
 average, so bytes are equal; no head gets fewer than 16 tokens. A policy streams over a text; then the queries of its
-last 16 tokens are answered. `h2o` is left out at 8k tokens, where it would take ten minutes. The ways to divide the
-budget:
+last 16 tokens are answered. It also holds the newest 16 tokens before them, of an open block. `h2o` is left out at 8k
+tokens, where it would take ten minutes. The ways to divide the budget:
   even      equal shares
   pyramid   shares that fall with depth, by PyramidKV's rule
   mild      half of the mean, and the rest by PyramidKV's rule

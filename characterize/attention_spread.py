@@ -7,7 +7,8 @@ tokens before them. Each line has one layer, and the medians over its kv heads o
   keys95     the number of keys that carry 95 % of a query's softmax mass, the mean over the head's queries; with its
              bootstrap 95 % interval, and the least and the largest of the layer's heads, each the median of its texts
   effective  the exponential of the softmax weights' entropy, the mean over the queries
-  error      ||answer - exact|| / ||exact|| of the attention output for `sinks(4)` at a sixteenth of the tokens
+  error      ||answer - exact|| / ||exact|| of the attention output for `sinks(4)` at a sixteenth of the tokens,
+             and the newest 16 of an open block
 and the layer's share of a budget under PyramidKV's rule. The last line of each source has Spearman's rank correlation
 of depth with keys95 and with the error, over all kv heads and texts. The script takes two minutes on one core.
 """

@@ -34,6 +34,7 @@ from kvfloor import Spec, parse
 
 TOKENS, QUERIES, SEEDS, AT_ONCE, LAYERS = 1024, 16, 96, 16, 7
 ALONE = "sinks=0,recent=0"
+UNIFORM = "random(block=16)"  # divides the number of keys, so that no open block is held beside the sample
 PAPER = f"batch=512,keep=smaller,centre=False,sharpness=1.0,{ALONE}"
 KINDS = (("normal(0.25)", 64), ("normal(0.5)", 64), ("normal(1)", 64), ("normal(1)", 4), ("cluster", 64), ("walk", 64))
 FIELDS = (
@@ -57,11 +58,11 @@ def methods(n: int) -> dict[str, tuple[str, str]]:
     """Return each method's text with that of the uniform sample; "" is a sample of as many tokens as it holds."""
     return {
         "tree": (f"balance(batch=512,{ALONE})", ""),
-        "budget 1/4": (f"balance({ALONE})@{n // 4}", f"random@{n // 4}"),
-        "budget 1/8": (f"balance({ALONE})@{n // 8}", f"random@{n // 8}"),
+        "budget 1/4": (f"balance({ALONE})@{n // 4}", f"{UNIFORM}@{n // 4}"),
+        "budget 1/8": (f"balance({ALONE})@{n // 8}", f"{UNIFORM}@{n // 8}"),
         "paper": (f"balance({PAPER})", ""),
         "safe": (f"balance({PAPER},c=None,horizon={n})", ""),
-        "protected": (f"balance@{n // 8}", f"random(sinks=4,recent=16)@{n // 8}"),
+        "protected": (f"balance@{n // 8}", f"random(sinks=4,recent=16,block=16)@{n // 8}"),
     }
 
 
@@ -102,7 +103,7 @@ def compared(text: str, uniform: str, parts: list[Stream]) -> Iterator[tuple[Ten
     """Yield the method's errors, the uniform sample's, and the tokens held: (rows,) each, for every part."""
     for seed, part in enumerate(parts):
         mine, held = errors(text, *part, seed)
-        yield mine, errors(uniform or f"random@{round(float(held.mean()))}", *part, seed)[0], held
+        yield mine, errors(uniform or f"{UNIFORM}@{round(float(held.mean()))}", *part, seed)[0], held
 
 
 def main() -> None:

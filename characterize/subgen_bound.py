@@ -73,7 +73,7 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, size: tuple[float, in
     wrong, size_bytes, clusters = answers(str(method))
     stored = size_bytes / seeds / (n * (d + dv) * 4)
     tokens = round(stored * n)
-    uniform = float((answers(f"random@{tokens}")[0] / exact.norm(dim=1)).median()) if tokens < n else 0.0
+    uniform = float((answers(f"random(block=4)@{tokens}")[0] / exact.norm(dim=1)).median()) if tokens < n else 0.0
     quantile = float((wrong / unit).flatten().quantile(0.9))
     return SubGenFigures(
         clusters / n, quantile, stated.epsilon, float((wrong / exact.norm(dim=1)).median()), uniform, stored

@@ -4,7 +4,8 @@
 
 The keys are recorded ones (`characterize.lib.real_keys`): all layers of the built-in model, 7 of SmolLM2's 30. An
 eviction policy streams over a text; then the queries of the text's last 16 tokens are answered. A stream's error is
-||answer - exact|| / ||exact|| over these queries. Each line has the medians over the streams for
+||answer - exact|| / ||exact|| over these queries. A policy also holds the newest 16 tokens, of an open block. Each line
+has the medians over the streams for
   alone    the policy with this budget
   summary  the policy with this budget and the summary
   tokens   the policy with as many bytes more in tokens as the summary holds ("more" tokens)

@@ -8,11 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from characterize import early_tokens, isolated_needle, subgen_bound, taylor_error
+from characterize import (
+    allocation_error,
+    attention_spread,
+    balance_vs_uniform,
+    early_tokens,
+    isolated_needle,
+    subgen_bound,
+    summary_error,
+    taylor_error,
+)
 from characterize.attention_spread import correlation
 from characterize.lib import real_keys
 from characterize.lib.mass import effective_keys, keys_for_mass, mass_of, softmax_weights
-from characterize.lib.real_keys import RealKeys, Streams, chosen, spaced
+from characterize.lib.real_keys import RealKeys, Streams, after, chosen, spaced
 from characterize.lib.recall import share_of_best
 from characterize.lib.table import ResultTable, median_interval
 from kvfloor import Spec, parse
@@ -210,6 +219,52 @@ def test_subgens_error_lies_far_below_its_bound_and_falls_with_more_pairs() -> N
     q, k, v = (x.float() for x in (drawn(9, rows=1).q[0, 0, :4], *(y[0] for y in (drawn(9).k, drawn(9).v))))
     few, many = (subgen_bound.measure(q, k, v, 0.3, (0.5, 2, s), 64) for s in (16, 1024))
     assert many.quantile < 0.5 * few.quantile < 0.5 * few.epsilon and 0 < few.clusters <= 1
+
+
+def test_a_policy_that_learns_from_attention_is_given_the_queries() -> None:
+    """Without queries `sinks` holds the same tokens, and `h2o` does not."""
+    one = drawn(10, g=1, n=80)
+    for text, same in (("sinks(4,block=4)@16", True), ("h2o(block=4)@16", False)):
+        found = after(parse(text), one, 4)
+        bare = parse(text).open(one.spec())
+        bare.append(one.k[:, :-4], one.v[:, :-4])
+        held, other = (state.slots.view().position for state in (found, bare))  # type: ignore[attr-defined]
+        assert torch.equal(held, other) == same
+        assert int(found.seen.min()) == 76
+
+
+def test_errors_vanish_where_nothing_is_evicted_and_only_there() -> None:
+    one = drawn(11, n=60)
+    for budget, exact in ((200, True), (24, False)):
+        errors = (
+            attention_spread.error(one, budget),
+            summary_error.error(f"sinks(4)@{budget}", one)[0],
+            allocation_error.errors("sinks(4)", (budget, budget), one),
+        )
+        assert all(bool((error < 1e-9).all() if exact else (error > 0.01).all()) for error in errors)
+    uneven = allocation_error.errors("sinks(4)", (200, 24), one)
+    assert float(uneven[0]) < 1e-9 and float(uneven[1]) == pytest.approx(float(errors[2][1]))
+
+
+def test_shares_have_mean_one_and_are_measured_on_another_text(tiny: RealKeys) -> None:
+    by_text = allocation_error.shares_by_text(tiny)
+    own = allocation_error.measured_shares([one for one in tiny.streams() if one.texts[0] == TEXT])
+    ways = by_text["mixture-0"]
+    assert ways["floor"] == own["floor"] and ways["keys95"] == own["keys95"] != by_text[TEXT]["keys95"]
+    for line in ways.values():
+        numbers = [share for layer in line for share in layer]
+        assert sum(numbers) / len(numbers) == pytest.approx(1.0) and len(line) == 4
+    assert ways["inverted"] == ways["pyramid"][::-1] and ways["pyramid"][0] > ways["mild"][0] > ways["even"][0]
+
+
+def test_equal_sizes_of_samples_are_compared_stream_by_stream() -> None:
+    one = drawn(12, n=132)
+    q, k, v = (x.float() for x in one.asked(4))
+    part = (q, k, v)
+    same = list(balance_vs_uniform.compared("random(block=4)@40", "", [part, part]))  # the same draws
+    assert len(same) == 2 and all(torch.allclose(mine, theirs) for mine, theirs, _ in same)
+    ((mine, theirs, held),) = balance_vs_uniform.compared("random(block=4)@100", "random(block=4)@20", [part])
+    assert held.tolist() == [100.0, 100.0] and float(mine.mean()) < float(theirs.mean())
 
 
 def test_recordings_name_model_text_and_length(folder: Path) -> None:
