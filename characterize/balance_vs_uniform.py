@@ -9,13 +9,15 @@ Synthetic: every seed draws a stream of 1,024 tokens and 16 queries; the scale i
 Queries and all other values are normal numbers.
 Real: the queries of the last 16 tokens of a text, over the tokens before them (`characterize.lib.real_keys`), in all
 layers of the built-in model and in 7 of SmolLM2's 30; every stream has one seed.
-No method spares sinks or recent tokens, but for the last one:
+No method spares sinks or recent tokens, but for the last two:
   tree       the default walk in batches of 512, halved twice (as the paper's code does at 25 %) or as often as fits
   budget     the default at a quarter and an eighth of the tokens, token by token
   paper      the smaller class of the paper's walk, no centring, sharpness 1, c = 1/8 as in its code; on drawn keys
              halved once, as classes of less than 256 tokens do not fill the next level
   safe       as "paper", with the safe c
   protected  an eighth of the tokens; the first 4 and the newest 16 are kept, and the uniform sample keeps them as well
+  coin       as "protected", but a fair coin for the walk (c so large that the keys do not matter): newer tokens are
+             kept more densely than old ones, as by every tree, and nothing is balanced
 Each line gives the median over the streams of the error's norm over the queries, for uniform draws and for the method,
 and the median ratio of the two in one stream with its bootstrap 95 % interval. "held" is the mean number of tokens
 held. The synthetic streams take four minutes on one core, the real ones three.
@@ -63,6 +65,7 @@ def methods(n: int) -> dict[str, tuple[str, str]]:
         "paper": (f"balance({PAPER})", ""),
         "safe": (f"balance({PAPER},c=None,horizon={n})", ""),
         "protected": (f"balance@{n // 8}", f"random(sinks=4,recent=16,block=16)@{n // 8}"),
+        "coin": (f"balance(c=1e9)@{n // 8}", f"random(sinks=4,recent=16,block=16)@{n // 8}"),
     }
 
 
