@@ -1,41 +1,72 @@
-"""Compare the error of BalanceKV with that of as many uniformly drawn tokens, over six kinds of keys.
+"""Compare the error of BalanceKV with that of as many uniformly drawn tokens, on drawn keys of six kinds and real ones.
 
-    python -m characterize.balance_vs_uniform
+    python -m characterize.balance_vs_uniform [--keys "synthetic,built-in 2k,SmolLM2 2k,SmolLM2 8k"]
 
-Every seed draws a stream of 1,024 tokens and 16 queries; the scale is d^-1/2:
+Synthetic: every seed draws a stream of 1,024 tokens and 16 queries; the scale is d^-1/2:
   normal(x)  keys are x times normal numbers: at x = 1 and d = 64 a key weighs e^8 on itself and about 1 on others
   cluster    keys and values lie around 16 normal centres, with a standard deviation of 0.3
   walk       keys and values are random walks of unit length at the end: near tokens are alike
-Queries and all other values are normal numbers. No method spares sinks or recent tokens:
-  tree       the default walk in batches of 512, halved twice, as the paper's code does at 25 %
-  budget     the default at @256 and @128, token by token
-  paper      the smaller class of the paper's walk, no centring, sharpness 1, c = 1/8 as in its code; halved once, as
-             classes of less than 256 tokens do not fill the next level
+Queries and all other values are normal numbers.
+Real: the queries of the last 16 tokens of a text, over the tokens before them (`characterize.lib.real_keys`), in all
+layers of the built-in model and in 7 of SmolLM2's 30; every stream has one seed.
+No method spares sinks or recent tokens, but for the last two:
+  tree       the default walk in batches of 512, halved twice (as the paper's code does at 25 %) or as often as fits
+  budget     the default at a quarter and an eighth of the tokens, token by token
+  paper      the smaller class of the paper's walk, no centring, sharpness 1, c = 1/8 as in its code; on drawn keys
+             halved once, as classes of less than 256 tokens do not fill the next level
   safe       as "paper", with the safe c
-Each line gives the median over the seeds of the error's norm over the queries, for uniform draws and for the method,
+  protected  an eighth of the tokens; the first 4 and the newest 16 are kept, and the uniform sample keeps them as well
+  coin       as "protected", but a fair coin for the walk (c so large that the keys do not matter): newer tokens are
+             kept more densely than old ones, as by every tree, and nothing is balanced
+Each line gives the median over the streams of the error's norm over the queries, for uniform draws and for the method,
 and the median ratio of the two in one stream with its bootstrap 95 % interval. "held" is the mean number of tokens
-held. The script takes four minutes on one core.
+held. The synthetic streams take four minutes on one core, the real ones three.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from characterize.lib.table import save
+from characterize.lib.real_keys import KEYS, SYNTHETIC, chosen, real
+from characterize.lib.table import ResultTable, median_interval
 from kvfloor import Spec, parse
 
-TOKENS, QUERIES, SEEDS, AT_ONCE, RESAMPLES = 1024, 16, 96, 16, 2000
+TOKENS, QUERIES, SEEDS, AT_ONCE, LAYERS = 1024, 16, 96, 16, 7
 ALONE = "sinks=0,recent=0"
+UNIFORM = "random(block=16)"  # divides the number of keys, so that no open block is held beside the sample
 PAPER = f"batch=512,keep=smaller,centre=False,sharpness=1.0,{ALONE}"
-METHODS = {
-    "tree": (f"balance(batch=512,{ALONE})", 256),
-    "budget 256": (f"balance({ALONE})@256", 256),
-    "budget 128": (f"balance({ALONE})@128", 128),
-    "paper": (f"balance({PAPER})", 496),
-    "safe": (f"balance({PAPER},c=None,horizon={TOKENS})", 496),
-}
-KEYS = (("normal(0.25)", 64), ("normal(0.5)", 64), ("normal(1)", 64), ("normal(1)", 4), ("cluster", 64), ("walk", 64))
+KINDS = (("normal(0.25)", 64), ("normal(0.5)", 64), ("normal(1)", 64), ("normal(1)", 4), ("cluster", 64), ("walk", 64))
+FIELDS = (
+    "keys",
+    "kind",
+    "d",
+    "method",
+    "uniform_tokens",
+    "held",
+    "streams",
+    "uniform_error",
+    "error",
+    "ratio",
+    "low",
+    "high",
+)
+Stream = tuple[Tensor, Tensor, Tensor]
+
+
+def methods(n: int) -> dict[str, tuple[str, str]]:
+    """Return each method's text with that of the uniform sample; "" is a sample of as many tokens as it holds."""
+    return {
+        "tree": (f"balance(batch=512,{ALONE})", ""),
+        "budget 1/4": (f"balance({ALONE})@{n // 4}", f"{UNIFORM}@{n // 4}"),
+        "budget 1/8": (f"balance({ALONE})@{n // 8}", f"{UNIFORM}@{n // 8}"),
+        "paper": (f"balance({PAPER})", ""),
+        "safe": (f"balance({PAPER},c=None,horizon={n})", ""),
+        "protected": (f"balance@{n // 8}", f"random(sinks=4,recent=16,block=16)@{n // 8}"),
+        "coin": (f"balance(c=1e9)@{n // 8}", f"random(sinks=4,recent=16,block=16)@{n // 8}"),
+    }
 
 
 def drawn(kind: str, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,56 +83,46 @@ def drawn(kind: str, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, float(kind[7:-1]) * k, v
 
 
+def streams(name: str) -> dict[tuple[str, int], list[Stream]]:
+    """Return, by kind and width of keys, a list of queries, keys and values, of some rows each."""
+    if name == SYNTHETIC:
+        return {kind: [drawn(*kind, seed) for seed in range(SEEDS // AT_ONCE)] for kind in KINDS}
+    parts = [one.asked(QUERIES) for one in real(name).streams(LAYERS)]
+    return {("real", parts[0][1].shape[2]): parts}
+
+
 def errors(text: str, q: Tensor, k: Tensor, v: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the relative errors (AT_ONCE,) of the answers after the stream, and the tokens held (AT_ONCE,)."""
-    spec = Spec(AT_ONCE, k.shape[2], v.shape[2], scale=k.shape[2] ** -0.5, seed=seed)
+    """Return the relative errors (rows,) of the answers after the stream, and the tokens held (rows,)."""
+    rows, _, d = k.shape
+    spec = Spec(rows, d, v.shape[2], scale=d**-0.5, seed=seed)
     state = parse(text).open(spec)
     state.append(k, v)
-    truth = torch.softmax(spec.scale * q @ k.mT, -1) @ v
-    return (state.read(q).mean - truth).norm(dim=(1, 2)) / truth.norm(dim=(1, 2)), state.held.double()
+    truth = torch.softmax(spec.scale * q.double() @ k.double().mT, -1) @ v.double()
+    wrong = (state.read(q).mean.double() - truth).norm(dim=(1, 2)) / truth.norm(dim=(1, 2))
+    return wrong, state.held.double()
 
 
-def median_interval(values: Tensor) -> tuple[float, float, float]:
-    """Return the median and its bootstrap 95 % interval."""
-    source = torch.Generator().manual_seed(0)
-    picked = torch.randint(len(values), (RESAMPLES, len(values)), generator=source)
-    low, high = values[picked].quantile(0.5, 1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return float(values.quantile(0.5)), low, high
+def compared(text: str, uniform: str, parts: list[Stream]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the method's errors, the uniform sample's, and the tokens held: (rows,) each, for every part."""
+    for seed, part in enumerate(parts):
+        mine, held = errors(text, *part, seed)
+        yield mine, errors(uniform or f"{UNIFORM}@{round(float(held.mean()))}", *part, seed)[0], held
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = []
-    for kind, d in KEYS:
-        found: dict[str, list[Tensor]] = {name: [] for name in METHODS}
-        held: dict[str, list[Tensor]] = {name: [] for name in METHODS}
-        uniform: dict[int, list[Tensor]] = {496: [], 256: [], 128: []}
-        for seed in range(SEEDS // AT_ONCE):
-            stream = drawn(kind, d, seed)
-            for size, so_far in uniform.items():
-                so_far.append(errors(f"random@{size}", *stream, seed)[0])
-            for name, (text, _) in METHODS.items():
-                for so_far, new in zip((found[name], held[name]), errors(text, *stream, seed), strict=True):
-                    so_far.append(new)
-        for name, (_, size) in METHODS.items():
-            mine, theirs = torch.cat(found[name]), torch.cat(uniform[size])
-            medians = (float(theirs.quantile(0.5)), float(mine.quantile(0.5)))
-            kept = float(torch.cat(held[name]).mean())
-            rows.append((kind, d, name, size, kept, SEEDS, *medians, *median_interval(mine / theirs)))
-    fields = (
-        "keys",
-        "d",
-        "method",
-        "uniform_tokens",
-        "held",
-        "seeds",
-        "uniform_error",
-        "error",
-        "ratio",
-        "low",
-        "high",
-    )
-    save(__file__, fields, rows)
+    names = chosen(__doc__)
+    table = ResultTable(__file__, FIELDS, names, KEYS)
+    for name in names:
+        for (kind, d), parts in streams(name).items():
+            for method, (text, uniform) in methods(parts[0][1].shape[1]).items():
+                found = zip(*compared(text, uniform, parts), strict=True)
+                mine, theirs, held = (torch.cat(list(each)) for each in found)
+                size = int(uniform.rpartition("@")[2]) if uniform else round(float(held.mean()))
+                medians = (float(theirs.quantile(0.5)), float(mine.quantile(0.5)))
+                ratio = median_interval((mine / theirs).tolist())
+                table.add(name, kind, d, method, size, float(held.mean()), len(mine), *medians, *ratio)
+    table.save()
 
 
 if __name__ == "__main__":

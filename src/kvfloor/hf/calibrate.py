@@ -47,12 +47,19 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     seen = Recorder(layers)
     with torch.inference_mode():
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    needs = [_readable(seen.of(layer.index)) for layer in layers]
+    return in_proportion([distinguished(seen.of(layer.index)) for layer in layers], kept)
+
+
+def in_proportion(needs: Sequence[Sequence[float]], kept: float) -> Shares:
+    """Return shares of mean 1: `kept` for every head, and the rest in proportion to its number in `needs`.
+
+    needs: one sequence per layer, with one positive number per kv head.
+    """
     mean = sum(map(sum, needs)) / sum(map(len, needs))
     return tuple(tuple(kept + (1 - kept) * need / mean for need in line) for line in needs)
 
 
-def _readable(seen: Recorded) -> list[int]:
+def distinguished(seen: Recorded) -> list[int]:
     """Return, for each kv head of a layer, the number of groups of tokens that its newest queries tell apart (>= 1).
 
     A group is one or several tokens whose common value could be recovered from the outputs of these queries.
