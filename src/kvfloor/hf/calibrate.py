@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from kvfloor.floors.measured import readable_by
 from kvfloor.hf.allocate import Shares
 from kvfloor.hf.layers import watched_cache
+from kvfloor.hf.ranks import ranks_of
 from kvfloor.hf.recording import Recorded, Recorder
+from kvfloor.hf.wrappers import unwrapped
 
 ETA, P = 0.25, 0.9  # error allowed in answers, of values in [-1, 1], and probability with which it must be kept
 MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
@@ -32,6 +34,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     kept     share of the mean budget that every head gets in any case. Few bytes are enough for a head that
              distinguishes few tokens, but only with a method that finds these tokens. Where such a head averages over
              many tokens, eviction loses most of them
+    Collective on a sharded model: every rank measures its own kv heads, and gets the shares of all.
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
     if not 0 <= kept <= 1:
@@ -44,7 +47,8 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     seen = Recorder(layers)
     with torch.inference_mode():
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    needs = [_readable(seen.of(layer.index)) for layer in layers]
+    parts = ranks_of(unwrapped(model)).gather("floor_shares()", [_readable(seen.of(layer.index)) for layer in layers])
+    needs = [[need for line in layer for need in line] for layer in zip(*parts, strict=True)]
     mean = sum(map(sum, needs)) / sum(map(len, needs))
     return tuple(tuple(kept + (1 - kept) * need / mean for need in line) for line in needs)
 

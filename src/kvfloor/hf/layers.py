@@ -13,6 +13,7 @@ from kvfloor.hf.layer import CompressedLayer, Meter
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
 from kvfloor.hf.presence import Presence
+from kvfloor.hf.ranks import ranks_of
 
 
 def layers_served(config: PreTrainedConfig) -> int:
@@ -28,7 +29,7 @@ def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer
     record     is also given the scale and the softcap of logits, and returns nothing
     turn_back  is also given the tokens' positions, and returns the queries and keys to go on with
     """
-    opening = Opening(Exact(), layers_served(config))
+    opening = Opening(Exact(), layers_served(config), ranks=ranks_of(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))
     return cache, [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvfloor.hf.ranks import full
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _WRAPPED = ("base_layer", "original_module")  # PEFT's names of the layer inside an adapter, and inside a trained copy
 
@@ -124,10 +126,13 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight.
 
+    A sharded weight is gathered from all ranks, one at a time, so every rank must ask for the same weights.
+
     A part that is no tensor, such as a float, is yielded as an empty tensor whose name contains its value. Raises
     ValueError if the weight cannot be read.
     """
     if isinstance(value, Tensor):
+        value = full(value)
         inner = getattr(value, "__tensor_flatten__", None)
         if inner is not None:
             parts, context = inner()
