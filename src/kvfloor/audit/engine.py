@@ -15,6 +15,7 @@ from kvfloor.audit.closer import Closer
 from kvfloor.audit.grid import EXACT, AnyRow, Asked, Grid, Place
 from kvfloor.audit.journal import Journal
 from kvfloor.audit.nats import TextCell, TextRow
+from kvfloor.audit.ranks import Lead
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
@@ -49,11 +50,14 @@ class Engine(Protocol):
 
 
 class Here:
-    """Measure with one model in this process. All settings of a place are measured before the next place begins."""
+    """Measure with one model in this process. All settings of a place are measured before the next place begins.
+
+    If the model is sharded over several processes, this one leads the others (`audit/ranks.py`).
+    """
 
     def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
         """Load the model in `folder`; `track` is called with a line of text before each long step."""
-        self._worker = Worker(question, folder, track)
+        self._worker = (Worker if question.tp is None else Lead)(question, folder, track)
 
     @property
     def grid(self) -> Grid:

@@ -79,7 +79,7 @@ class Reader:
             state_bytes=math.ceil(sizes[0]),
             peak_state_bytes=math.ceil(cache.peak_nbytes),
             budget_tokens=budget if isinstance(budget, int) else None,
-            floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context) for state in states)),
+            floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context, cache.ranks.count) for state in states)),
             seconds=time.perf_counter() - begin,
         )
 
@@ -100,9 +100,9 @@ class Reader:
             yield tokens[0], logits[0]
 
 
-def _floor(spec: Spec, context: int) -> float:
-    """Return the worst-case floor in bytes of one layer, whose kv heads are the rows of `spec`."""
-    return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
+def _floor(spec: Spec, context: int, ranks: int) -> float:
+    """Return the worst-case floor in bytes of one layer, whose kv heads are the rows of `spec` on each of the ranks."""
+    return floors.space(context, spec.d, spec.dv, heads=ranks * spec.rows).bytes
 
 
 def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact_bytes: int, model: Any) -> TextRow:

@@ -6,7 +6,7 @@ An error is ||answers - exact|| / ||exact|| of the attention output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.recording import Recorder
+from kvfloor.hf.ranks import Ranks
+from kvfloor.hf.recording import Recorded, Recorder
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Trace:
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
     """Run the model with an exact cache over each context, question and right answer; return one trace per layer.
 
+    On a sharded model every rank calls this, and gets the traces of all kv heads, on the CPU.
     `contexts` and `asks` (question and answer) are token ids, one list per sample.
     """
     cache = CompressedCache(model.config, "exact")
@@ -59,7 +61,7 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
     dialogue.feed(asks)
     traces = []
     for layer in cache.compressed:
-        one = seen.of(layer.index)
+        one = of_all_heads(seen.of(layer.index), cache.ranks)
         kv_heads = one.k.shape[1]
         present = dialogue.mask.to(torch.bool).repeat_interleave(kv_heads, 0)
         trace = Trace(
@@ -68,6 +70,15 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
         trace.exact = replay(trace, Exact())
         traces.append(trace)
     return traces
+
+
+def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
+    """Return what was recorded of one layer with the heads of all ranks; `mine` has those of this rank."""
+    if ranks.count == 1:
+        return mine
+    parts = ranks.gather("traces.record()", tuple(x.cpu() for x in (mine.q, mine.k, mine.v)))
+    q, k, v = (torch.cat(heads, 1) for heads in zip(*parts, strict=True))
+    return replace(mine, q=q, k=k, v=v)
 
 
 def replay(trace: Trace, method: Method) -> Tensor:

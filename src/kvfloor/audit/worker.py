@@ -50,7 +50,8 @@ class Worker:
         """
         self._least_exact = question.least_exact
         self._settings = {one.text: one for one in settings(question.methods, question.budget_texts)}
-        model, tokenizer = load(folder.absolute(), track=track)  # a folder "smollm2" is not the model of that name
+        more = {"ranks": question.tp, "device_map": question.device_map}
+        model, tokenizer = load(folder.absolute(), track=track, **more)  # a folder "smollm2" is not that model
         self._bench = bench = Bench(prepare(model), tokenizer, question.seed)
         self._reader = Reader(model, question.seed)
         chat = chosen_chat(question.chat, bench.template, question.model)
