@@ -51,7 +51,7 @@ class Trace:
 def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequence[Sequence[int]]) -> list[Trace]:
     """Run the model with an exact cache over each context, question and right answer; return one trace per layer.
 
-    On a sharded model every rank calls this, and gets the traces of all kv heads, on the CPU.
+    Traces are on the CPU. On a sharded model every rank calls this, and gets the traces of all kv heads.
     `contexts` and `asks` (question and answer) are token ids, one list per sample.
     """
     cache = CompressedCache(model.config, "exact")
@@ -63,7 +63,7 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
     for layer in cache.compressed:
         one = of_all_heads(seen.of(layer.index), cache.ranks)
         kv_heads = one.k.shape[1]
-        present = dialogue.mask.to(torch.bool).repeat_interleave(kv_heads, 0)
+        present = dialogue.mask.cpu().to(torch.bool).repeat_interleave(kv_heads, 0)
         trace = Trace(
             layer.index, *one.by_row, present, one.scale, one.softcap, kv_heads, one.last, exact=torch.empty(0)
         )
@@ -73,10 +73,10 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
-    """Return what was recorded of one layer with the heads of all ranks; `mine` has those of this rank."""
-    if ranks.count == 1:
-        return mine
+    """Return what was recorded of one layer with the heads of all ranks, on the CPU; `mine` has those of this rank."""
     parts = ranks.gather("traces.record()", tuple(x.cpu() for x in (mine.q, mine.k, mine.v)))
+    if len(parts) == 1:
+        return replace(mine, **dict(zip("qkv", parts[0], strict=True)))
     q, k, v = (torch.cat(heads, 1) for heads in zip(*parts, strict=True))
     return replace(mine, q=q, k=k, v=v)
 

@@ -17,6 +17,7 @@ from kvfloor.hf.allocate import Shares
 from kvfloor.hf.layers import watched_cache
 from kvfloor.hf.ranks import ranks_of
 from kvfloor.hf.recording import Recorded, Recorder
+from kvfloor.hf.weights import input_device
 from kvfloor.hf.wrappers import unwrapped
 
 ETA, P = 0.25, 0.9  # error allowed in answers, of values in [-1, 1], and probability with which it must be kept
@@ -46,7 +47,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     cache, layers = watched_cache(model.config)
     seen = Recorder(layers)
     with torch.inference_mode():
-        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids.to(input_device(unwrapped(model))), past_key_values=cache, use_cache=True, logits_to_keep=1)
     parts = ranks_of(unwrapped(model)).gather("floor_shares()", [_readable(seen.of(layer.index)) for layer in layers])
     needs = [[need for line in layer for need in line] for layer in zip(*parts, strict=True)]
     mean = sum(map(sum, needs)) / sum(map(len, needs))

@@ -27,7 +27,7 @@ from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
 from kvfloor.hf.ranks import Ranks, ranks_of
-from kvfloor.hf.weights import device_of
+from kvfloor.hf.weights import device_of, input_device
 from kvfloor.hf.whole import own_part, own_stock, part_of, whole_layers
 from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.grammar import parse
@@ -139,7 +139,7 @@ def load(
         cache = kind(model, own, **header["arguments"])
         devices = _devices(model)
         for i, (layer, plain) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            _restored(layer, plain, fields[str(i)], devices.get(i, model.device), own, model, ranks)
+            _restored(layer, plain, fields[str(i)], devices.get(i, input_device(model)), own, model, ranks)
         if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
             raise ValueError("its layers saw different numbers of tokens")
         cache.presence.adopt(fields["masks"], max((layer.seen for layer in cache.compressed), default=0))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kvfloor.hf.ranks import full
 
@@ -90,6 +91,11 @@ def device_of(module: nn.Module) -> torch.device | None:
             if place is not None:
                 return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
     return None
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device on which a model takes token ids, also where its embedding's weights are offloaded."""
+    return model.device if model.device.type != "meta" else device_of(model) or torch.device("cpu")
 
 
 def _at(part: Any, path: str) -> Any:
