@@ -82,8 +82,12 @@ def figures(model: Any, name: str) -> dict[str, Any]:
 
     if isinstance(cache.method, Bounded):
         cache.call_on_evict(on_evict)
-    tokens = said(model, cache)
+    asked: list[str] = []
+    gather = ranks.Ranks.gather
+    with patch.object(ranks.Ranks, "gather", lambda self, what, mine: asked.append(what) or gather(self, what, mine)):
+        tokens = said(model, cache)
     return {
+        "asked": asked,
         "tokens": tokens,
         "left": sorted(left),
         "nbytes": cache.nbytes,

@@ -116,6 +116,7 @@ def require_whole(name: str, model: Any, ranks: list[dict[str, Any]]) -> None:
     expected, found = figures(model, name), [rank["figures"][name] for rank in ranks]
     assert sorted(found[0]["left"] + found[1]["left"]) == expected["left"]
     for rank in found:
+        assert rank["asked"] == []  # of the other ranks, while tokens are generated
         assert same(rank | {"left": expected["left"]}, expected)
 
 

@@ -27,7 +27,7 @@ from kvfloor.audit.rows import Row
 from kvfloor.audit.worker import Worker
 
 _WAIT = timedelta(days=30)  # of a rank for the next call
-_SAY_SECONDS = 3  # an error of all ranks is told by rank 0, whose end ends the others before they speak
+_SAY_SECONDS = 10  # an error of all ranks is told by rank 0, whose end ends the others before they speak
 
 _calls: Any = None  # the group of all ranks, on the CPU, through which rank 0 tells the others its calls
 

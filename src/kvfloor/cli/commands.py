@@ -103,7 +103,16 @@ def _refuse(message: str, status: int = 2) -> NoReturn:
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     print(f"kvfloor: {line}", file=sys.stderr)
+    if _is_rank():  # its end ends the others, which would wait for it; a usual exit waits for them
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
+
+
+def _is_rank() -> bool:
+    """Return True if this process is connected with others that share a model."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _version(wanted: bool) -> None:
@@ -255,6 +264,8 @@ def audit(
         if started[0] > 0:
             follow(question)
             return
+    elif started is not None and started[1] > 1:
+        raise ValueError(f"torchrun has started {started[1]} processes: add --tp auto, so that they share one model")
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:

@@ -8,16 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 _POLL_SECONDS = 0.05
 _END_SECONDS = 5
 
 
-def launch(count: int) -> int:
-    """Run this command line in `count` processes on this machine, and return the exit code of the first that fails.
+def launch(count: int, command: Sequence[str] | None = None) -> int:
+    """Run a command in `count` processes on this machine, and return the exit code of the first that fails.
 
-    0 if all succeed. The first failure ends the other processes. Only rank 0 has this process's input and output; all
-    share its stderr. A process that a signal ended is told on stderr, and gives exit code 2.
+    command: None stands for this process's own command line. The code is 0 if all succeed. The first failure ends the
+    other processes. Only rank 0 has this process's input and output; all share its stderr. A process that a signal
+    ended is told on stderr, and gives exit code 2.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     children: list[subprocess.Popen[bytes]] = []
@@ -28,8 +30,8 @@ def launch(count: int) -> int:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             environment = threads | dict(os.environ) | address | {name: str(x) for name, x in places.items()}
             other = None if rank == 0 else subprocess.DEVNULL
-            command = [sys.executable, "-m", "kvfloor", *sys.argv[1:]]
-            children.append(subprocess.Popen(command, env=environment, stdin=other, stdout=other))
+            run = [sys.executable, "-m", "kvfloor", *sys.argv[1:]] if command is None else list(command)
+            children.append(subprocess.Popen(run, env=environment, stdin=other, stdout=other))
         return _first_failure(children)
     finally:
         _end(children)
