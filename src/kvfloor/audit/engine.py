@@ -18,6 +18,7 @@ from kvfloor.audit.closer import Closer
 from kvfloor.audit.grid import EXACT, AnyRow, Asked, Grid, Place
 from kvfloor.audit.journal import Journal
 from kvfloor.audit.nats import TextCell, TextRow
+from kvfloor.audit.ranks import Lead
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.rows import Row
@@ -62,14 +63,17 @@ class Engine(Protocol):
 
 
 class Here:
-    """Measure with one model in this process: all settings on one place, then the next place."""
+    """Measure with one model in this process: all settings on one place, then the next place.
+
+    If the model is sharded over several processes, this one leads the others (`audit/ranks.py`).
+    """
 
     def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
         """Load the model in `folder`, and make the texts and samples that `question`, the audit's arguments, asks for.
 
         track: function that is called with a line of text before each long step.
         """
-        self._worker = Worker(question, folder, track)
+        self._worker = (Worker if question.tp is None else Lead)(question, folder, track)
 
     @property
     def grid(self) -> Grid:

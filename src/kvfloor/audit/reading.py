@@ -120,7 +120,7 @@ class Reader:
             state_16_bit_bytes=sizes[1],
             peak_state_bytes=math.ceil(cache.peak_nbytes),
             budget_tokens=budget if isinstance(budget, int) else None,
-            floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context) for state in states)),
+            floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context, cache.ranks.count) for state in states)),
             seconds=time.perf_counter() - begin,
         )
 
@@ -130,7 +130,8 @@ class Reader:
             return math.ceil(cache.nbytes)
         heads = self.model.config.get_text_config(decoder=True).num_attention_heads
         states = [layer.state for layer in cache.compressed if layer.state is not None]
-        return bytes_at_16_bits(states, [heads // state.spec.rows for state in states], tokens)
+        groups = [heads // (state.spec.rows * cache.ranks.count) for state in states]
+        return sum(cache.ranks.gather("bytes at 16 bits", bytes_at_16_bits(states, groups, tokens)))
 
     @torch.inference_mode()
     def _predictions(
@@ -150,13 +151,14 @@ class Reader:
             yield tokens[0], logits[0]
 
 
-def _floor(spec: Spec, context: int) -> float:
+def _floor(spec: Spec, context: int, ranks: int) -> float:
     """Return a lower bound on the bytes that any method needs for one layer, for worst-case keys and values.
 
-    spec     sizes of the layer: widths of key and value, and its number of rows, which are the kv heads
+    spec     sizes of the layer: widths of key and value, and its number of rows, which are this process's kv heads
     context  number of tokens
+    ranks    number of processes that each hold as many kv heads of the layer
     """
-    return floors.space(context, spec.d, spec.dv, heads=spec.rows).bytes
+    return floors.space(context, spec.d, spec.dv, heads=ranks * spec.rows).bytes
 
 
 def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact: tuple[int, int], vocabulary: int) -> TextRow:

@@ -58,6 +58,9 @@ class AuditRequest:
     engine        "local": this process measures; "ray": the workers of a Ray cluster do
     workers       number of Ray workers; None: as many as the cluster has processors for
     ray_address   address of a running Ray cluster; None: the one in RAY_ADDRESS, or one that is started here
+    tp            number of processes (ranks) that share the model by tensor parallelism; the caller started them, and
+                  each makes this request; None: one process
+    device_map    how transformers spreads the model's layers over devices, such as "auto"; None: all on one
     """
 
     model: str = "builtin"
@@ -85,6 +88,8 @@ class AuditRequest:
     engine: str = ENGINES[0]
     workers: int | None = None
     ray_address: str | None = None
+    tp: int | None = None
+    device_map: str | None = None
 
     @property
     def is_builtin(self) -> bool:
@@ -164,5 +169,11 @@ class AuditRequest:
             raise ValueError("--workers and --ray-address are for --engine ray")
         if self.engine == "ray" and self.minutes is not None:
             raise ValueError("--minutes plans for one process: leave it out with --engine ray")
+        if self.tp is not None and self.tp < 2:
+            raise ValueError(f"--tp {self.tp}: give at least 2 processes, or leave it out")
+        if self.engine == "ray" and not (self.tp is None and self.device_map is None):
+            raise ValueError("--engine ray has the whole model in each worker: leave out --tp and --device-map")
+        if self.tp is not None and self.device_map is not None:
+            raise ValueError("--tp divides every layer, --device-map puts each on one device: give one of them")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers {self.workers}: give at least 1")

@@ -283,7 +283,8 @@ def _header(
         hashes=hashes,
         chat=grid.chat,
         versions=versions(),
-        machine=f"{platform.machine()}, {_threads()} torch threads",
+        machine=f"{platform.machine()}, {_threads()} torch threads"
+        + (f" x {question.tp} ranks" if question.tp else ""),
         began=began,
         seconds=seconds,
     )

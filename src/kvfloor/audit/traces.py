@@ -7,7 +7,7 @@ on a few samples; a sample is a context with a question and its right answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.recording import Recorder
+from kvfloor.hf.ranks import Ranks
+from kvfloor.hf.recording import Recorded, Recorder
 
 
 @dataclass
@@ -66,6 +67,7 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
     contexts  token ids of the contexts, one list per sample
     asks      token ids of question and answer, one list per sample
+    Traces are on the CPU. On a sharded model every rank calls this, and gets the traces of all kv heads.
     """
     cache = CompressedCache(model.config, "exact")
     seen = Recorder(cache.compressed)
@@ -74,15 +76,24 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
     dialogue.feed(asks)
     traces = []
     for layer in cache.compressed:
-        one = seen.of(layer.index)
+        one = of_all_heads(seen.of(layer.index), cache.ranks)
         kv_heads = one.k.shape[1]
-        present = dialogue.mask.to(torch.bool).repeat_interleave(kv_heads, 0)
+        present = dialogue.mask.cpu().to(torch.bool).repeat_interleave(kv_heads, 0)
         trace = Trace(
             layer.index, *one.by_row, present, one.scale, one.softcap, kv_heads, one.last, exact=torch.empty(0)
         )
         trace.exact = replay(trace, Exact())
         traces.append(trace)
     return traces
+
+
+def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
+    """Return what was recorded of one layer with the heads of all ranks, on the CPU; `mine` has those of this rank."""
+    parts = ranks.gather("traces.record()", tuple(x.cpu() for x in (mine.q, mine.k, mine.v)))
+    if len(parts) == 1:
+        return replace(mine, **dict(zip("qkv", parts[0], strict=True)))
+    q, k, v = (torch.cat(heads, 1) for heads in zip(*parts, strict=True))
+    return replace(mine, q=q, k=k, v=v)
 
 
 def replay(trace: Trace, method: Method) -> Tensor:

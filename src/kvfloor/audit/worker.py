@@ -61,7 +61,8 @@ class Worker:
         """
         self._least_exact = question.least_exact
         self._settings = {one.text: one for one in settings(question.methods, question.budget_texts)}
-        model, tokenizer = load(folder.absolute(), track=track)  # a folder "smollm2" is not the model of that name
+        more = {"ranks": question.tp, "device_map": question.device_map}
+        model, tokenizer = load(folder.absolute(), track=track, **more)  # a folder "smollm2" is not that model
         methods = [one.method for one in self._settings.values()]
         self._bench = bench = Bench(prepare(model), tokenizer, question.seed, methods=methods)
         self._reader = Reader(model, question.seed, methods)

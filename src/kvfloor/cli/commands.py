@@ -109,7 +109,16 @@ def _refuse(message: str, status: int = 2) -> NoReturn:
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     print(f"kvfloor: {line}", file=sys.stderr)
+    if _is_rank():  # its end ends the others, which would wait for it; a usual exit waits for them
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
+
+
+def _is_rank() -> bool:
+    """Return True if this process is connected with others that share a model."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _version(wanted: bool) -> None:
@@ -193,6 +202,12 @@ def audit(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Measure the I-th of N parts only, for kvfloor merge.")
     ] = None,
+    tp: Annotated[
+        str | None, typer.Option(help="Shard the model over N processes (tensor parallelism); auto: one per GPU.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model's layers over devices, as transformers does: auto.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local: in this process; ray: on a Ray cluster.")] = "local",
     workers: Annotated[
         int | None, typer.Option(help="Ray workers; one per processor unless given.", **whole(1, 100_000))
@@ -216,6 +231,7 @@ def audit(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from kvfloor.audit.ranks import dismiss, follow, join, ranks_started
     from kvfloor.audit.request import AuditRequest
     from kvfloor.audit.run import measure_part, run
     from kvfloor.report.text import visible
@@ -246,11 +262,26 @@ def audit(
         engine=engine,
         workers=workers,
         ray_address=ray_address,
+        tp=None if tp is None else _ranks(tp),
+        device_map=device_map,
         chat=chat,  # type: ignore[arg-type]
         least_exact=least_exact,
         **chosen,
     )
     _quiet_transformers()
+    started = ranks_started()
+    if question.tp is not None:
+        question.check()
+        if started is None:
+            from kvfloor.cli.launch import launch
+
+            raise typer.Exit(launch(question.tp))
+        join()
+        if started[0] > 0:
+            follow(question)
+            return
+    elif started is not None and started[1] > 1:
+        raise ValueError(f"torchrun has started {started[1]} processes: add --tp auto, so that they share one model")
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -267,6 +298,8 @@ def audit(
             answer = run(question, track, announce)
         else:
             count = measure_part(question, track, announce)
+    if question.tp is not None:
+        dismiss()
     if question.shard is None:
         _show(answer, as_json)
     elif as_json:
@@ -274,6 +307,26 @@ def audit(
         _print_json({"schema": 1, "part": i, "parts": n, "measurements": count, "out": str(out)})
     else:
         print(f"part {shard}: {count} measurements in {out}; when all are measured: kvfloor merge FOLDERS --out FOLDER")
+
+
+def _ranks(text: str) -> int:
+    """Return the number of ranks that --tp asks for. Raises ValueError where torchrun has started another number."""
+    import torch
+
+    from kvfloor.audit.ranks import ranks_started
+
+    started = ranks_started()
+    if text == "auto":
+        if started is None and torch.cuda.device_count() < 2:
+            raise ValueError(
+                f"--tp auto: this machine has {torch.cuda.device_count()} GPUs; give a number of processes"
+            )
+        return torch.cuda.device_count() if started is None else started[1]
+    if re.fullmatch(r"[1-9][0-9]{0,3}", text) is None:
+        raise ValueError(f"--tp {shortened(text)}: give a number of processes, such as 2, or auto")
+    if started is not None and started[1] != int(text):
+        raise ValueError(f"--tp {text}: torchrun has started {started[1]} processes; give --tp auto")
+    return int(text)
 
 
 def _show(answer: Any, as_json: bool) -> None:

@@ -12,6 +12,7 @@ A message is a saved state, the bytes that `State.to_bytes` returns. Its fields 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -161,6 +162,24 @@ class Memory:
         """
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
+
+
+def joined(parts: Sequence[Any], where: str = "") -> Any:
+    """Return the exported fields of one state with the rows of all `parts`, part after part.
+
+    parts: what `export` returned for states of one method that saw equally long streams in other rows. All tensors have
+    rows, or items listed row by row, as their first axis; numbers are the same in all parts. where: path of the
+    fields, for the error. Raises ValueError for parts that differ in anything but their rows.
+    """
+    first = parts[0]
+    if isinstance(first, dict) and all(isinstance(part, dict) and part.keys() == first.keys() for part in parts):
+        return {name: joined([part[name] for part in parts], f"{where}{name}/") for name in first}
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts) and len({(x.dtype, x.shape[1:]) for x in tensors}) == 1:
+        return torch.cat(tensors)
+    if not tensors and all(type(part) is type(first) and part == first for part in parts):
+        return first
+    raise ValueError(f"states differ in {where.rstrip('/')}, so that their rows cannot be joined")
 
 
 def _require_names(fields: Any, opened: dict[str, Any], where: str) -> None:

@@ -4,6 +4,11 @@ A compressed layer is a cache layer whose keys and values a kvfloor method keeps
 of them. A prepared model is one that went through `kvfloor.hf.prepare`, so that its attention can use such layers. A
 slot is one column of the padded batch. If a forward breaks off (by an error or an interrupt), some layers have its
 tokens and others have not: the cache is then unusable.
+
+On a model sharded by tensor parallelism, each process (rank) makes a cache with the same arguments, which holds the kv
+heads that the rank computes. Budget, seeds and figures are those of the whole cache, of all ranks together. A forward
+asks the other ranks for nothing on the cache's behalf. `nbytes`, `bytes`, `peak_nbytes`, `bytes_read`, `report`, `save`
+and `load` do: they are collective, so every rank must call them, in the same order.
 """
 
 from __future__ import annotations
@@ -34,8 +39,10 @@ from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.positions import Memo, TurnBack, rotations
 from kvfloor.hf.prepare import is_prepared
 from kvfloor.hf.presence import Presence
+from kvfloor.hf.ranks import ranks_of
 from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import MOST_BYTES, load, save
+from kvfloor.hf.whole import row_budgets, whole_entry
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
 from kvfloor.methods.grammar import parse
 
@@ -58,7 +65,8 @@ class CompressedCache(Cache):
               typical prompt, on which this is measured), or a table like `budgets` of multiples of the budget
     pinned    spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
               count a batch item's real tokens, pads excluded
-    on_evict  called with an `Eviction` (layer, batch items, kv heads and positions) whenever a layer evicts tokens
+    on_evict  called with an `Eviction` (layer, batch items, kv heads and positions) whenever a layer evicts tokens; on
+              a sharded model each rank is told of its own kv heads, by their numbers in the whole model
     positions "stream": a token's rotary position is its place in the stream, evicted tokens counted. "cache": it is the
               token's rank among the tokens that its kv head still holds, so that no distance is longer than the budget
               and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache" needs the
@@ -85,6 +93,7 @@ class CompressedCache(Cache):
     ) -> None:
         refuse_own_cache(config)
         model = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
+        self.ranks = ranks_of(config if model is None else model)
         config = config if isinstance(config, PreTrainedConfig) else unwrapped(config).config
         self.method = parse(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
@@ -102,6 +111,7 @@ class CompressedCache(Cache):
             tuple((int(start), int(stop)) for start, stop in pinned),
             _rotations(positions, self.method, model),
             _applied(positions, self.method, model),
+            self.ranks,
         )
         kept = ("context", "seed", "requests", "budgets", "pinned")
         # The arguments with which `load` constructs the cache; JSON-ready.
@@ -313,8 +323,9 @@ class CompressedCache(Cache):
         """Write the cache to the file `path`, which only its owner may read (format: `kvfloor.hf.saved`).
 
         The file is written as a whole or not at all. If `path` is a symbolic link, the file that it leads to is
-        replaced. Raises ValueError while the cache is empty or in the middle of a forward, and where `path` cannot be
-        written. Raises TypeError where `path` is no path, and BrokenState if a forward broke off halfway.
+        replaced. Collective on a sharded model: rank 0 writes one file of the whole, which any number of ranks can
+        load, one too. Raises ValueError while the cache is empty or in the middle of a forward, and where `path` cannot
+        be written. Raises TypeError where `path` is no path, and BrokenState if a forward broke off halfway.
         """
         save(self, path)
 
@@ -328,6 +339,7 @@ class CompressedCache(Cache):
         method      the method that the cache was made with; needed only if a class from outside kvfloor is part of it
         most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes three times the file's size in
                     memory
+        Collective on a sharded model: every rank reads the file, and keeps its kv heads.
         Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
         is built. Raises ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """
@@ -335,16 +347,20 @@ class CompressedCache(Cache):
 
     def resume(self, peak_bytes: int) -> None:
         """Set `peak_nbytes` to `peak_bytes` if it is lower; `peak_bytes` is the peak of the cache that was saved."""
-        self._meter.peak_bytes = max(self._meter.peak_bytes, peak_bytes)
+        rank, count = self.ranks.rank, self.ranks.count
+        share = peak_bytes * (rank + 1) // count - peak_bytes * rank // count  # all ranks' shares sum to the peak
+        self._meter.peak_bytes = max(self._meter.peak_bytes, share)
 
     @property
     def nbytes(self) -> int:
         """Return the bytes that the compressed layers hold: their states, and the keys and values of a running forward.
 
         The bytes of a state are those of its tensors' storages. Of a running forward, only the keys and values count
-        that its attention has not appended to a state yet ("staged" tensors).
+        that its attention has not appended to a state yet ("staged" tensors). Collective on a sharded model: the sum
+        over all ranks.
         """
-        return sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
+        mine = sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
+        return sum(self.ranks.gather("cache.nbytes", mine))
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -355,13 +371,19 @@ class CompressedCache(Cache):
         stock   tensors of the other layers (sliding windows, convolution and linear states)
         masks   the list of pads and masked-out slots, 16 bytes each
         total   the sum of these
+        Collective on a sharded model: the sums over all ranks. What every rank has a copy of (masks, convolution and
+        linear states) counts once.
         """
         hot = sum(layer.state.nbytes for layer in self.compressed if layer.state)
         staged = sum(layer.staged_bytes for layer in self.compressed)
-        own = sum(
-            stock.nbytes(layer, layer.beside if isinstance(layer, CompressedLayer) else None) for layer in self.layers
+        beside = [(layer, layer.beside if isinstance(layer, CompressedLayer) else None) for layer in self.layers]
+        own = sum(stock.nbytes(layer, names) for layer, names in beside)
+        heads = sum(
+            stock.nbytes(layer, stock.BY_HEAD) for layer, names in beside if names is None and stock.has_heads(layer)
         )
-        masks = self.presence.nbytes
+        parts = self.ranks.gather("cache.bytes", (hot, staged, heads))
+        hot, staged, all_heads = (sum(part) for part in zip(*parts, strict=True))
+        own, masks = own - heads + all_heads, self.presence.nbytes
         return {"hot": hot, "staged": staged, "stock": own, "masks": masks, "total": hot + staged + own + masks}
 
     @property
@@ -369,13 +391,18 @@ class CompressedCache(Cache):
         """Return the most bytes that the compressed layers took at one time so far.
 
         Counted together are the states, the copies made while they grow, and the keys and values of a running forward.
+        Collective on a sharded model: the sum of all ranks' peaks, which they reach at the same layer.
         """
-        return self._meter.peak_bytes
+        return sum(self.ranks.gather("cache.peak_nbytes", self._meter.peak_bytes))
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that attention for one more query token would read, over all compressed layers."""
-        return sum(layer.state.bytes_read for layer in self.compressed if layer.state)
+        """Return the bytes that attention for one more query token would read, over all compressed layers.
+
+        Collective on a sharded model: the sum over all ranks.
+        """
+        mine = sum(layer.state.bytes_read for layer in self.compressed if layer.state)
+        return sum(self.ranks.gather("cache.bytes_read", mine))
 
     def report(self) -> list[dict[str, Any]]:
         """Return one dict of measurements per compressed layer.
@@ -390,8 +417,14 @@ class CompressedCache(Cache):
         staged_bytes            bytes of keys and values that wait for the attention of a running forward
         guarantee               the method's proved error bound for the tokens seen (error, failure probability, norm,
                                 assumptions), or None
+        Collective on a sharded model: every rank gets the whole report, of all kv heads.
         """
-        return [_entry(layer) for layer in self.compressed]
+        mine = [(_entry(layer), row_budgets(layer.state)) for layer in self.compressed]
+        parts = self.ranks.gather("cache.report()", mine)
+        if len(parts) == 1:
+            return [entry for entry, _ in mine]
+        methods = [None if layer.state is None else layer.state.method for layer in self.compressed]
+        return [whole_entry(*one) for one in zip(zip(*parts, strict=True), methods, strict=True)]
 
 
 def _place(device: str | torch.device) -> torch.device:

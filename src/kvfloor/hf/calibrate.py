@@ -17,7 +17,10 @@ from transformers import PreTrainedModel
 from kvfloor.floors.measured import readable_by
 from kvfloor.hf.allocate import Shares
 from kvfloor.hf.layers import watched_cache
+from kvfloor.hf.ranks import ranks_of
 from kvfloor.hf.recording import Recorded, Recorder
+from kvfloor.hf.weights import input_device
+from kvfloor.hf.wrappers import unwrapped
 
 ETA, P = 0.25, 0.9  # error allowed in answers, of values in [-1, 1], and probability with which it must be kept
 MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
@@ -35,6 +38,7 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     kept     share of the mean budget that every head gets in any case. With 0, a head that distinguishes few tokens
              gets very little. That is enough only for a method that finds these tokens; if the head averages over many
              tokens, eviction loses most of them
+    Collective on a sharded model: every rank measures its own kv heads, and gets the shares of all.
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
     if not 0 <= kept <= 1:
@@ -46,8 +50,11 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     cache, layers = watched_cache(model.config)
     seen = Recorder(layers)
     with torch.inference_mode():
-        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return in_proportion([distinguished(seen.of(layer.index)) for layer in layers], kept)
+        model(ids.to(input_device(unwrapped(model))), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    parts = ranks_of(unwrapped(model)).gather(
+        "floor_shares()", [distinguished(seen.of(layer.index)) for layer in layers]
+    )
+    return in_proportion([[need for line in layer for need in line] for layer in zip(*parts, strict=True)], kept)
 
 
 def in_proportion(needs: Sequence[Sequence[float]], kept: float) -> Shares:

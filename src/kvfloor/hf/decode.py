@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvfloor.hf.cache import CompressedCache
+from kvfloor.hf.weights import input_device
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Dialogue:
 
     @classmethod
     def start(cls, model: PreTrainedModel, cache: CompressedCache | Cache, batch: int) -> Dialogue:
-        return cls(model, cache, torch.zeros(batch, 0, dtype=torch.int64, device=model.device))
+        return cls(model, cache, torch.zeros(batch, 0, dtype=torch.int64, device=input_device(model)))
 
     @torch.inference_mode()
     def feed(self, token_ids: Sequence[Sequence[int]], chunk: int | None = None) -> None:
@@ -117,7 +118,7 @@ class Dialogue:
         real: 1 in slots of tokens, 0 in pads. With `every`, returns the logits after every slot (batch, slots,
         vocabulary).
         """
-        device = self.model.device
+        device = input_device(self.model)
         self.mask = torch.cat([self.mask, real.to(device)], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -token_ids.shape[1] :]
         output = self.model(

@@ -234,7 +234,8 @@ class CompressedLayer(CacheLayerMixin):
     def _report(self, row: Tensor, position: Tensor) -> None:
         assert self._on_evict is not None and self.state is not None
         heads = self.state.spec.rows // self.batch
-        self._on_evict(Eviction(self.index, row // heads, row % heads, position))
+        first = self.opening.ranks.rank * heads
+        self._on_evict(Eviction(self.index, row // heads, first + row % heads, position))
 
     def clocks(self) -> dict[str, Any]:
         """Return the layer's counters, which are saved beside its state.

@@ -13,6 +13,7 @@ from kvfloor.hf.layer import CompressedLayer, Meter
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
 from kvfloor.hf.presence import Presence
+from kvfloor.hf.ranks import ranks_of
 
 
 def layers_served(config: PreTrainedConfig) -> int:
@@ -32,7 +33,7 @@ def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer
     record(q, k, v, scale, softcap)   with the factor on q.k and the cap on logits (or None); returns nothing
     turn_back(q, k, v, positions)     with the tokens' positions; returns the queries and keys that attention then uses
     """
-    opening = Opening(Exact(), layers_served(config))
+    opening = Opening(Exact(), layers_served(config), ranks=ranks_of(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))
     return cache, [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvfloor.core.budget import least_budget, resolve, with_budget
@@ -18,6 +19,7 @@ from kvfloor.core.rotation import Rotation
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.hf.allocate import Shares, per_head, spread
+from kvfloor.hf.ranks import ALONE, Ranks
 
 Budgets = tuple[
     tuple[int, ...], ...
@@ -41,6 +43,7 @@ class Opening:
                at 0)
     applied    None, or one rotary embedding per compressed layer, by which the given keys are already rotated; policies
                that predict later queries need it
+    ranks      the processes among which each layer's kv heads are divided. Settings are about all of them
     Raises ValueError for settings in conflict.
     """
 
@@ -54,6 +57,7 @@ class Opening:
     pinned: tuple[tuple[int, int], ...] = ()
     rotations: tuple[Rotation | None, ...] | None = None
     applied: tuple[Rotation | None, ...] | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         for name, table in (("budgets", self.budgets), ("allocate", self.shares)):
@@ -83,16 +87,18 @@ class Opening:
         softcap: float | None,
         tied: bool = False,
     ) -> State:
-        """Open the empty state of one layer, with its share of the budget.
+        """Open the empty state of one layer, for the kv heads that this process holds.
 
         layer, place   index of the layer in the model, and among the compressed layers
         key, dv        a key tensor (B, Hkv, n, d), for its shape, dtype and device; width of a value
         g              query heads per kv head
         scale, softcap the factor on q.k, and the cap on logits or None
         tied           True if each token's value is its key, given as one tensor (latent attention)
+        The state is the one that the unsharded model would open, for these rows alone: each has its share of the whole
+        budget, and its random draws are those of its kv head in the whole model.
         Raises ValueError if the number of request ids is not the batch size.
         """
-        batch, kv_heads = key.shape[:2]
+        batch, kv_heads = key.shape[0], key.shape[1] * self.ranks.count
         requests = range(batch) if self.requests is None else self.requests
         if len(requests) != batch:
             raise ValueError(f"{len(requests)} request ids were given for a batch of {batch}; give one per item")
@@ -111,7 +117,11 @@ class Opening:
             rotation=None if self.rotations is None else self.rotations[place],
             applied=None if self.applied is None else self.applied[place],
         )
-        state = self._sized(spec, place, batch, kv_heads, g).open(spec)
+        method = self._sized(spec, place, batch, kv_heads, g)
+        if self.ranks.count > 1:
+            own = own_rows(self.ranks, batch, kv_heads)
+            method, spec = _of_rows(method, own), spec.select(own)
+        state = method.open(spec)
         for start, stop in self.pinned:
             state.pin(start, stop)
         return state
@@ -140,6 +150,19 @@ class Opening:
 def _with(method: Method, by_head: Sequence[int], batch: int) -> Method:
     alike = len(set(by_head)) == 1
     return with_budget(method, by_head[0] if alike else tuple(by_head) * batch)
+
+
+def own_rows(ranks: Ranks, batch: int, kv_heads: int) -> Tensor:
+    """Return the indices (r,) of this rank's rows among those of all `kv_heads` heads of `batch` batch items."""
+    return torch.arange(batch * kv_heads).view(batch, ranks.count, -1)[:, ranks.rank].flatten()
+
+
+def _of_rows(method: Method, rows: Tensor) -> Method:
+    """Return the method for the rows at these indices, where it has a budget for each row; else the method itself."""
+    budget = method.budget
+    if not isinstance(budget, tuple):
+        return method
+    return with_budget(method, tuple(budget[row] for row in rows.tolist()))
 
 
 def _row_id(request: int, layer: int, head: int) -> int:

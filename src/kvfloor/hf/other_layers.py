@@ -14,6 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BY_HEAD = ("keys", "values")
+"""Attributes of a layer with a sliding window, (B, Hkv, n, width): a sharded model's ranks hold other kv heads each."""
+
+
+def has_heads(layer: Any) -> bool:
+    """Return True if transformers' own class keeps this layer's keys and values, by kv head."""
+    return isinstance(getattr(layer, "keys", None), Tensor)
+
 
 def export(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Return attributes of a layer as a dict that can be serialised: nested dicts of tensors and JSON values.

@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvfloor.core.attend import compute_dtype
 from kvfloor.core.rotation import Circle, Rotation
 from kvfloor.hf.layers import watched_cache
+from kvfloor.hf.weights import input_device
 
 FAR = 1_000_003  # a position that no model was trained for, and that float32 angles already round
 TOLERANCE = {
@@ -193,13 +194,13 @@ def _probed(model: PreTrainedModel, positions: Sequence[int]) -> dict[int, list[
     The positions form one batch. Returns {layer index: one `_Inputs` per call of the layer's attention}. Raises
     ValueError if the model cannot run on single tokens at chosen positions.
     """
-    name, place = type(model).__name__, torch.tensor(positions, device=model.device)
+    name, place = type(model).__name__, torch.tensor(positions, device=input_device(model))
     cache, layers = watched_cache(model.config)
     recorders = {layer.index: _Recorder(place) for layer in layers}
     for layer in layers:
         layer.turn_back = recorders[layer.index]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    token = torch.full((len(positions), 1), vocabulary // 3, device=model.device)
+    token = torch.full((len(positions), 1), vocabulary // 3, device=place.device)
     try:
         with torch.inference_mode():
             model(input_ids=token, position_ids=place.unsqueeze(1), past_key_values=cache, use_cache=True)

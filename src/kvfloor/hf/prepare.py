@@ -31,6 +31,7 @@ from kvfloor.hf.families import ignores_the_interface, own_cache_class, refusal
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.masks import LazyMask, mask_over, refuse_other_rules
 from kvfloor.hf.positions import table_room
+from kvfloor.hf.ranks import ALONE, ranks_of
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
 
 try:
@@ -147,14 +148,30 @@ def _answered(
     except ValueError:
         layer.unstage()
         raise
+    if layer.served_by is None:
+        _meet(layer, module)
     padding = mask.padding if isinstance(mask, LazyMask) else None
     law = (scale, call.get("softcap"), call.get("s_aux"))
     out = layer.answer(query, key, value, padding, *law, call.get("position_ids"))
-    if layer.served_by is None:
-        layer.room = table_room(owner(module))
     layer.served_by = weakref.ref(module)
     sources = [x for x in (query, key, value, call.get("s_aux")) if x is not None and x.requires_grad]
     return _NoGradient.apply(out, *sources) if sources and torch.is_grad_enabled() else out
+
+
+def _meet(layer: CompressedLayer, module: torch.nn.Module) -> None:
+    """Learn of the model that asks an empty layer for the first time how many positions its learned table has, if any.
+
+    Raises ValueError, with the layer unchanged, if the model is sharded and the cache was made without knowing.
+    """
+    model = owner(module)
+    layer.room = table_room(model)
+    count = (ALONE if model is None else ranks_of(model)).count
+    if count != layer.opening.ranks.count:
+        layer.unstage()
+        raise ValueError(
+            f"this cache was made for {layer.opening.ranks.count} rank(s), and the model is sharded over {count}: give "
+            f"CompressedCache the prepared model itself"
+        )
 
 
 def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
@@ -254,7 +271,8 @@ def prepare(model: Model) -> Model:
 
     With any other cache, the model gives the same results as before.
     `model` may be wrapped (torch.compile, PEFT, DataParallel). Its configurations are replaced by copies, so that other
-    models built from the same ones do not change. Raises TypeError if there is no transformers model in `model`, and
+    models built from the same ones do not change. Collective on a model sharded by tensor parallelism: every rank calls
+    it. Raises TypeError if there is no transformers model in `model`, and
     ValueError for a family that cannot be served.
     """
     inner = unwrapped(model)
@@ -273,6 +291,7 @@ def prepare(model: Model) -> Model:
             f"{type(inner).__name__} fills a cache class of its own, {own}, so that no other cache can take its place "
             f"in transformers {transformers.__version__}; newer releases have dropped most such classes"
         )
+    ranks_of(inner)
     for name in selection.select(inner):
         before = selection.before(name)
         assert before is not None

@@ -27,7 +27,9 @@ from kvfloor.hf import other_layers as stock
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
-from kvfloor.hf.weights import device_of
+from kvfloor.hf.ranks import Ranks, ranks_of
+from kvfloor.hf.weights import device_of, input_device
+from kvfloor.hf.whole import own_part, own_stock, part_of, whole_layers
 from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.grammar import parse
 from kvfloor.version import __version__
@@ -59,28 +61,52 @@ def save(cache: CompressedCache, path: str | Path) -> None:
 
     If saving fails, `path` holds what it held before. Where `path` is a symbolic link, the file that it leads to is
     replaced and the link stays. While saving, about twice the saved bytes are needed in memory.
+    On a sharded model every rank must call this. Rank 0 writes the file, which is the one of the unsharded model: it
+    gathers the rows of all ranks, for which it needs three times the saved bytes.
     Raises ValueError for an empty cache, for one in the middle of a forward, for one whose model was deleted, and for a
     path that cannot be written. Raises TypeError where `path` is no path, and BrokenState if a forward passed its
     tokens to some layers of the cache only.
     """
     path = named(path, _WHAT)
+    ranks = cache.ranks
+    model = ranks.agree("cache.save()", lambda: _checked(cache))
+    digest, peak_bytes = fingerprint(model), cache.peak_nbytes
+    mine = ranks.agree("cache.save()", lambda: [_described(layer) for layer in cache.layers])
+    states = [getattr(layer, "state", None) for layer in cache.layers]
+    parts: Any = None
+    if ranks.count > 1:
+        sent = [part_of(*one, state) for one, state in zip(mine, states, strict=True)]
+        parts = ranks.gather_first("cache.save()", sent)
+
+    def write() -> None:
+        if ranks.rank > 0:
+            return
+        described = mine
+        if parts is not None:
+            described = whole_layers(parts, [None if state is None else state.method for state in states])
+        header = {
+            "kvfloor": __version__,
+            "transformers": transformers.__version__,
+            "method": str(cache.method),
+            "arguments": cache.arguments,
+            "model": digest,
+            "peak_bytes": peak_bytes,
+            "layers": [plain for plain, _ in described],
+        }
+        fields = {str(i): held for i, (_, held) in enumerate(described)} | {"masks": cache.presence.export()}
+        replace_file(path, message.pack(header, fields), _MODE)
+
+    ranks.agree("cache.save()", write)
+
+
+def _checked(cache: CompressedCache) -> PreTrainedModel:
+    """Return the model that filled `cache`. Raises ValueError or BrokenState for a cache that cannot be saved now."""
     cache.check_whole()
     if any(layer.staged_bytes for layer in cache.compressed):
         raise ValueError("a forward is not finished: its tokens are staged but not answered yet; save after it")
     if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
         raise BrokenState("the layers of this cache have seen different tokens: it is of no use, reset() it")
-    described = [_described(layer) for layer in cache.layers]
-    header = {
-        "kvfloor": __version__,
-        "transformers": transformers.__version__,
-        "method": str(cache.method),
-        "arguments": cache.arguments,
-        "model": fingerprint(_model_of(cache)),
-        "peak_bytes": cache.peak_nbytes,
-        "layers": [plain for plain, _ in described],
-    }
-    fields = {str(i): held for i, (_, held) in enumerate(described)} | {"masks": cache.presence.export()}
-    replace_file(path, message.pack(header, fields), _MODE)
+    return _model_of(cache)
 
 
 def load(
@@ -98,11 +124,16 @@ def load(
     whose format an older or newer release wrote; WrongModel if another model filled the cache; UnknownMethod if the
     method named in the file cannot be built. Raises ValueError for a file that cannot be read or has more than
     `most_bytes`, and for a model that is not prepared. Raises TypeError where path, model or method has another type.
+    On a sharded model every rank must call this, on a file that it can read, and keeps the rows of its own kv heads. It
+    makes no difference how many ranks the model was sharded over when the file was written.
     """
     path = named(path, _WHAT)
     model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     _check_arguments(model, method, most_bytes)
-    header, fields = message.unpack(message.read(path, most_bytes, _WHAT))
+    ranks = ranks_of(model)
+    header, fields = ranks.agree(
+        "CompressedCache.load()", lambda: message.unpack(message.read(path, most_bytes, _WHAT))
+    )
     here = fingerprint(model)  # outside the try: an unreadable model is no fault of the file
     try:
         _check_model(header["model"], here)
@@ -110,7 +141,7 @@ def load(
         cache = kind(model, own, **header["arguments"])
         devices = _devices(model)
         for i, (layer, plain) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            _restored(layer, plain, fields[str(i)], devices.get(i, model.device), own, model)
+            _restored(layer, plain, fields[str(i)], devices.get(i, input_device(model)), own, model, ranks)
         if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
             raise ValueError("its layers saw different numbers of tokens")
         cache.presence.adopt(fields["masks"], max((layer.seen for layer in cache.compressed), default=0))
@@ -154,22 +185,32 @@ def _described(layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _restored(
-    layer: Any, plain: dict[str, Any], fields: dict[str, Any], device: torch.device, own: Method, model: PreTrainedModel
+    layer: Any,
+    plain: dict[str, Any],
+    fields: dict[str, Any],
+    device: torch.device,
+    own: Method,
+    model: PreTrainedModel,
+    ranks: Ranks,
 ) -> None:
     """Restore an empty cache layer from the description `plain` and the tensors `fields` that `_described` returned.
 
-    own: the method of the cache; model: the model to continue on. Raises ValueError if the layer's class differs.
+    own: the method of the cache; model: the model to continue on, whose kv heads are divided among `ranks`. Raises
+    ValueError if the layer's class differs.
     """
     if type(layer).__name__ != plain["layer"]:
         raise ValueError(f"a {plain['layer']} was saved where this cache has a {type(layer).__name__}")
     if not isinstance(layer, CompressedLayer):
-        stock.adopt(layer, fields, device)
+        stock.adopt(layer, own_stock(fields, ranks), device)
         return
     state = None
     if "method" in plain:
-        state = rebuilt(_method(plain["method"], own), plain["spec"], fields["state"], device)
+        place = device if ranks.count == 1 else "cpu"  # whole: a rank's device has room for its own part
+        state = rebuilt(_method(plain["method"], own), plain["spec"], fields["state"], place)
     stock.adopt(layer, fields["beside"], device, layer.beside)
     _check_clocks(plain["clocks"], state)
+    if state is not None and ranks.count > 1:
+        state = own_part(state, plain["clocks"]["batch"], ranks, device)
     layer.resume(state, plain["clocks"], model)
 
 

@@ -18,15 +18,15 @@ class Usage:
     def record(self, cache: CompressedCache) -> None:
         """Add one cache to the totals, at the end of its batch."""
         batch = 0
-        for layer in cache.compressed:
+        for layer, entry in zip(cache.compressed, cache.report(), strict=True):
             if layer.state is None:
                 continue
-            spec, state = layer.state.spec, layer.state
+            spec = layer.state.spec
             batch = max(batch, layer.batch)
-            self._most_seen = max(self._most_seen, int(state.seen.max()))
-            self._most_held = max(self._most_held, int(state.held.max()))
-            self._state_bytes += state.nbytes
-            self._exact_bytes += int(state.seen.sum()) * (spec.d + spec.dv) * spec.dtype.itemsize
+            self._most_seen = max(self._most_seen, *entry["tokens"])
+            self._most_held = max(self._most_held, *entry["held"])
+            self._state_bytes += entry["state_bytes"]
+            self._exact_bytes += sum(entry["tokens"]) * (spec.d + spec.dv) * spec.dtype.itemsize
         self._sequences += batch
         self._peak_bytes = max(self._peak_bytes, cache.peak_nbytes)
 

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvfloor.hf.ranks import full
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _WRAPPED = ("base_layer", "original_module")  # PEFT's names of the layer inside an adapter, and inside a trained copy
@@ -92,6 +95,11 @@ def device_of(module: nn.Module) -> torch.device | None:
     return None
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device on which a model takes token ids, also where its embedding's weights are offloaded."""
+    return model.device if model.device.type != "meta" else device_of(model) or torch.device("cpu")
+
+
 def _at(part: Any, path: str) -> Any:
     """Return the attribute of `part` at a dotted path, such as "a.b"; None if there is none."""
     for name in path.split("."):
@@ -126,10 +134,13 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight, such as its scales.
 
+    A sharded weight is gathered from all ranks, one at a time, so every rank must ask for the same weights.
+
     A part that is no tensor, such as a float, is yielded as an empty tensor whose name contains its value. Raises
     ValueError if the weight cannot be read.
     """
     if isinstance(value, Tensor):
+        value = full(value)
         inner = getattr(value, "__tensor_flatten__", None)
         if inner is not None:
             parts, context = inner()

@@ -31,7 +31,11 @@ def _ignore(text: str) -> None:
 
 
 def load(
-    name_or_path: str | Path = BUILTIN, accept_terms: bool = False, track: Callable[[str], None] = _ignore
+    name_or_path: str | Path = BUILTIN,
+    accept_terms: bool = False,
+    track: Callable[[str], None] = _ignore,
+    ranks: int | None = None,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model in float32 and evaluation mode.
 
@@ -40,18 +44,33 @@ def load(
                   "./smollm2" for a folder that has the name of a published model
     accept_terms  True if the user accepts the terms of use of a published model
     track         called with a line of text before each long step
+    ranks         number of processes that share the model by tensor parallelism, of which this is one; None: one
+    device_map    how transformers spreads the layers over devices ("auto", needs accelerate); None: all on one
     Raises ValueError where there is no such model, or where it cannot be fetched or read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    more: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if ranks is not None:
+        more |= _sharded(ranks)
     folder = find(name_or_path, accept_terms, track)
     track("loading the model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPE)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPE, **more)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as cause:  # a damaged file may raise any exception in its reader
         raise ValueError(f"the model in {str(folder)!r} cannot be loaded: {type(cause).__name__}: {cause}") from cause
     return model.eval(), tokenizer
+
+
+def _sharded(ranks: int) -> dict[str, Any]:
+    """Return the arguments of transformers' `from_pretrained` that shard a model over this number of ranks."""
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=ranks)}
+    except (ImportError, TypeError):  # an older transformers
+        return {"tp_plan": "auto"}
 
 
 def find(name_or_path: str | Path, accept_terms: bool = False, track: Callable[[str], None] = _ignore) -> Path:

@@ -1,0 +1,172 @@
+"""Put together what the ranks of a sharded model hold of one cache, and take a rank's part of it again.
+
+Rank r of n holds the r-th of n equal runs of every layer's kv heads. A row is one (batch item, kv head) stream, and the
+rows of a state are ordered by batch item and then by kv head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.budget import tokens, with_budget
+from kvfloor.core.memory import joined
+from kvfloor.core.method import Method, rebuilt
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.hf import other_layers as stock
+from kvfloor.hf.opener import own_rows
+from kvfloor.hf.ranks import Ranks
+
+_BY_ROW = ("tokens", "held", "evicted", "row_bytes")
+_SUMMED = ("heads", "state_bytes", "staged_bytes")
+
+
+def row_budgets(state: State | None) -> tuple[int, ...]:
+    """Return the budget of every row of a state in tokens; nothing without a state or without a budget."""
+    budget = None if state is None else state.method.budget
+    return () if state is None or budget is None else tuple(tokens(budget, state.spec.rows))
+
+
+def _with_budgets(method: Method, budgets: Sequence[int]) -> Method:
+    """Return the method with these budgets of rows, as one number if they are equal; the method itself without any."""
+    if not budgets:
+        return method
+    return with_budget(method, tuple(budgets) if len(set(budgets)) > 1 else budgets[0])
+
+
+def whole_entry(parts: Sequence[tuple[dict[str, Any], tuple[int, ...]]], method: Method | None) -> dict[str, Any]:
+    """Return one layer's entry of a cache's report for all kv heads.
+
+    parts   every rank's entry for the layer, with the budgets of its rows (`row_budgets`), in the order of ranks
+    method  the layer's method on this rank; None if nothing was fed to the layer
+    """
+    entries, budgets = zip(*parts, strict=True)
+    first, heads = entries[0], entries[0]["heads"]
+    batch = len(first["tokens"]) // heads if heads else 0
+    order = _order(batch, heads, len(entries)).tolist()
+
+    def in_order(lists: Sequence[Sequence[Any]]) -> list[Any]:
+        listed = [one for rows in lists for one in rows]
+        return [listed[row] for row in order] if listed else []
+
+    told = first | {name: in_order([entry[name] for entry in entries]) for name in _BY_ROW}
+    told |= {name: sum(entry[name] for entry in entries) for name in _SUMMED}
+    if method is not None:
+        told["method"] = str(_with_budgets(method, in_order(budgets)))
+    stated = [entry["guarantee"] for entry in entries]
+    if stated[0] is not None:  # of all rows: the weakest
+        told["guarantee"] = max(stated, key=lambda one: (not one["holds"], one["epsilon"]))
+    return told
+
+
+def _order(batch: int, heads: int, count: int) -> Tensor:
+    """Return the indices by which rows that are listed rank by rank are brought into their order in the whole cache.
+
+    heads: kv heads of one rank; count: number of ranks.
+    """
+    return torch.arange(count * batch * heads).view(count, batch, heads).transpose(0, 1).flatten()
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """Hold what one rank has of one layer: its description and tensors, as `kvfloor.hf.saved` writes them, on the CPU.
+
+    budgets: of the layer's method, one number of tokens per row; empty without a state or a budget.
+    """
+
+    plain: dict[str, Any]
+    fields: dict[str, Any]
+    budgets: tuple[int, ...]
+
+
+def part_of(plain: dict[str, Any], fields: dict[str, Any], state: State | None) -> LayerPart:
+    """Return a layer's part of a rank, from its description, its tensors on any device, and its state."""
+    return LayerPart(plain, _on_cpu(fields), row_budgets(state))
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _on_cpu(inner) for name, inner in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def whole_layers(
+    parts: Sequence[Sequence[LayerPart]], methods: Sequence[Method | None]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return description and tensors of every layer of a cache, of all kv heads.
+
+    parts    the layers' parts, of every rank, in the order of ranks
+    methods  rank 0's method of every layer, None where it has no state
+    Raises ValueError where ranks hold different numbers of what is not divided by kv heads.
+    """
+    return [_whole_layer(layer, method) for layer, method in zip(zip(*parts, strict=True), methods, strict=True)]
+
+
+def _whole_layer(parts: Sequence[LayerPart], method: Method | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    plain, fields = parts[0].plain, dict(parts[0].fields)
+    if "clocks" not in plain:
+        return plain, _whole_stock([part.fields for part in parts], plain["layer"])
+    fields["beside"] = _whole_stock([part.fields["beside"] for part in parts], plain["layer"])
+    if method is None:
+        return plain, fields
+    specs = [Spec.from_dict(part.plain["spec"]) for part in parts]
+    spec = replace(
+        specs[0],
+        rows=sum(one.rows for one in specs),
+        row_ids=[row for one in specs for row in one.row_ids or ()],
+        places=[place for one in specs for place in one.places or ()],
+    )
+    method = _with_budgets(method, [budget for part in parts for budget in part.budgets])
+    state = rebuilt(method, spec.as_dict(), joined([part.fields["state"] for part in parts]), "cpu")
+    batch = plain["clocks"]["batch"]
+    state.select_rows(_order(batch, specs[0].rows // batch, len(parts)))
+    fields["state"] = state.export()
+    return plain | {"method": str(state.method), "spec": state.spec.as_dict()}, fields
+
+
+def _whole_stock(parts: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return the attributes of a layer that transformers' own class keeps, from every rank's attributes.
+
+    Keys and values are joined along their kv heads. Everything else must be the same on all ranks. name: the layer's
+    class, for the error.
+    """
+    found = {}
+    for attribute, value in parts[0].items():
+        others = [part[attribute] for part in parts]
+        if attribute in stock.BY_HEAD and isinstance(value, Tensor) and value.ndim == 4:
+            found[attribute] = torch.cat(others, 1)
+        elif all(_equal(value, other) for other in others):
+            found[attribute] = value
+        else:
+            raise ValueError(
+                f"the ranks hold different numbers in {name}.{attribute}, which is not divided by kv heads: this "
+                f"model's cache cannot be saved while it is sharded"
+            )
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    return bool(type(one) is type(other) and one == other)
+
+
+def own_part(state: State, batch: int, ranks: Ranks, device: torch.device) -> State:
+    """Return the rows of this rank's kv heads, on `device`, of a whole state of `batch` batch items on the CPU."""
+    state.select_rows(own_rows(ranks, batch, state.spec.rows // batch))
+    return state if device.type == "cpu" else state.method.from_bytes(state.to_bytes(), device)
+
+
+def own_stock(fields: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Return a layer's saved attributes with the keys and values of this rank's kv heads alone."""
+    if ranks.count == 1:
+        return fields
+    cut = {name: fields[name] for name in stock.BY_HEAD if isinstance(fields.get(name), Tensor)}
+    return fields | {name: x.chunk(ranks.count, 1)[ranks.rank].contiguous() for name, x in cut.items() if x.ndim == 4}
