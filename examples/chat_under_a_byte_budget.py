@@ -12,7 +12,7 @@ from kvfloor.tasks import TASKS
 
 model, tokenizer = models.load("builtin")  # or a model of your own
 prepare(model)
-cache = CompressedCache(model.config, "keydiff@1MiB")  # the budget is for the whole cache
+cache = CompressedCache(model, "keydiff@1MiB")  # the budget is for the whole cache
 
 samples = [TASKS["needles"].generate(seed=1, index=turn, length=400) for turn in range(6)]
 turns = [(f"{sample.context} {sample.questions[0].ask}", sample.questions[0].answer) for sample in samples]

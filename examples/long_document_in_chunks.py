@@ -21,7 +21,7 @@ ask = tokenizer(question.ask, add_special_tokens=False, return_tensors="pt").inp
 
 print(f"{document.shape[1]:,} tokens; {question.ask} ... {question.answer}")
 for method in ("exact", "sinks(4)@256", "keydiff@256"):
-    cache = CompressedCache(model.config, method)
+    cache = CompressedCache(model, method)
     with torch.inference_mode():
         for start in range(0, document.shape[1], CHUNK):
             model(document[:, start : start + CHUNK], past_key_values=cache, logits_to_keep=1)

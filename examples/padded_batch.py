@@ -24,11 +24,11 @@ def said(cache, **inputs):
 
 
 # requests= names each conversation, so that a method with random choices makes the same ones in any batch
-together = CompressedCache(model.config, METHOD, requests=[0, 1, 2])
+together = CompressedCache(model, METHOD, requests=[0, 1, 2])
 answers = said(together, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 heads = model.config.num_key_value_heads
 for row, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-    alone = CompressedCache(model.config, METHOD, requests=[row])
+    alone = CompressedCache(model, METHOD, requests=[row])
     prompt = tokenizer(sample.prompt(), return_tensors="pt")
     same = said(alone, input_ids=prompt.input_ids, attention_mask=prompt.attention_mask) == [answer]
     held = [layer["held"][row * heads : (row + 1) * heads] for layer in together.report()]

@@ -148,7 +148,7 @@ def test_the_line_to_paste_is_the_recommendation(few: list[Row], meta: Meta) -> 
     answer = recommend(few)
     assert answer.method is not None
     text = html.unescape(page(few, answer, meta))
-    assert f'CompressedCache(model.config, "{answer.method}")' in text
+    assert f'CompressedCache(model, "{answer.method}")' in text
 
 
 def test_no_safe_setting_leaves_nothing_to_paste(few: list[Row], meta: Meta) -> None:
@@ -219,7 +219,7 @@ def test_texts_alone_make_a_page(meta: Meta) -> None:
     texts = [text_row(one, text, nats=0.002, state_bytes=640) for one in ("exact", "h2o@64") for text in ("sea", "sky")]
     answer = recommend([], texts=texts)
     text = html.unescape(page([], answer, meta, texts=texts))
-    assert answer.method == "h2o@64" and 'CompressedCache(model.config, "h2o@64")' in text
+    assert answer.method == "h2o@64" and 'CompressedCache(model, "h2o@64")' in text
     assert "sea, sky: 256 tokens of context, 640 scored" in text and "Every setting on every task" not in text
     assert "exact, 16 bits, 1.95 KiB" in text and "floor, worst case, 300 B" in text
     (line,) = re.findall(r"<tr class=\"use\">.*?</tr>", text, re.S)
