@@ -35,10 +35,11 @@ EVICTORS = (
     "knorm",
     "keydiff",
     "ridge_leverage",
-    "expected",
-    "expected(prefill=dense)",
+    "expected(epsilon=0.01)",
+    "expected(epsilon=0.01,prefill=dense)",
     "k_center",
 )
+EXPECTED = ("expected", "expected(prefill=dense)")
 OTHERS = ("sinks+value_sum", "sinks+moments(covariance=diagonal)", "subgen", "balance")
 SELECTORS = ("exact|top_k(k=256)", "exact|pages(pages=16)", "exact|zeta(k=256)")
 LONG = ("h2o", "tova", "snapkv", "keydiff", "expected(prefill=dense)", "k_center")
@@ -74,7 +75,7 @@ class Series:
         return f"{self.model}-{self.context}"
 
     def measured(self, folder: Path) -> list[TextSummary]:
-        """Run the part's audits in subfolders of `folder`, and return one summary per setting."""
+        """Run the audits in subfolders of `folder`; return one summary per setting, of the first audit that has it."""
         found: dict[str, TextSummary] = {}
         for number, (methods, budgets, texts) in enumerate(self.plan):
             request = AuditRequest(
@@ -88,17 +89,28 @@ class Series:
                 out=folder / f"{self.name}-{number}",
             )
             answer = run(request, lambda total, text: print(text, flush=True))
-            found |= {one.setting: one for one in summaries(answer.texts)}
+            found = {one.setting: one for one in summaries(answer.texts)} | found
         return list(found.values())
 
 
 SHORT = tuple(text.replace("256", "64").replace("pages=16", "pages=4") for text in SELECTORS)
-BUDGETS, TEXTS, MIXTURES = ("12.5%", "25%", "50%"), ("speech", "novel", "facts"), ("mixture-0", "mixture-1", "mixture-2")
+BUDGETS = ("12.5%", "25%", "50%")
+TEXTS, MIXTURES = ("speech", "novel", "facts"), ("mixture-0", "mixture-1", "mixture-2")
 PARTS = {
     part.name: part
     for part in (
-        Series("builtin", 512, 256, ((EVICTORS, BUDGETS, MIXTURES), ((*OTHERS, *SHORT), ("25%",), MIXTURES))),
-        Series("smollm2", 2048, 512, ((EVICTORS, BUDGETS, TEXTS), ((*OTHERS, *SELECTORS), ("25%",), ("speech",)))),
+        Series(
+            "builtin",
+            512,
+            256,
+            ((EVICTORS, BUDGETS, MIXTURES), (EXPECTED, ("25%",), MIXTURES), ((*OTHERS, *SHORT), ("25%",), MIXTURES)),
+        ),
+        Series(
+            "smollm2",
+            2048,
+            512,
+            ((EVICTORS, BUDGETS, TEXTS), (EXPECTED, ("25%",), TEXTS), ((*OTHERS, *SELECTORS), ("25%",), ("speech",))),
+        ),
         Series("smollm2", 7168, 1024, ((LONG, ("25%",), ("speech",)),)),
     )
 }
