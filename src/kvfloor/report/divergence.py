@@ -14,6 +14,7 @@ from kvfloor.report.chart import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Datum, R
 from kvfloor.report.marks import Mark
 from kvfloor.report.tables import VERDICT_SIGNS
 
+_NAMED = 3  # texts that a figure names; more are counted
 LEAST = 1e-6
 """Divergences below this are drawn at the lower edge: they are rounding."""
 
@@ -65,8 +66,9 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
     found = []
     for context in sorted({row.context for row in rows}):
         some = [row for row in rows if row.context == context]
-        names = ", ".join(dict.fromkeys(row.text for row in some))
-        title = f"{names}: {context:,} tokens of context, {some[0].continuation:,} scored"
+        names = list(dict.fromkeys(row.text for row in some))
+        texts = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} texts"
+        title = f"{texts}: {context:,} tokens of context, {some[0].continuation:,} scored"
         found.append(divergence_chart(summaries(some), marks, limit, title))
     return found
 
