@@ -17,15 +17,16 @@ def table(rows: Sequence[TextRow]) -> str:
     """Return one line per setting, the smallest divergence first: paper, bytes, divergence from exact, guarantee."""
     known = {row["name"]: row for row in catalogue()}
     lines = [
-        "| method | paper | bytes | KL, nats | 95 % | same top token | guarantee |",
-        "|---|---|--:|--:|--:|--:|---|",
+        "| method | paper | bytes | at 16 bits | KL, nats | 95 % | same top token | guarantee |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for one in sorted(summaries(rows), key=lambda one: one.figures.kl):
         parts = [known[name] for name in re.split(r"[+|]", re.sub(r"\([^)]*\)|@.*", "", one.setting))]
         papers = "; ".join(_paper(part["paper"]) for part in parts if part["name"] != "exact" or len(parts) == 1)
         found, text = one.figures, one.setting.replace("|", "\\|")
         interval = f"{number_of_nats(found.kl_low)} to {number_of_nats(found.kl_high)}"
-        cells = (f"`{text}`", papers, f"{one.state_bytes / 2**20:,.1f} MiB", number_of_nats(found.kl), interval)
+        sizes = (f"{size / 2**20:,.1f} MiB" for size in (one.state_bytes, one.state_16_bit_bytes))
+        cells = (f"`{text}`", papers, *sizes, number_of_nats(found.kl), interval)
         lines.append(f"| {' | '.join(cells)} | {found.same_top:.1%} | {_guarantee(parts)} |")
     return "\n".join(lines)
 
