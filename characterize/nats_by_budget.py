@@ -59,7 +59,7 @@ FIELDS = (
 
 
 @dataclass(frozen=True)
-class Series:
+class ModelPart:
     """Hold some audits of one model with the same lengths of contexts and continuations, in tokens.
 
     plan: per audit its methods, their budgets and the texts.
@@ -99,19 +99,19 @@ TEXTS, MIXTURES = ("speech", "novel", "facts"), ("mixture-0", "mixture-1", "mixt
 PARTS = {
     part.name: part
     for part in (
-        Series(
+        ModelPart(
             "builtin",
             512,
             256,
             ((EVICTORS, BUDGETS, MIXTURES), (EXPECTED, ("25%",), MIXTURES), ((*OTHERS, *SHORT), ("25%",), MIXTURES)),
         ),
-        Series(
+        ModelPart(
             "smollm2",
             2048,
             512,
             ((EVICTORS, BUDGETS, TEXTS), (EXPECTED, ("25%",), TEXTS), ((*OTHERS, *SELECTORS), ("25%",), ("speech",))),
         ),
-        Series("smollm2", 7168, 1024, ((LONG, ("25%",), ("speech",)),)),
+        ModelPart("smollm2", 7168, 1024, ((LONG, ("25%",), ("speech",)),)),
     )
 }
 
