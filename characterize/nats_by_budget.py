@@ -7,8 +7,7 @@ is predicted token by token while the method keeps running. A part is a model wi
 unless some are named. Each row of the table gives the bytes of the cache at the context's end, of exact ones with it,
 and the mean KL divergence in nats per token with its 95 % interval over blocks of 64 tokens. A method without a budget
 (codes, selectors) has one row. Afterwards the rank correlation of each two parts is printed, over the settings that
-both have. On two idle cores SmolLM2 takes half an hour, the built-in model three minutes. With --out, rows that are in
-the folder are not measured again.
+both have. SmolLM2 takes about an hour on two cores. With --out, rows that are in the folder are not measured again.
 """
 
 from __future__ import annotations

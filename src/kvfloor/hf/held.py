@@ -52,16 +52,12 @@ def held_bytes(
 
 
 def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
-    one = _measured(method, layer, tokens, dtype, 1)
+    one = zeros_held(method, _spec(layer, dtype, 1), layer.g, tokens)
     if rows == 1:
         return one
-    two = _measured(method, layer, tokens, dtype, 2)
+    two = zeros_held(method, _spec(layer, dtype, 2), layer.g, tokens)
     more = rows - 1
     return StateBytes(one.before + more * (two.before - one.before), one.after + more * (two.after - one.after))
-
-
-def _measured(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:
-    return zeros_held(method, _spec(layer, dtype, rows), layer.g, tokens)
 
 
 def zeros_held(method: Method, spec: Spec, g: int, tokens: int) -> StateBytes:
