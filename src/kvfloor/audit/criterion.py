@@ -9,8 +9,11 @@ A verdict is "holds" (a loss or divergence above the tolerated one is excluded),
 on texts: the divergence certainly exceeds the tolerated one) or "open" (neither is shown). `audit/recommend.py`
 combines the verdicts on a setting, to decide if the setting is safe.
 
-An audit with a time limit is a race: it judges a setting after each text, and settings with an open verdict may read
-more texts. Each such judgement is a look. A race's intervals are wide enough to hold after any number of looks.
+An audit with a time limit is a race: it judges a setting after each text and after each round of samples of a cell
+(round 1 has the first n samples, round 2 the next n). Settings with an open verdict may have more of both. Each such
+judgement is a look. A race's intervals are wide enough to hold after any number of looks. The looks at one cell are
+counted apart from those at the others: a setting must hold on every cell, each at the full level, so cells share no
+error (`audit/recommend.py`).
 """
 
 import math
@@ -26,6 +29,8 @@ from kvfloor.statistics import confidence_of_look, mean_exceeds, paired_differen
 Verdict = Literal["falls", "open", "holds"]
 """`holds`: too large a loss is excluded. `falls`: a loss, or too large a divergence, is certain. `open`: neither."""
 
+_CERTAIN = 0.95  # level of the two-sided interval that shows a loss
+
 SEVERITY: dict[Verdict, int] = {"falls": 0, "open": 1, "holds": 2}
 """Rank the verdicts, from the worst (0) up."""
 
@@ -38,7 +43,8 @@ class Standard:
     confidence  probability with which the whole recommendation is right, in (0.5, 1)
     methods     number of methods that share the allowed error 1 - confidence
     kl_limit    largest tolerated divergence, nats per token; None if no text was read
-    racing      True if the settings were judged after every text, and undecided ones could read more
+    racing      True if the settings were judged after every text and round of samples, and undecided ones could have
+                more
     """
 
     margin: float
@@ -60,20 +66,25 @@ class Standard:
     def lower_end(self, row: Row) -> float:
         """Return the lower confidence limit of the row's score minus the exact cache's score.
 
-        A limit of -0.1 means that a loss of 10 points is not excluded, but any larger loss is.
+        A limit of -0.1 means that a loss of 10 points is not excluded, but any larger loss is. The interval's level is
+        `cell_confidence`. In a race it is higher, as part of the allowed error is kept for later rounds of samples.
         """
-        return paired_difference_interval(row.gained, row.lost, row.n, self.cell_confidence)[0]
+        level = self._level(self.cell_confidence, row.rounds)
+        return paired_difference_interval(row.gained, row.lost, row.n, level)[0]
 
     def verdict(self, row: Row) -> Verdict:
         """Judge one row of a cell: return "holds", "open" or "falls".
 
         "holds": a loss of more than `margin` to the exact cache is excluded, at `cell_confidence`. "falls": a loss is
         certain, as the 95 % interval of the score's difference lies below 0. "open": neither. A row of the exact cache
-        holds by definition.
+        holds by definition. In a race `row` has the samples of all rounds so far (`audit/rounds.py`), and the intervals
+        hold after any number of rounds: with a true loss of `margin`, "holds" ever comes with probability at most
+        (1 - confidence) / methods, and without a loss "falls" ever comes with probability at most 0.025.
         """
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
-        return "falls" if row.diff_high < 0 else "open"
+        high = paired_difference_interval(row.gained, row.lost, row.n, self._level(_CERTAIN, row.rounds))[1]
+        return "falls" if high < 0 else "open"
 
     def shown_worse(self, row: Row) -> Verdict:
         """Judge one row of a cell, if texts were read too: return "falls" if a loss is certain, else "holds".
@@ -92,7 +103,7 @@ class Standard:
         """
         assert self.kl_limit is not None
         level = self.cell_confidence
-        found = divergence(rows, confidence_of_look(level, looks(rows)) if self.racing else level)
+        found = divergence(rows, self._level(level, looks(rows)))
         if self.exceeds(rows):
             return found, "falls"
         return found, "holds" if found.kl_high <= self.kl_limit else "open"
@@ -109,7 +120,12 @@ class Standard:
     def samples_needed(self, margin: float) -> int:
         """Return the smallest number of samples per row with which a loss of `margin` can be excluded.
 
-        The number is enough in the best case only: the setting is right on the same samples as the exact cache.
+        The number is enough in the best case only: the setting is right on the same samples as the exact cache. In a
+        race it is enough at the first look.
         """
-        z = NormalDist().inv_cdf((1 + self.cell_confidence) / 2)
+        z = NormalDist().inv_cdf((1 + self._level(self.cell_confidence, 1)) / 2)
         return math.ceil(z * z * (1 - margin) / margin)
+
+    def _level(self, confidence: float, look: int) -> float:
+        """Return the level of an interval that in a race, at this look, leaves part of the error for later looks."""
+        return confidence_of_look(confidence, look) if self.racing else confidence

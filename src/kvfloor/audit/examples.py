@@ -278,7 +278,7 @@ def _lost_sample(work: Work, rows: Sequence[Row], setting: str) -> int:
     answers.
     """
     outcomes = {row.method: row.outcomes for row in rows if row.cell == work.cell}
-    pairs = zip(outcomes.get("exact", ()), outcomes.get(setting, ()), strict=False)
+    pairs = zip(outcomes.get("exact", ())[: len(work.items)], outcomes.get(setting, ()), strict=False)
     return next((index for index, (exact, other) in enumerate(pairs) if exact and not other), 0)
 
 

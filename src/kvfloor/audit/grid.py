@@ -3,7 +3,8 @@
 A cell is a task at a context length under a protocol (question asked before or after the compression). A place is a
 text or a cell. A measurement is a pair of place and setting; its result is a row. The setting `exact` keeps every
 token; the others are compared with it. An audit with a time limit is a race: settings that clearly lose stop early, and
-undecided ones read further texts, i.e. more passages of the same texts.
+undecided ones are measured on further places: more passages of the same texts, and more rounds of samples of the same
+tasks. Round 1 of a cell has its first n samples, round 2 the next n, and so on.
 """
 
 from __future__ import annotations
@@ -50,23 +51,23 @@ class Grid:
 
     places    the texts, then the cells of the tasks
     settings  the settings as text, e.g. `h2o@256`; `exact` first
-    further   further texts, which undecided settings read in a race
+    further   further passages of the texts and rounds of the cells, for undecided settings in a race; in their order
     chat      names of the tasks whose samples are in the model's chat template
     """
 
     places: tuple[Place, ...]
     settings: tuple[str, ...]
-    further: tuple[TextCell, ...] = ()
+    further: tuple[Place, ...] = ()
     chat: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """Return every measurement, place by place, but none on further texts."""
+        """Return every measurement, place by place, but none on further places."""
         return tuple((place, setting) for place in self.places for setting in self.settings)
 
     @property
     def all_pairs(self) -> tuple[Pair, ...]:
-        """Return every measurement, place by place; those on further texts come last."""
+        """Return every measurement, place by place; those on further places come last."""
         return self.pairs + tuple((place, setting) for place in self.further for setting in self.settings)
 
     def part(self, shard: tuple[int, int] | None) -> tuple[Pair, ...]:

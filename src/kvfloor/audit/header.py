@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from kvfloor.audit.grid import Grid
+from kvfloor.audit.grid import Grid, Place
 from kvfloor.audit.nats import TextCell
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.setting import BudgetedMethod
@@ -33,7 +33,7 @@ class Header:
     identity      all that the rows depend on, such as file digests and versions (`audit/identity.py`)
     settings      (text, True for a baseline, True if asked for) of each setting; every audit includes the baselines
     texts, cells  the texts and cells on which each setting is measured
-    further       more passages of the texts, which only settings that are still undecided read
+    further       more passages of the texts and rounds of the cells' samples, for undecided settings alone
     least_exact   score of the exact cache on a cell below which no other setting is measured on that cell
     chat          names of the tasks whose samples are in the model's chat template
     versions      name -> version of each program
@@ -41,7 +41,7 @@ class Header:
     hashes        file or text -> SHA-256 of what was measured: the model's weights, texts, prompts
     began         time at which the last start began, seconds since 1970
     seconds       time that earlier starts took
-    racing        True if settings that clearly lose stop early, and undecided ones read further texts
+    racing        True if settings that clearly lose stop early, and undecided ones have further passages and samples
     minutes       time limit of the last start that came to its end; None: no limit
     ended         True if a start came to its end, instead of being stopped
     notes         sentences for the report, such as what was left out
@@ -54,7 +54,7 @@ class Header:
     settings: Sequence[tuple[str, bool, bool]]
     texts: Sequence[TextCell]
     cells: Sequence[Cell]
-    further: Sequence[TextCell]
+    further: Sequence[Place]
     versions: dict[str, str]
     machine: str
     began: float
@@ -97,8 +97,12 @@ def read_header(folder: Path) -> Header | None:
         if set(plain) != {field.name for field in fields(Header)} or plain["schema"] != _SCHEMA:
             raise ValueError("written by another version of kvfloor")
         header = Header(**plain)
-        cells = {name: [TextCell(*one) for one in plain[name]] for name in ("texts", "further")}
-        cells |= {"cells": [Cell(*one) for one in header.cells]}
-        return Header(**plain | cells | {"settings": [(t, bool(b), bool(a)) for t, b, a in header.settings]})
+        places = {name: [_place(one) for one in plain[name]] for name in ("texts", "cells", "further")}
+        return Header(**plain | places | {"settings": [(t, bool(b), bool(a)) for t, b, a in header.settings]})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}; choose another --out, or pass --fresh") from error
+
+
+def _place(plain: Sequence[Any]) -> Place:
+    """Return a text or cell that was read from JSON, where it is a plain list."""
+    return TextCell(*plain) if isinstance(plain[2], int) else Cell(*plain)

@@ -84,8 +84,8 @@ def with_cell(read: HeadFloor) -> HeadFloor:
 
     JSON has plain lists only. The named tuple is a `TextCell` for a text, and a `Cell` for a cell of a task.
     """
-    first, context, last = read.cell
-    return replace(read, cell=TextCell(first, context, last) if isinstance(last, int) else Cell(first, context, last))
+    kind = TextCell if isinstance(read.cell[2], int) else Cell
+    return replace(read, cell=kind(*read.cell))
 
 
 @dataclass(frozen=True)

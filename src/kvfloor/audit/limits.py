@@ -18,12 +18,13 @@ from kvfloor.audit.rows import Cell, Row
 def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
     """Return the cells on which the exact cache scores below `least`, each with the exact cache's row.
 
-    rows: the rows so far, by measurement.
+    rows: the rows so far, by measurement. The first round of a cell's samples decides; further rounds of it, in an
+    audit with a time limit, do not.
     """
     return {
         row.cell: row
         for (_, setting), row in rows.items()
-        if setting == EXACT and isinstance(row, Row) and row.score < least
+        if setting == EXACT and isinstance(row, Row) and row.round == 1 and row.score < least
     }
 
 

@@ -4,7 +4,9 @@ A setting is a method with its budget; a cell is a task at a context length unde
 sample's question with its context, "after" asks it after the compression. A sample is a context with questions about
 it. A row is the result of one setting on one cell. To seal a cache is to tell it that the prompt ends. A trace is one
 layer's queries, keys and values, recorded over context, question and right answer. The exact cache keeps every token.
-A task may check an answer in several parts, each named, e.g. "first word"; each check gives a share from 0 to 1.
+A task may check an answer in several parts, each named, e.g. "first word"; each check gives a share from 0 to 1. An
+audit with a time limit may measure a cell on further rounds of samples: round 1 has the first n, round 2 the next n.
+Errors of the attention output are measured in round 1 alone, so a further round costs the answers and little more.
 """
 
 from __future__ import annotations
@@ -55,6 +57,9 @@ class Turn:
 @dataclass(frozen=True)
 class Prepared:
     """Hold a cell's samples as token ids, and the traces of the first few samples.
+
+    In a further round of samples the traces are of two tokens alone: they show the shapes of keys and values, and no
+    error is measured on them.
 
     work      the cell with its samples as text
     contexts  per sample, the tokens of the prompt: the context and, under "visible", the question without its last
@@ -191,7 +196,11 @@ class Bench:
                 per_turn[i] = Turn([*turn.asks, ask], [*turn.answers, answer], max(turn.most, most))
         few = self._traced(contexts)
         spoken = [[token for turn in per_turn for token in turn.asks[i] + turn.answers[i]] for i in range(few)]
-        recorded, room = traces.record(self.model, contexts[:few], spoken), Room()
+        if work.cell.round > 1:  # the shapes alone are needed
+            recorded = traces.record(self.model, [contexts[0][:1]], [spoken[0][:1]])
+        else:
+            recorded = traces.record(self.model, contexts[:few], spoken)
+        room = Room()
         batches = [
             (samples, SharedPrompt(self.model, [contexts[i] for i in samples], CHUNK_SLOTS, self._methods, room))
             for samples in _batches([len(context) for context in contexts], _token_bytes(recorded))
@@ -264,8 +273,8 @@ class Bench:
         samples   indices of the batch's samples
         prompt    object that feeds the prompts of these samples to the cache
         """
-        batch = len(samples)
-        cache = CompressedCache(self.model, method, seed=self.seed, requests=samples)
+        batch, before = len(samples), (prepared.work.cell.round - 1) * len(prepared.work.items)
+        cache = CompressedCache(self.model, method, seed=self.seed, requests=[before + i for i in samples])
         dialogue = Dialogue.start(self.model, cache, batch)
         seconds = prompt.feed(dialogue)
         begin = time.perf_counter()
@@ -283,14 +292,16 @@ class Bench:
         return _Run(by_sample, state_bytes, cache.peak_nbytes, bytes_read, prefill_ms, steps_ms)
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: ExactOutcome) -> Row:
-        """Build the row of a setting on a cell, and measure the error of the attention output for it.
+        """Build the row of a setting on a cell, and in the first round measure the error of the attention output.
 
         prepared  the cell's samples; the error is measured on their traces
         outcome   the setting's answers, bytes and times
         exact     the exact cache's answers and bytes
         """
         cell = prepared.work.cell
-        by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
+        by_head: list[list[float]] = []
+        if cell.round == 1:
+            by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
         floor = floors.space(
             cell.context, trace.k.shape[2], trace.v.shape[2], heads=trace.kv_heads, layers=len(prepared.traces)
@@ -316,6 +327,7 @@ class Bench:
             prefill_ms=outcome.prefill_ms,
             decode_ms_per_token=outcome.decode_ms_per_token,
             output_tokens=outcome.output_tokens,
+            round=cell.round,
         )
 
     def _plain(self, text: str) -> list[int]:

@@ -138,17 +138,37 @@ def task_work(
     """
     work = []
     for task in chosen_tasks(tasks):
-        wrapped = chat.takes(task.chat)
-        size = chat.count if wrapped and chat.count else count
         for context in dict.fromkeys(contexts):
-            samples = [task.generate(seed, i, context, count=size) for i in range(n)]
-            items = tuple(Item(one.context, one.turns) for one in samples)
-            if len({len(item.turns) for item in items}) > 1:
-                raise ValueError(
-                    f"the samples of {task.name} differ in their number of turns: give all the same number"
-                )
+            items = _items(task, context, range(n), seed, count, chat)
+            wrapped = chat.takes(task.chat)
             work += [Work(Cell(task.name, context, one), items, wrapped) for one in dict.fromkeys(protocols)]
     return work
+
+
+def round_work(
+    cell: Cell, tasks: Sequence[str], n: int, seed: int, count: Callable[[str], int], chat: Chat = PLAIN
+) -> Work:
+    """Return a cell with the `n` generated samples of its round: round 1 has samples 0 to n - 1, round 2 the next n.
+
+    cell         the cell; its task is one of `tasks`, which are names as for `task_work`
+    seed, count  seed of the samples, and function that returns the number of tokens of a text
+    chat         rule that decides which tasks are put into the model's chat template
+    """
+    task = next(one for one in chosen_tasks(tasks) if one.name == cell.task)
+    items = _items(task, cell.context, range((cell.round - 1) * n, cell.round * n), seed, count, chat)
+    return Work(cell, items, chat.takes(task.chat))
+
+
+def _items(
+    task: Task, context: int, indices: range, seed: int, count: Callable[[str], int], chat: Chat
+) -> tuple[Item, ...]:
+    """Return the generated samples of these indices. Raises ValueError if they differ in their number of turns."""
+    size = chat.count if chat.takes(task.chat) and chat.count else count
+    samples = [task.generate(seed, i, context, count=size) for i in indices]
+    items = tuple(Item(one.context, one.turns) for one in samples)
+    if len({len(item.turns) for item in items}) > 1:
+        raise ValueError(f"the samples of {task.name} differ in their number of turns: give all the same number")
+    return items
 
 
 def prompt_work(

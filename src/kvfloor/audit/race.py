@@ -1,15 +1,25 @@
-"""Spend an audit's minutes where they decide: clear losers stop early, and close calls read further texts.
+"""Spend an audit's minutes where they decide: clear losers stop early, and close calls read and answer more.
 
 A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A
 measurement is a pair of place and setting; its result is a row. A setting's divergence is its mean KL to the exact
-cache, which keeps every token. A verdict on a setting is "holds" (its divergence is shown to be below the limit and no
-task shows a loss), "falls" (its divergence certainly exceeds the limit, or a loss on a task is certain) or "open".
+cache, which keeps every token. A loss on a cell is the exact cache's score (share of right answers) minus the
+setting's. A verdict on a setting is "holds" (its divergence is shown to be below the limit and no task shows a loss; if
+no text is read: a loss of the margin is excluded on every cell), "falls" (its divergence certainly exceeds the limit,
+or a loss on a task is certain) or "open".
 
-A race is an audit with a time limit. It goes through the texts one by one. From the moment that the time is too short
-for all settings on all of them, a setting whose divergence certainly exceeds the limit stops: it reads no further text
-and runs no task. When all texts are read and all tasks run, further texts (more passages of the same texts) are read by
-close calls only: settings whose verdict is open and could still change the recommendation. These decisions follow from
-the rows alone, so an audit that was stopped and goes on decides alike.
+A race is an audit with a time limit. It goes through the texts and cells one by one. From the moment that the time is
+too short for all settings on all of them, a setting that certainly falls stops: it reads no further text and runs no
+further cell. Only the exact cache never stops.
+
+When all of these are measured, further places follow: the second passages of the texts, then the second rounds of
+samples of the cells, then the third of both, and so on. Round 1 of a cell has its first n samples, round 2 the next n.
+Only close calls are measured there. A close call is a setting that could still change the recommendation, and
+
+- on a text, its verdict is open;
+- on a cell, neither a loss of the margin is excluded nor is a loss certain. If texts are read, they show small losses
+  better, so the setting must also have lost more answers there than it gained.
+
+These decisions follow from the rows alone, so an audit that was stopped and goes on decides alike.
 """
 
 from __future__ import annotations
@@ -23,8 +33,9 @@ from kvfloor.audit.format import counted
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Pair, Place
 from kvfloor.audit.limits import left_out
 from kvfloor.audit.nats import TextCell, TextRow
-from kvfloor.audit.recommend import CONFIDENCE, MARGIN, UNJUDGED, Judged, recommend
-from kvfloor.audit.rows import Row
+from kvfloor.audit.recommend import CONFIDENCE, MARGIN, UNJUDGED, Judged, Recommendation, recommend
+from kvfloor.audit.rounds import joined
+from kvfloor.audit.rows import Cell, Row
 
 Rows = Mapping[Pair, AnyRow]
 
@@ -33,8 +44,8 @@ Rows = Mapping[Pair, AnyRow]
 class Race:
     """Say which measurements a race asks for.
 
-    grid         the places in order, the settings, and the further texts
-    standard     the limit of the divergence and the confidence by which settings are judged
+    grid         the places in order, the settings, and the further places
+    standard     the limits and the confidence by which settings are judged
     least_exact  score of the exact cache below which a cell is left out, i.e. measured with the exact cache alone
     hurried      True if the time is too short for all settings on all places
     """
@@ -46,41 +57,38 @@ class Race:
     _close: dict[Place, frozenset[str]] = field(default_factory=dict)
 
     def hurry(self) -> None:
-        """Stop from now on each setting whose divergence certainly exceeds the limit, as the time is too short."""
+        """Stop from now on each setting that certainly falls, as the time is too short for all."""
         self.hurried = True
 
     def __call__(self, rows: Rows, /) -> list[Pair]:
         """Return the measurements that the race asks for, given the rows so far, in the order of measuring.
 
-        The result includes those that have a row already. It has a further text only if everything before that text is
-        measured.
+        The result includes those that have a row already. It has a further place only if everything before that place
+        is measured.
         """
         weak = left_out(rows, self.least_exact)
         pairs: list[Pair] = []
         read: dict[str, list[TextRow]] = {setting: [] for setting in self.grid.settings}
         stopped: set[str] = set()
-        for place in self._places:
-            if place in self.grid.further:
-                if any(pair not in rows for pair in pairs):
-                    break
-                close = self._close_calls(place, {pair: row for pair, row in rows.items() if pair[0] not in weak})
-                here = [setting for setting in self.grid.settings if close and setting in (*close, EXACT)]
-            elif place in weak:
-                here = [EXACT]
-            else:
-                here = [setting for setting in self.grid.settings if setting not in stopped]
+        for place in self.grid.places:
+            here = [EXACT] if place in weak else [setting for setting in self.grid.settings if setting not in stopped]
             pairs += [(place, setting) for setting in here]
-            if self.hurried and isinstance(place, TextCell):
-                for setting in here:
-                    if isinstance(row := rows.get((place, setting)), TextRow):
-                        read[setting].append(row)
-                stopped |= {s for s in here if s != EXACT and read[s] and self.standard.exceeds(read[s])}
+            if self.hurried and place not in weak:
+                known = {setting: rows[place, setting] for setting in here if (place, setting) in rows}
+                stopped |= {s for s, row in known.items() if s != EXACT and self._falls(row, read[s])}
+        for place in self.grid.further:
+            if any(pair not in rows for pair in pairs):
+                break
+            if isinstance(place, Cell) and place.first in weak:
+                continue
+            close = self._close_calls(place, rows, weak)
+            pairs += [(place, setting) for setting in self.grid.settings if close and setting in (*close, EXACT)]
         return pairs
 
-    def note(self, rows: Iterable[Pair]) -> str:
-        """Return a sentence on the settings that stopped early and those that read further texts; "" if none did.
+    def note(self, rows: Rows) -> str:
+        """Return sentences on the settings that stopped early and those that were measured further; "" without any.
 
-        rows: the measurements that have a row.
+        rows: the measured rows.
         """
         texts = [(at, setting) for at, setting in rows if isinstance(at, TextCell)]
         count = Counter(setting for _, setting in texts)
@@ -92,21 +100,54 @@ class Race:
             told.append(f"{', '.join(early)} stopped early, as their divergence certainly exceeds the limit")
         if more:
             told.append(f"{', '.join(more)} read further passages, as close calls")
-        return f"Of {counted(first, 'text')}, with the number read: {'; '.join(told)}." if told else ""
+        said = [f"Of {counted(first, 'text')}, with the number read: {'; '.join(told)}."] if told else []
+        return " ".join([*said, *self._task_notes(rows, {s for s, n in count.items() if n < first})])
 
-    @property
-    def _places(self) -> tuple[Place, ...]:
-        return (*self.grid.places, *self.grid.further)
+    def _task_notes(self, rows: Rows, out: set[str]) -> list[str]:
+        """Return the sentences of `note` on tasks, at most two. The settings `out` stopped on a text already."""
+        weak = left_out(rows, self.least_exact)
+        cells = [(at, setting) for at, setting in rows if isinstance(at, Cell) and at.first not in weak]
+        count = Counter(setting for at, setting in cells if at.round == 1)
+        rounds: dict[str, Counter[Cell]] = {}
+        for at, setting in cells:
+            rounds.setdefault(setting, Counter())[at.first] += 1
+        most = {setting: max(found.values()) for setting, found in rounds.items() if setting != EXACT}
+        early = [f"{setting} ({n})" for setting, n in count.items() if n < count[EXACT] and setting not in out]
+        more = [f"{setting} ({n})" for setting, n in most.items() if n > 1]
+        said = []
+        if early:
+            told = f"Of {counted(count[EXACT], 'cell')} of the tasks, with the number run"
+            said.append(f"{told}: {', '.join(early)} stopped early, as a loss on a task is certain.")
+        if more:
+            told = f"{counted(len(more), 'setting')} had further samples, as close calls"
+            said.append(f"{told}, with the most rounds on a cell: {', '.join(more)}.")
+        return said
 
-    def _close_calls(self, place: Place, rows: Rows) -> frozenset[str]:
-        """Return the close calls that read the further text `place`, given the rows of the places before it.
+    def _falls(self, row: AnyRow, read: list[TextRow]) -> bool:
+        """Return True if a setting certainly falls, given its row on a place.
 
-        The answer for a text is kept, so that it does not change while the text is read.
+        read: the setting's rows of the texts before; a row of a text is added.
+        """
+        if isinstance(row, Row):
+            return self.standard.verdict(row) == "falls"
+        read.append(row)
+        return self.standard.exceeds(read)
+
+    def _close_calls(self, place: Place, rows: Rows, weak: Mapping[Cell, Row]) -> frozenset[str]:
+        """Return the close calls that are measured on the further `place`, given the rows of the places before it.
+
+        weak: the left-out cells, whose rows do not count. The answer for a place is kept, so that it does not change
+        while the place is measured.
         """
         if place not in self._close:
-            before = self._places[: self._places.index(place)]
-            known = [rows[at, setting] for at in before for setting in self.grid.settings if (at, setting) in rows]
-            self._close[place] = frozenset(close_calls(known, self.standard))
+            further = self.grid.further
+            before = (*self.grid.places, *further[: further.index(place)])
+            among = [at for at in before if isinstance(at, TextCell) or at.first not in weak]
+            known = [rows[at, setting] for at in among for setting in self.grid.settings if (at, setting) in rows]
+            if isinstance(place, Cell):
+                self._close[place] = frozenset(close_calls_on(place, known, self.standard))
+            else:
+                self._close[place] = frozenset(close_calls(known, self.standard))
         return self._close[place]
 
 
@@ -123,26 +164,60 @@ def race(grid: Grid, configurations: Iterable[str], kl_limit: float, least_exact
 
 
 def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
-    """Return the close calls: the settings with an open verdict that could still change the recommendation.
-
-    A setting can be recommended only if it and every larger budget of its method hold. So a method's hopeful settings
-    are those above its largest budget that falls; all of them, if none falls. If one of these has fewer bytes than the
-    recommended setting, or if none is recommended yet, the hopeful settings with an open verdict are close calls.
+    """Return the close calls on texts: settings with an open verdict that could still change the recommendation.
 
     rows      the measured rows of the texts and cells
     standard  holds the largest tolerated divergence; its other fields are not used
     """
+    return [one.setting for one in _contenders(_recommended(rows, standard)) if one.verdict == "open"]
+
+
+def close_calls_on(cell: Cell, rows: Sequence[AnyRow], standard: Standard) -> list[str]:
+    """Return the close calls on a cell: settings in doubt there that could still change the recommendation.
+
+    A setting is in doubt on a cell if neither a loss of the margin is excluded nor a loss is certain. If texts were
+    read, it must also have lost more answers on the cell than it gained: then more samples may show a loss, which rules
+    a setting out, also the recommended one.
+
+    cell      the cell, with the samples of any round
+    rows      the measured rows of the texts and cells, one per setting, cell and round
+    standard  holds the largest tolerated divergence; its other fields are not used
+    """
+    found = _recommended(rows, standard)
+    known = {row.method: row for row in _joined_tasks(rows) if row.cell == cell.first}
+    close = []
+    for one in _contenders(found):
+        row = known.get(one.setting)
+        if row is not None and found.standard.verdict(row) == "open" and (not found.texts or row.lost > row.gained):
+            close.append(one.setting)
+    return close
+
+
+def _recommended(rows: Sequence[AnyRow], standard: Standard) -> Recommendation:
+    """Return the recommendation that follows from the rows so far, under the limit of `standard`."""
     assert standard.kl_limit is not None
-    tasks = [row for row in rows if isinstance(row, Row)]
     texts = [row for row in rows if isinstance(row, TextRow)]
-    found = recommend(tasks, texts=texts, kl_limit=standard.kl_limit, racing=True)
+    return recommend(_joined_tasks(rows), texts=texts, kl_limit=standard.kl_limit, racing=True)
+
+
+def _joined_tasks(rows: Sequence[AnyRow]) -> list[Row]:
+    return joined([row for row in rows if isinstance(row, Row)], racing=True)
+
+
+def _contenders(found: Recommendation) -> list[Judged]:
+    """Return the verdicts on the settings that could still change the recommendation `found`.
+
+    A setting can be recommended only if it and every larger budget of its method hold. So a method's hopeful settings
+    are those above its largest budget that falls; all of them, if none falls. They could change the recommendation if
+    one of them has fewer bytes than the recommended setting or is that setting, or if none is recommended yet.
+    """
     most = found.chosen.state_bytes if found.chosen else float("inf")
-    close: list[str] = []
+    contenders: list[Judged] = []
     for method in dict.fromkeys(one.method for one in found.judged):
         hopeful = _until_one_falls([one for one in reversed(found.judged) if one.method == method])
-        if hopeful and hopeful[-1].state_bytes < most:
-            close += [one.setting for one in hopeful if one.verdict == "open"]
-    return close
+        if hopeful and (hopeful[-1].state_bytes < most or any(one.setting == found.method for one in hopeful)):
+            contenders += hopeful
+    return contenders
 
 
 def _until_one_falls(budgets: Sequence[Judged]) -> list[Judged]:

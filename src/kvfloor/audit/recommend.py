@@ -18,6 +18,13 @@ Many cells and settings are tested, and three rules keep the probability of a wr
   (fixed-sequence test: Maurer, Hothorn and Lehmacher, 1995).
 - **Methods.** The 5 % are divided by the number of tested methods (Bonferroni).
 
+An audit with a time limit is a race: it judges after every text and after every round of a cell's samples (round 1 has
+the first n, round 2 the next n), and undecided settings are measured further. There a fourth rule keeps the
+probability:
+
+- **Looks.** The k-th judgement of a setting on one cell, or on the texts, may err with the share 1 / (k (k + 1)) of the
+  allowed error. The shares of all looks sum to 1, so a claim holds whenever the race stops.
+
 `exact` is the reference and `random`, which keeps random tokens, the control; neither is recommended. A candidate must
 be measured on every cell and must save bytes. A `Standard` has the limit, the margin and the confidence. By these it
 judges a setting's rows: the verdict is "holds" (too large a loss is excluded), "falls" (a loss, or too large a
@@ -26,10 +33,10 @@ divergence, is certain) or "open".
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfloor.audit.criterion import SEVERITY, Standard, Verdict
-from kvfloor.audit.nats import Divergence, TextRow
+from kvfloor.audit.nats import Divergence, TextCell, TextRow
 from kvfloor.audit.rows import Cell, Row
 
 WEAK_EXACT_SCORE = 0.5
@@ -61,7 +68,8 @@ class Judged:
                               "falls" (a loss, or too large a divergence, is certain) or "open" (neither is shown)
     believed                  True if the setting and every larger budget of its method hold
     state_bytes, exact_bytes  bytes of the setting and of exact at the end of the context; means over the texts, or over
-                              the cells if no text was read
+                              the cells if no text was read; of these, over the ones that all candidates were measured
+                              on, so that a race compares like with like
     peak_state_bytes          maximum over the texts or cells
     weakest                   the row with the worst verdict; None if no task was run
     divergence                how far the setting is from exact on the texts; None if no text was read. Its interval has
@@ -89,7 +97,8 @@ class Judged:
 class Recommendation:
     """Hold the recommended setting of an audit, and all candidates with their verdicts.
 
-    A candidate is a setting that saves bytes and was measured on every text and cell (in a race, on at least one text).
+    A candidate is a setting that saves bytes and was measured on every text and cell (in a race, on at least one text,
+    or on one cell if no text was read).
 
     method    text of the recommended setting; None if no setting is safe
     judged    the verdict on every candidate, from the fewest bytes up
@@ -126,13 +135,15 @@ def recommend(
 ) -> Recommendation:
     """Return the safe setting of fewest bytes, with the verdict on every candidate.
 
-    rows, texts  the rows of all settings on the cells, and those on the texts
+    rows, texts  the rows of all settings on the cells, one per setting and cell (`audit/rounds.py` joins several rounds
+                 of samples), and those on the texts
     margin       largest tolerated loss of score on tasks; used if no text was read
     confidence   confidence of the whole recommendation
     kl_limit     largest tolerated divergence, nats per token; used if texts were read
     racing       True if the rows are those of a race, i.e. an audit with a time limit, in which settings that clearly
-                 lose stopped early and undecided ones read further texts. Then a setting need not have read every text,
-                 and the intervals allow for a judgement after every text
+                 lose stopped early and undecided ones had further passages and samples. Then a setting need not have
+                 read every text or run on every cell, and the intervals allow for a judgement after every text and
+                 every round of samples. One that holds but was not run on every cell is undecided
     With texts, a setting is safe if it and every larger budget of its method are shown to diverge by less than
     `kl_limit`, and no cell shows a loss. Without texts it is safe if it and every larger budget of its method are shown
     to lose less than `margin` on every cell; then no setting is recommended if exact itself scores below
@@ -174,6 +185,7 @@ class _Candidate:
 
     setting   the setting as text
     method    the setting without its budget
+    shared    the texts and cells that all candidates were measured on
     is_whole  True if the setting was measured on every cell. One that stopped early was not, and is never called safe,
               whatever its texts show
     """
@@ -183,6 +195,7 @@ class _Candidate:
     rows: tuple[Row, ...]
     texts: tuple[TextRow, ...]
     is_whole: bool
+    shared: frozenset[Cell | TextCell] = frozenset()
 
     @property
     def sized(self) -> tuple[Row, ...] | tuple[TextRow, ...]:
@@ -190,7 +203,9 @@ class _Candidate:
         return self.texts or self.rows
 
     def mean(self, name: str) -> float:
-        return sum(getattr(row, name) for row in self.sized) / len(self.sized)
+        """Return the mean of a field over the shared rows, or over all rows if none is shared."""
+        rows = [row for row in self.sized if row.cell in self.shared] or self.sized
+        return sum(getattr(row, name) for row in rows) / len(rows)
 
 
 def _candidates(
@@ -198,10 +213,10 @@ def _candidates(
 ) -> list[_Candidate]:
     """Return the settings that may be recommended, with their rows.
 
-    Such a setting is measured on every cell and text (with `racing`, on at least one text), takes fewer bytes than
-    exact, and is neither `exact` nor `random`. `rows` and `texts` are the rows of all settings on the cells and on the
-    texts, `exact` and `exact_texts` the exact cache's among them, by cell and by text. Raises ValueError if a setting
-    has two rows on one cell or text.
+    Such a setting is measured on every cell and text (with `racing`, on at least one text, or on one cell if no text
+    was read), takes fewer bytes than exact, and is neither `exact` nor `random`. `rows` and `texts` are the rows of all
+    settings on the cells and on the texts, `exact` and `exact_texts` the exact cache's among them, by cell and by text.
+    Raises ValueError if a setting has two rows on one cell or text.
     """
     settings: dict[str, dict] = defaultdict(dict)
     for row in (*rows, *texts):
@@ -218,10 +233,12 @@ def _candidates(
             tuple(row for row in cells.values() if isinstance(row, TextRow)),
             is_whole=exact.keys() <= cells.keys(),
         )
-        enough = bool(one.texts) if racing else cells.keys() == exact.keys() | exact_texts.keys()
+        measured = one.texts if exact_texts else one.rows
+        enough = bool(measured) if racing else cells.keys() == exact.keys() | exact_texts.keys()
         if first.name not in UNJUDGED and enough and one.mean("state_bytes") < one.mean("exact_bytes"):
             found.append(one)
-    return found
+    read = [frozenset(row.cell for row in one.sized) for one in found]
+    return [replace(one, shared=frozenset.intersection(*read)) for one in found]
 
 
 def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged, ...]:

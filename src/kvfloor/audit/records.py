@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,10 +70,12 @@ def _records(path: Path, data: bytes, kind: type[R], file_name: str, what: str) 
 
 
 def _record_from(plain: Any, kind: type[R]) -> R:
+    """Build an object from the fields that a line has; a field with a default may be missing, as in older files."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(plain, dict) or set(plain) != names:
-        given = set(plain) if isinstance(plain, dict) else set()
-        raise ValueError(f"missing fields {sorted(names - given)}, unknown fields {sorted(given - names)}")
+    needed = {field.name for field in fields(kind) if field.default is MISSING}  # type: ignore[arg-type]
+    given = set(plain) if isinstance(plain, dict) else set()
+    if not isinstance(plain, dict) or not needed <= given <= names:
+        raise ValueError(f"missing fields {sorted(needed - given)}, unknown fields {sorted(given - names)}")
     return kind(**{name: _tuples(value) for name, value in plain.items()})
 
 

@@ -126,11 +126,12 @@ class AuditRequest:
 
     @property
     def racing(self) -> bool:
-        """Return True if the audit is a race, i.e. if it reads texts and has a time limit.
+        """Return True if the audit is a race, i.e. if it has a time limit, and texts or tasks.
 
-        In a race, settings that clearly lose stop early, and undecided ones read further texts.
+        In a race, settings that clearly lose stop early, and undecided ones have further passages and samples. A user's
+        own prompts are all asked at once, so an audit of them alone is no race.
         """
-        return self.minutes is not None and bool(self.text_names)
+        return self.minutes is not None and bool(self.text_names or self.task_names)
 
     def check(self) -> None:
         """Raise ValueError with one line for an argument that is out of range."""

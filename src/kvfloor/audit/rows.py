@@ -20,19 +20,27 @@ MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
-    """Identify a cell of an audit: a task, a context length in tokens, and a protocol.
+    """Identify a cell of an audit: a task, a context length in tokens, and a protocol; and a round of its samples.
 
-    The protocol is "visible" if a question is compressed with its context, "after" if it follows the compression. All
-    rows of a cell have the same samples, and are compared sample by sample.
+    The protocol is "visible" if a question is compressed with its context, "after" if it follows the compression. Round
+    1 has the cell's first n samples, round 2 the next n, and so on. Only an audit with a time limit has a round after
+    the first. All rows of a cell and round have the same samples, and are compared sample by sample.
     """
 
     task: str
     context: int
     protocol: str
+    round: int = 1
 
     def __str__(self) -> str:
         place = "question visible" if self.protocol == "visible" else "question after"
-        return f"{self.task} at {self.context:,} tokens, {place}"
+        more = f", samples of round {self.round}" if self.round > 1 else ""
+        return f"{self.task} at {self.context:,} tokens, {place}{more}"
+
+    @property
+    def first(self) -> "Cell":
+        """Return the cell with the first round of its samples."""
+        return self._replace(round=1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class Row:
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
     outcomes               one 0 (wrong) or 1 (right) per sample, in the samples' order
     gained, lost           numbers of samples that only this setting answers right, and that only exact answers right
+    round                  number of the round of samples, from 1. Output errors are measured in the first round alone:
+                           in a later one `output_error` is 0, and the errors by layer and by head are empty
+    rounds                 number of rounds that are joined in this row: 1 as measured, more in a row of
+                           `audit/rounds.py`, whose intervals may be wider
     """
 
     method: str
@@ -107,11 +119,15 @@ class Row:
     outcomes: tuple[int, ...]
     gained: int
     lost: int
+    round: int = 1
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         where = f"row {self.method!r} on {self.task!r}"
         if self.protocol not in get_args(Protocol):
             raise ValueError(f"{where}: protocol {self.protocol!r} is not one of {', '.join(get_args(Protocol))}")
+        if self.round < 1 or self.rounds < 1:
+            raise ValueError(f"{where}: round = {self.round} and rounds = {self.rounds}; both count from 1")
         if self.n < MIN_SAMPLES or self.n != len(self.outcomes):
             raise ValueError(
                 f"{where}: n = {self.n} with {len(self.outcomes)} outcomes; a row needs at least "
@@ -149,7 +165,7 @@ class Row:
 
     @property
     def cell(self) -> Cell:
-        return Cell(self.task, self.context, self.protocol)
+        return Cell(self.task, self.context, self.protocol, self.round)
 
     @property
     def below_floor(self) -> bool:
@@ -185,6 +201,7 @@ def measured_row(
     decode_ms_per_token: float | None,
     output_tokens: float,
     parts: dict[str, float] | None = None,
+    round: int = 1,
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
@@ -209,6 +226,7 @@ def measured_row(
     output_tokens          mean length of the answers, in tokens
     parts                  name of each part in which the task checks an answer -> mean share of its check, from 0 to 1;
                            None: an answer has one part
+    round                  number of the round of samples, from 1
 
     Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
     number is not finite.
@@ -255,6 +273,7 @@ def measured_row(
         outcomes=tuple(int(outcome) for outcome in outcomes),
         gained=gained,
         lost=lost,
+        round=round,
     )
 
 

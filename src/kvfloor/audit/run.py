@@ -1,8 +1,10 @@
 """Run an audit from start to end: plan the work, measure it, recommend a setting, write the rows.
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol. A place is a text or a
-cell. A measurement is a pair of place and setting, and its result is a row. The journal holds the rows, in memory and
-in files of the audit's folder. A cell is left out if the exact cache, which keeps every token, scores too low on it.
+cell. A measurement is a pair of place and setting, and its result is a row. In an audit with a time limit a cell may
+have several rounds of samples (the first n, the next n, ...), whose rows are joined before they are judged or shown.
+The journal holds the rows, in memory and in files of the audit's folder. A cell is left out if the exact cache, which
+keeps every token, scores too low on it.
 The identity of an audit is a dict of all that its rows depend on.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from kvfloor.audit.race import Race, race
 from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.require import Condition, conditions, shortfalls, uncovered
+from kvfloor.audit.rounds import joined
 from kvfloor.audit.rows import Cell, Row, document
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.files import open_folder
@@ -50,7 +53,7 @@ Announce = Callable[[str], None]
 class Answer:
     """Hold the results of an audit.
 
-    rows            the rows of the cells, one per setting and cell
+    rows            the rows of the cells, one per setting and cell, with the samples of all rounds
     texts           the rows of the texts, one per setting and text
     heads           for each kv head its floor, i.e. a lower bound on the bytes that any method needs, and its cheapest
                     good setting, i.e. one whose error of the head's attention output is small on every cell and text
@@ -83,7 +86,8 @@ class Answer:
             report=str(self.report),
         )
         nats = [asdict(found) for found in summaries(self.texts, self.recommendation.standard.racing)]
-        weak = [row.cell._asdict() | {"exact_score": row.score} for row in self.left_out]
+        names = ("task", "context", "protocol")
+        weak = [{name: getattr(row, name) for name in names} | {"exact_score": row.score} for row in self.left_out]
         return plain | {
             "texts": nats,
             "heads": [head.as_dict() for head in self.heads],
@@ -137,7 +141,7 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
 
     header = journal.about
     weak = left_out(journal.rows, header.least_exact)
-    rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
+    rows, texts = _judged_rows(journal, weak), journal.texts
     notes = left_out_notes(list(weak.values()), header.least_exact)
     if not rows and not texts and weak:
         raise ValueError(f"nothing is left to compare. {notes[0]}")
@@ -227,11 +231,15 @@ def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track
     track     function that is called with a line of text before each step
     """
     header = journal.about
-    weak = left_out(journal.rows, header.least_exact)
-    rows, texts = [row for row in journal.tasks if row.cell not in weak], journal.texts
+    rows, texts = _judged_rows(journal, left_out(journal.rows, header.least_exact)), journal.texts
     if rows or texts:
         found = recommend(rows, texts=texts, kl_limit=question.kl_limit, racing=header.racing)
         engine.look_closer(rows, texts, found, track).write(journal.folder)
+
+
+def _judged_rows(journal: Journal, weak: Collection[Cell]) -> list[Row]:
+    """Return one row per setting and cell, with the samples of all its rounds; none on the left-out cells `weak`."""
+    return joined([row for row in journal.tasks if row.cell.first not in weak], journal.about.racing)
 
 
 def _engine(question: AuditRequest, folder: Path, known: dict[str, Any], track: Announce) -> Engine:
@@ -293,9 +301,9 @@ def _header(
 def _asked(question: AuditRequest, header: Header) -> Race | Fixed:
     """Return the rule that says which measurements the audit asks for: a race, or a fixed list.
 
-    An audit of texts with a time limit is a race: settings that clearly lose stop early, and undecided ones read
-    further texts. `question` holds the arguments of the audit; `header` is its description, with the places and
-    settings.
+    An audit with a time limit is a race: settings that clearly lose stop early, and undecided ones have further
+    passages of the texts and further samples of the tasks. `question` holds the arguments of the audit; `header` is its
+    description, with the places and settings.
     """
     if header.racing:
         configurations = [one.configuration for one in header.methods]
@@ -331,7 +339,7 @@ def _finish(question: AuditRequest, journal: Journal, asked: Race | Fixed, notes
         return len(pairs) - len(missing)
     lacking = {place for place, _ in missing}
     kept = [pair for pair in journal.about.grid.all_pairs if pair in journal.rows and pair[0] not in lacking]
-    if isinstance(asked, Race) and (told := asked.note(kept)):
+    if isinstance(asked, Race) and (told := asked.note({pair: journal.rows[pair] for pair in kept})):
         notes = (*notes, told)
     journal.finish(kept, question.minutes, notes)
     return len(kept)

@@ -33,11 +33,15 @@ _GENERATED_FROM = 1_000_000  # index of the first generated text: far from the i
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Hold one excerpt: its cell (name and numbers of tokens), and the token ids of its context and continuation."""
+    """Hold one excerpt: its cell (name and numbers of tokens), and the token ids of its context and continuation.
+
+    passage: number of the passage in its text, from 1.
+    """
 
     cell: TextCell
     context: list[int]
     continuation: list[int]
+    passage: int = 1
 
 
 def check_texts(names: Sequence[str]) -> None:
@@ -110,7 +114,7 @@ def further_excerpts(
             if len(ids) == length:
                 for context in dict.fromkeys(contexts):
                     cell = TextCell(f"{Path(name).stem} ({number})", context, continuation)
-                    found.append(Excerpt(cell, ids[:context], ids[context : context + continuation]))
+                    found.append(Excerpt(cell, ids[:context], ids[context : context + continuation], number))
     return found
 
 

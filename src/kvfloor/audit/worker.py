@@ -2,12 +2,15 @@
 
 A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A row
 is the result of one setting on one place. The setting `exact` keeps every token; the others are compared with its rows.
+In a race, i.e. an audit with a time limit, undecided settings are measured on further passages of the texts and on
+further rounds of samples: round 1 of a cell has its first n samples, round 2 the next n.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,13 @@ from kvfloor.audit.heads import head_floors
 from kvfloor.audit.journal import Measured
 from kvfloor.audit.measure import Bench, ExactOutcome, Prepared
 from kvfloor.audit.nats import TextRow
-from kvfloor.audit.plan import Work, prompt_work, settings, task_work
+from kvfloor.audit.plan import Work, prompt_work, round_work, settings, task_work
 from kvfloor.audit.prompts import read_prompts
 from kvfloor.audit.reading import Reader, text_row
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
-from kvfloor.audit.rows import Row
+from kvfloor.audit.rounds import MOST_ROUNDS
+from kvfloor.audit.rows import Cell, Row
 from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
 from kvfloor.hf import prepare
 from kvfloor.hf.intake import SharedPrompt
@@ -78,12 +82,18 @@ class Worker:
             names, seed = question.task_names, question.seed
             work = task_work(names, contexts, question.protocols, question.n, seed, bench.count, chat)
         chatting = tuple(dict.fromkeys(one.cell.task for one in work if one.chat))
-        further: list[Excerpt] = []
+        passages: list[Excerpt] = []
+        rounds: list[Cell] = []
         if question.racing:
-            further = further_excerpts(question.text_names, contexts, question.scored, bench.encode)
-        self._places: dict[Place, Excerpt | Work] = {one.cell: one for one in (*read, *work, *further)}
+            passages = further_excerpts(question.text_names, contexts, question.scored, bench.encode)
+        if question.racing and question.task_names:
+            rounds = [one.cell._replace(round=i) for i in range(2, MOST_ROUNDS + 1) for one in work]
+        self._places: dict[Place, Excerpt | Work] = {one.cell: one for one in (*read, *work, *passages)}
+        self._round_of = partial(
+            round_work, tasks=question.task_names, n=question.n, seed=question.seed, count=bench.count, chat=chat
+        )
         places = tuple(one.cell for one in (*read, *work))
-        self.grid = Grid(places, tuple(self._settings), tuple(one.cell for one in further), chatting)
+        self.grid = Grid(places, tuple(self._settings), in_turns(passages, rounds), chatting)
         self._opened: _Opened | None = None
 
     def tokens(self, place: Place) -> int:
@@ -91,7 +101,7 @@ class Worker:
 
         On a text these are context and continuation, on a cell the contexts of all samples.
         """
-        found = self._places[place]
+        found = self._places[place.first if isinstance(place, Cell) else place]
         if isinstance(found, Excerpt):
             return len(found.context) + len(found.continuation)
         return found.cell.context * len(found.items)
@@ -118,12 +128,12 @@ class Worker:
         """Compute what all settings share on a place, and keep it until another place is opened.
 
         On a text these are the exact cache's logits, on a cell the samples' token ids and the recorded queries, keys
-        and values of the first few samples.
+        and values of the first few samples. The samples of a further round are made here, as few rounds are measured.
         """
         if self._opened is not None and self._opened.place == place:
             return
         self._opened = None  # so that two places are never in memory together
-        found = self._places[place]
+        found = self._found(place)
         if isinstance(found, Excerpt):
             self._opened = _Opened(place, self._reader.reference(found), self._reader.prompt(found))
         else:
@@ -134,12 +144,12 @@ class Worker:
 
         exact: the row of the setting `exact` on this place; None while `exact` itself is measured. With the row of
         `exact` on a cell come the floors of the kv heads, i.e. lower bounds on the bytes that any method needs; there
-        are none if `exact` scores too low.
+        are none if `exact` scores too low, and none in a further round of samples.
         """
         self.open(place)
-        opened, found, one = self._opened, self._places[place], self._settings[setting]
+        opened, one = self._opened, self._settings[setting]
         assert opened is not None and (exact is None) == (setting == EXACT)
-        if isinstance(found, Excerpt):
+        if isinstance(found := self._places.get(place), Excerpt):
             assert opened.reference is not None and not isinstance(exact, Row)
             read = self._reader.read(one.method, found, opened.reference, opened.prompt)
             sizes = (
@@ -156,8 +166,24 @@ class Worker:
             else ExactOutcome(exact.outcomes, exact.state_bytes)
         )
         row = self._bench.row(one, opened.prepared, outcome, against)
-        floors = exact is None and row.score >= self._least_exact
-        return Measured(row, tuple(head_floors(found.cell, opened.prepared.traces)) if floors else ())
+        floors = exact is None and row.round == 1 and row.score >= self._least_exact
+        return Measured(row, tuple(head_floors(row.cell, opened.prepared.traces)) if floors else ())
+
+    def _found(self, place: Place) -> Excerpt | Work:
+        """Return the excerpt, or the cell with its samples, of a place; make the samples of a further round."""
+        if isinstance(place, Cell) and place.round > 1:
+            return self._round_of(place)
+        return self._places[place]
+
+
+def in_turns(passages: Sequence[Excerpt], rounds: Sequence[Cell]) -> tuple[Place, ...]:
+    """Return further places of a race in their order: second passages, second rounds, third passages, third rounds, ...
+
+    passages, rounds: the further passages of the texts, and the cells with the further rounds of their samples.
+    """
+    numbered: list[tuple[int, Place]] = [(one.passage, one.cell) for one in passages]
+    numbered += [(one.round, one) for one in rounds]
+    return tuple(place for _, place in sorted(numbered, key=lambda one: one[0]))
 
 
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:

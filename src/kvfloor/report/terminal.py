@@ -169,7 +169,8 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
 def _table(rows: Sequence[Row], answer: Recommendation) -> Table:
     cells, lines = scoreboard(rows, answer.standard)
     asked = "question visible" if cells[0].protocol == "visible" else "question after"
-    samples = min(row.n for row in rows)
+    least, most = min(row.n for row in rows), max(row.n for row in rows)
+    samples = f"{least}" if least == most else f"{least} to {most}"
     title = Text(f"{asked}, {cells[0].context:,} tokens, n = {samples} per score")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("setting", no_wrap=True)
