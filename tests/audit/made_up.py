@@ -1,10 +1,15 @@
-"""Make rows of texts with random figures."""
+"""Make rows of texts with random figures, and rows of tasks with given numbers of right answers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from kvfloor.audit.nats import TextRow
+from kvfloor.audit.rows import Row, measured_row
+from kvfloor.audit.setting import BudgetedMethod
+from kvfloor.methods.grammar import parse
 
 
 def text_row(
@@ -38,3 +43,38 @@ def text_row(
         "seconds": 1.0,
     }
     return TextRow(**values | changes)  # type: ignore[arg-type]
+
+
+def task_row(
+    method: str,
+    lost: int = 0,
+    gained: int = 0,
+    n: int = 40,
+    task: str = "recall",
+    number: int = 1,
+    size: int = 1000,
+    **changes: Any,
+) -> Row:
+    """Make a row of a task: exact is wrong on the first `gained` samples, and the setting on the last `lost`."""
+    values: dict[str, Any] = {
+        "setting": BudgetedMethod(parse(method)),
+        "budget_tokens": None,
+        "task": task,
+        "context": 512,
+        "protocol": "after",
+        "outcomes": [1] * (n - lost) + [0] * lost,
+        "exact_outcomes": [0] * gained + [1] * (n - gained),
+        "state_bytes": size,
+        "peak_state_bytes": 2 * size,
+        "exact_bytes": 10_000,
+        "floor_bytes": 500,
+        "token_id_bytes": 100,
+        "bytes_read_per_token": size,
+        "output_error_by_layer": [0.1, 0.3] if number == 1 else [],
+        "output_error_by_head": [[0.1, 0.1], [0.2, 0.4]] if number == 1 else [],
+        "prefill_ms": 1.0,
+        "decode_ms_per_token": 0.5,
+        "output_tokens": 3.0,
+        "round": number,
+    }
+    return measured_row(**values | changes)

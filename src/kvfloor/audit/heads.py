@@ -84,8 +84,8 @@ def with_cell(read: HeadFloor) -> HeadFloor:
 
     JSON has plain lists only. The named tuple is a `TextCell` for a text, and a `Cell` for a cell of a task.
     """
-    kind = TextCell if isinstance(read.cell[2], int) else Cell
-    return replace(read, cell=kind(*read.cell))
+    plain: Any = read.cell
+    return replace(read, cell=TextCell(*plain) if isinstance(plain[2], int) else Cell(*plain))
 
 
 @dataclass(frozen=True)
