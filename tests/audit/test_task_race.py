@@ -296,28 +296,29 @@ def test_a_close_call_has_a_second_round_and_a_stopped_audit_goes_on_to_the_same
 
 
 def test_the_samples_of_a_round_are_the_next_ones_and_are_drawn_for_by_their_own_numbers(tmp_path: Path) -> None:
-    request = small(tmp_path)
-    folder = find("builtin", False, lambda text: None)
-    worker = Worker(request, folder, lambda text: None)
+    """Both settings' answers in two rounds of 32 samples are those to 64 samples at once; `random` draws per sample."""
+    request, folder = replace(small(tmp_path), contexts=(80,)), find("builtin", False, lambda text: None)
+    worker, wide = (Worker(replace(request, n=n), folder, lambda text: None) for n in (32, 64))
     first = worker.grid.places[0]
     assert isinstance(first, Cell)
     second = first._replace(round=2)
     assert worker.grid.further == tuple(first._replace(round=i) for i in range(2, MOST_ROUNDS + 1))
-    assert worker.tokens(second) == worker.tokens(first) == 160 * 32
-    wide = Worker(replace(request, n=64), folder, lambda text: None)
-    for setting in (EXACT, "random@64"):
-        parts = []
-        for place in (first, second):
-            base = worker.measure(place, EXACT, None).row
-            parts.append(base if setting == EXACT else worker.measure(place, setting, base).row)
-        both = wide.measure(first, EXACT, None).row
-        both = both if setting == EXACT else wide.measure(first, setting, both).row
-        one, two = parts
-        assert isinstance(one, Row) and isinstance(two, Row) and isinstance(both, Row)
-        assert both.outcomes == one.outcomes + two.outcomes
-        assert (both.gained, both.lost) == (one.gained + two.gained, one.lost + two.lost)
-        assert two.floor_bytes == one.floor_bytes and two.state_bytes == pytest.approx(one.state_bytes, rel=0.02)
-    assert worker.measure(second, EXACT, None).floors == () != worker.measure(first, EXACT, None).floors
+    assert worker.tokens(second) == worker.tokens(first) == 80 * 32
+
+    def measured(by: Worker, place: Cell) -> tuple[Measured, Row, Row]:
+        exact = by.measure(place, EXACT, None)
+        other = by.measure(place, "random@64", exact.row).row
+        assert isinstance(exact.row, Row) and isinstance(other, Row)
+        return exact, exact.row, other
+
+    (base, exact, one), (more, next_exact, two), (_, all_exact, both) = (
+        measured(by, place) for by, place in ((worker, first), (worker, second), (wide, first))
+    )
+    assert all_exact.outcomes == exact.outcomes + next_exact.outcomes
+    assert both.outcomes == one.outcomes + two.outcomes and 0 < sum(both.outcomes) < 64
+    assert (both.gained, both.lost) == (one.gained + two.gained, one.lost + two.lost)
+    assert two.floor_bytes == one.floor_bytes and two.state_bytes == pytest.approx(one.state_bytes, rel=0.02)
+    assert base.floors and not more.floors and one.output_error > 0 and two.output_error_by_layer == ()
 
 
 @pytest.mark.usefixtures("measured_once")
