@@ -13,6 +13,7 @@ from kvfloor.audit import engine
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Pair, Place
 from kvfloor.audit.journal import ROWS, Measured
+from kvfloor.audit.limits import left_out
 from kvfloor.audit.nats import TextCell, TextRow
 from kvfloor.audit.race import Race, race
 from kvfloor.audit.recommend import recommend
@@ -213,6 +214,7 @@ def test_a_left_out_cell_has_no_further_rounds_and_a_later_round_leaves_none_out
     rows = ran(started(KV, RECALL), make)
     assert {setting for at, setting in rows if isinstance(at, Cell) and at.task == "recall"} == {EXACT}
     assert had(rows, EXACT, "recall") == [1] and had(rows, "h2o@64")[:3] == [1, 2, 3]
+    assert list(left_out(rows, 0.5)) == [RECALL]
 
 
 def test_which_audits_are_races() -> None:
@@ -297,13 +299,13 @@ def test_a_close_call_has_a_second_round_and_a_stopped_audit_goes_on_to_the_same
 
 def test_the_samples_of_a_round_are_the_next_ones_and_are_drawn_for_by_their_own_numbers(tmp_path: Path) -> None:
     """Both settings' answers in two rounds of 32 samples are those to 64 samples at once; `random` draws per sample."""
-    request, folder = replace(small(tmp_path), contexts=(80,)), find("builtin", False, lambda text: None)
+    request, folder = replace(small(tmp_path), contexts=(112,)), find("builtin", False, lambda text: None)
     worker, wide = (Worker(replace(request, n=n), folder, lambda text: None) for n in (32, 64))
     first = worker.grid.places[0]
     assert isinstance(first, Cell)
     second = first._replace(round=2)
     assert worker.grid.further == tuple(first._replace(round=i) for i in range(2, MOST_ROUNDS + 1))
-    assert worker.tokens(second) == worker.tokens(first) == 80 * 32
+    assert worker.tokens(second) == worker.tokens(first) == 112 * 32
 
     def measured(by: Worker, place: Cell) -> tuple[Measured, Row, Row]:
         exact = by.measure(place, EXACT, None)
