@@ -65,10 +65,10 @@ def ever_claimed(
         moved[:, 1:] += lost * mass[:, :-1]
         mass = moved
         if done % n == 0:
-            for place in map(tuple, np.argwhere(mass > _LEAST).tolist()):
-                if _verdict(standard, Counts(*place, done, done // n)) == claim:
-                    claimed += mass[place]
-                    mass[place] = 0.0
+            for more, fewer in np.argwhere(mass > _LEAST).tolist():
+                if _verdict(standard, Counts(more, fewer, done, done // n)) == claim:
+                    claimed += mass[more, fewer]
+                    mass[more, fewer] = 0.0
     return float(claimed)
 
 
