@@ -10,6 +10,7 @@ import pytest
 from kvfloor.audit.plan import BASELINES, Item, prompt_work, settings, task_work
 from kvfloor.audit.prompts import read_prompts
 from kvfloor.audit.request import AuditRequest
+from kvfloor.audit.rows import Cell
 from kvfloor.audit.run import run
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.grammar import parse
@@ -123,7 +124,7 @@ def prompts(tmp_path: Path, lines: list[str]) -> Path:
 def test_bare_prompts_are_visible_only(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "two and two is", "answer": "four"})
     (work,) = prompt_work("mine", read_prompts(prompts(tmp_path, [line] * 3), 3), ["after"], words)
-    assert work.cell == ("mine", 4, "visible")
+    assert work.cell == Cell("mine", 4, "visible")
     assert work.items[0] == Item("two and two is", (Question("", "four", parts=(Part("answer", BeginsWith("four")),)),))
 
 
