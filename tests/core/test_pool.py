@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support import causal, seeded
 from torch import Tensor
 
 from kvfloor.core import layout as layout_module
@@ -21,6 +20,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.methods.grammar import parse
 from kvfloor.methods.registry import TABLE, kind
+from tests.support import causal, seeded
 
 CONSTANT = (
     "window@24",
