@@ -85,6 +85,12 @@ class ExactState(Blocked[Exact]):
     def _close(self, rows: Tensor | None) -> None:
         """Do nothing at the end of a block in these rows: no token is ever evicted."""
 
+    def _reserve(self, g: int, tokens: int | None) -> None:
+        if tokens is None or self.selection is not None:
+            super()._reserve(g, tokens)
+        else:
+            self.slots.resize(torch.full_like(self.slots.capacity, tokens))
+
     def _pin(self, start: int, stop: int) -> None:
         """Do nothing for positions start .. stop - 1: no token is ever evicted, so every span is pinned."""
 

@@ -343,6 +343,28 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return row, position
 
     @whole
+    def reserve(self, g: int, tokens: int | None = None) -> None:
+        """Take all memory that the state will ever need, so that its size is final; for a state without tokens.
+
+        g       query heads per kv head (GQA group), as a state may store queries
+        tokens  most tokens of a row, for methods that keep all of them; None: not known
+        Raises ValueError for a method whose memory grows with the stream, unless it keeps all tokens and `tokens` is
+        given.
+        """
+        if bool(self.seen.any()):
+            raise ValueError(f"reserve memory before the first token; rows have seen {self.seen.tolist()}")
+        self._reserve(g, tokens)
+
+    def _reserve(self, g: int, tokens: int | None) -> None:
+        """Take all memory that the state will need for queries of g heads and `tokens` tokens (None: not known)."""
+        del g, tokens
+        if not self.method.traits.constant_memory:
+            raise ValueError(
+                f"the memory of {self.method} grows with its tokens, so no block of fixed size can hold it: take a "
+                f"method that evicts while it reads, such as 'sinks(4)@512' or 'h2o@512'"
+            )
+
+    @whole
     def pin(self, start: int, stop: int) -> None:
         """Keep the tokens start <= position < stop of every row for good; call it before they are evicted.
 

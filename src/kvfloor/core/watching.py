@@ -104,6 +104,11 @@ class Watching(Blocked["Bounded"]):
                 self.memory.group(g)
         return self.queries
 
+    def _reserve(self, g: int, tokens: int | None) -> None:
+        super()._reserve(g, tokens)
+        if self.learns_from_queries:
+            self._open_queries(g)
+
     def _require_group(self, g: int, attending: bool = False) -> None:
         if attending and self.memory is None:  # such queries go to the policy at once and are not kept
             return

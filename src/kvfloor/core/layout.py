@@ -1,0 +1,169 @@
+"""Lay out a state as a block of bytes of fixed size, which may lie in memory that someone else owns.
+
+A serving engine allocates one block of bytes for each request and layer, and frees it when the request ends. So the
+state of a request has to live in such a block: every tensor and number of the state is a field, at a fixed offset.
+A row is one (batch item, kv head) stream. The state of one request has H rows, one per kv head. A state of n requests
+has n H rows, request after request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.memory import PUBLIC, SCALAR_BYTES, Memory
+from kvfloor.core.state import State
+
+ALIGNMENT = 16
+"""Every field starts at a multiple of so many bytes, and the block's size is one."""
+
+_NUMBERS = {bool: torch.int64, int: torch.int64, float: torch.float64}
+_DERIVED = ("capacity", "offset")  # of an arena: they follow from the method and the spec, and differ with n
+
+
+@dataclass(frozen=True)
+class BlockField:
+    """Describe one field of a block: where it lies, and which attribute of the state it holds.
+
+    path    names of the attribute and of the parts around it, from the state down, such as ("slots", "k")
+    dtype   of the entries
+    shape   of the attribute in the state of one request; () for a number
+    offset  bytes from the block's start
+    """
+
+    path: tuple[str, ...]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def name(self) -> str:
+        """Return the path as one text, such as "slots.k"."""
+        return ".".join(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the field's size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Hold the fields of a block, in the order of their offsets, and the block's size `nbytes` in bytes."""
+
+    fields: tuple[BlockField, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, state: State) -> Layout:
+        """Return the layout of states like this one, which is that of one request and has its final size (`reserve`).
+
+        Two attributes that share their memory are one field.
+        """
+        fields: list[BlockField] = []
+        end, stored = 0, set[int]()
+        for path, value in _attributes(state):
+            if isinstance(value, Tensor):
+                if value.numel() and value.data_ptr() in stored:
+                    continue
+                stored.add(value.data_ptr())
+                field = BlockField(path, value.dtype, tuple(value.shape), end)
+            else:
+                field = BlockField(path, _NUMBERS[type(value)], (), end)
+            fields.append(field)
+            end = -(-(end + field.nbytes) // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(fields), end)
+
+    @property
+    def padding(self) -> int:
+        """Return the bytes of the block that belong to no field; all others are counted by the state's `nbytes`."""
+        return self.nbytes - sum(field.nbytes for field in self.fields)
+
+    def views(self, blocks: Tensor) -> dict[str, Tensor]:
+        """View each field of all blocks as one tensor (blocks, *shape), without a copy; field name -> tensor.
+
+        blocks: (blocks, bytes) uint8. Each block's bytes lie together; the blocks may lie apart. Raises ValueError for
+        blocks that are smaller than the layout, of another dtype, or not aligned to 8 bytes.
+        """
+        if blocks.dtype != torch.uint8 or blocks.ndim != 2 or blocks.shape[1] < self.nbytes or blocks.stride(1) != 1:
+            raise ValueError(
+                f"blocks must be uint8 (blocks, at least {self.nbytes}), each without gaps, got {blocks.dtype} "
+                f"{tuple(blocks.shape)} with strides {blocks.stride()}"
+            )
+        if blocks.stride(0) % 8 or blocks.data_ptr() % 8:
+            raise ValueError("blocks must start at multiples of 8 bytes: allocate them so")
+        found = {}
+        for field in self.fields:
+            part = blocks[:, field.offset : field.offset + field.nbytes]
+            found[field.name] = part.view(field.dtype).unflatten(1, field.shape or (1,))
+        return found
+
+    def load(self, views: dict[str, Tensor], ids: Tensor, state: State) -> None:
+        """Copy the blocks `ids` (n,) into `state`, a state of n requests with the sizes that `Layout.of` saw.
+
+        views: what `views` returned. Raises ValueError if the blocks differ in a number, as a state has it only once:
+        for example if the prompt is over in some of them only.
+        """
+        for field in self.fields:
+            owner, name = _owner(state, field.path)
+            source = views[field.name].index_select(0, ids)
+            if not field.shape:
+                if bool((source != source[0]).any()):
+                    raise ValueError(f"these blocks differ in {field.name}: load them one after the other")
+                setattr(owner, name, type(getattr(owner, name))(source[0].item()))
+            elif name not in _DERIVED:
+                target = getattr(owner, name)
+                target.copy_(source.view(target.shape))
+
+    def store(self, state: State, views: dict[str, Tensor], ids: Tensor) -> None:
+        """Copy `state`, a state of n requests, into the blocks `ids` (n,), each at most once.
+
+        views: what `views` returned. Raises ValueError, with no byte written, if an attribute has outgrown its field.
+        """
+        n = len(ids)
+        values = [_value(state, field.path) for field in self.fields]
+        for field, value in zip(self.fields, values, strict=True):
+            if value is None or (isinstance(value, Tensor) and value.numel() != n * prod(field.shape)):
+                raise ValueError(f"{field.name} of {state.method} no longer fits its block: its memory is not constant")
+        for field, value in zip(self.fields, values, strict=True):
+            view = views[field.name]
+            if not isinstance(value, Tensor):
+                view[ids] = value
+            elif field.path[-1] == "offset":  # within the block, whatever the number of requests
+                view[ids] = value.view(n, -1)[:1].to(view.device)
+            else:
+                view[ids] = value.view(n, *view.shape[1:]).to(view.device)
+
+
+def _attributes(part: Memory, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (path, value) for each tensor and number in `part` and the parts inside it."""
+    for name, value in vars(part).items():
+        if name in PUBLIC or value is None:
+            continue
+        if isinstance(value, Memory):
+            yield from _attributes(value, (*path, name))
+        elif isinstance(value, (Tensor, bool, int, float)):
+            yield (*path, name), value
+        else:
+            raise TypeError(f"{'.'.join((*path, name))} is a {type(value).__name__}: a block holds tensors and numbers")
+
+
+def _owner(state: State, path: tuple[str, ...]) -> tuple[Any, str]:
+    """Return the part of the state that has the attribute at the end of `path`, and the attribute's name."""
+    part: Any = state
+    for name in path[:-1]:
+        part = getattr(part, name)
+    return part, path[-1]
+
+
+def _value(state: State, path: tuple[str, ...]) -> Any:
+    owner, name = _owner(state, path)
+    return getattr(owner, name)
+
+
+assert SCALAR_BYTES == torch.int64.itemsize == torch.float64.itemsize  # a number takes as much in a block as in a state

@@ -1,0 +1,371 @@
+"""Keep the states of many requests of one layer in blocks of bytes that a serving engine owns.
+
+A row is one (request, kv head) stream. The engine gives each request one block, which holds the request's state of this
+layer, and frees the block when the request ends; all blocks have one size. The requests of one call may have seen
+differently many tokens. A slot is the place of one held token. In shapes, n are the requests of a call, H kv heads,
+g query heads per kv head (GQA group), t tokens, d and dv the widths of a key and a value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvfloor.core.attend import attend, fused
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.bounded import Bounded
+from kvfloor.core.broken import BrokenState
+from kvfloor.core.layout import Layout
+from kvfloor.core.method import Method
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import State
+from kvfloor.core.watching import Watching
+
+_WORKING = 4  # states of different numbers of requests that are kept for reuse
+
+
+def opened(method: Method, spec: Spec, g: int, tokens: int | None = None) -> State:
+    """Open an empty state whose memory has its final size: that of one request.
+
+    spec    the sizes; one row per kv head of the request
+    g       query heads per kv head
+    tokens  most tokens of a request, which `exact` needs to reserve memory; None: not known
+    Raises ValueError for a method whose memory grows with the stream, and for budgets that differ between rows.
+    """
+    if isinstance(method, Bounded) and isinstance(method.budget, tuple):
+        raise ValueError(f"{method} gives heads different budgets; in blocks of one size, give one number of tokens")
+    state = method.open(spec)
+    state.reserve(g, tokens)
+    return state
+
+
+def block_bytes(method: Method, spec: Spec, g: int, tokens: int | None = None) -> int:
+    """Return the bytes of the block that holds one request's state of one layer.
+
+    The arguments and errors are those of `opened`.
+    """
+    return Layout.of(opened(method, spec, g, tokens)).nbytes
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Hold what a step of one token of each of n requests needs to know of them; the same in all layers.
+
+    ids       (n,) their blocks, on the CPU
+    index     the same for indexing, on the blocks' device: a slice if the blocks follow one another
+    rows      (n,) the same as a tensor on the blocks' device
+    seen      (n,) tokens that each request saw before the step; `held` are those that each kv head kept
+    fill      (n,) number of these tokens in the open block of tokens
+    width     most tokens that a head holds with the new one
+    visible   bool (n, 1, 1, width), True for slots that hold a token; None: all do
+    complete  (c,) blocks of the requests whose block of tokens the step completes; None: there are none
+    """
+
+    ids: Tensor
+    index: Tensor | slice
+    rows: Tensor
+    seen: Tensor
+    held: Tensor
+    fill: Tensor
+    width: int
+    visible: Tensor | None
+    complete: Tensor | None
+
+    @classmethod
+    def of(cls, ids: Tensor, seen: Tensor, held: Tensor, block: int, device: torch.device) -> DecodeBatch:
+        """Return the batch for requests with these clocks; ids, seen and held (n,) are on the CPU.
+
+        block: number of tokens from one block end to the next
+        """
+        named, counts, fill = ids.tolist(), held.tolist(), seen % block
+        width = max(counts) + 1
+        visible = None
+        if min(counts) + 1 < width:
+            visible = (torch.arange(width) <= held.unsqueeze(1)).view(-1, 1, 1, width).to(device)
+        consecutive = all(b == a + 1 for a, b in pairwise(named))
+        rows = ids.to(device)
+        index = slice(named[0], named[-1] + 1) if consecutive else rows
+        ends = fill == block - 1
+        complete = ids[ends] if bool(ends.any()) else None
+        return cls(ids, index, rows, seen.to(device), held.to(device), fill.to(device), width, visible, complete)
+
+
+class Pool:
+    """Read and write the states in the blocks of one layer.
+
+    A block is empty until `clear` puts an empty state into it. If an exception ends a call in the middle, the blocks of
+    this call refuse all further calls, with BrokenState, until they are cleared; the other blocks are as they were.
+    Blocks are named by their indices, `ids` (n,) int64, in which none occurs twice.
+
+    layout  the fields of a block
+    """
+
+    @torch.inference_mode()
+    def __init__(self, method: Method, spec: Spec, g: int, blocks: Tensor, tokens: int | None = None) -> None:
+        """Build the pool over the engine's memory; no byte of it is read or written.
+
+        method  the method, with its budget in tokens
+        spec    the sizes; one row per kv head of a request. Its row ids, which seed random draws, are the same for all
+                requests, so that no request depends on its neighbours
+        g       query heads per kv head
+        blocks  (blocks, bytes) uint8: the engine's memory. A block's bytes lie together; the blocks may lie apart
+        tokens  most tokens of a request, which `exact` needs; None: not known
+        Raises ValueError as `block_bytes` does, and for blocks that are too small or not aligned.
+        """
+        self.method, self.spec, self.g, self._tokens = method, spec, g, tokens
+        empty = opened(method, spec, g, tokens)
+        self.layout = Layout.of(empty)
+        self._blocks = blocks
+        self._views = self.layout.views(blocks)
+        self._empty = torch.zeros(1, self.layout.nbytes, dtype=torch.uint8, device=blocks.device)
+        self.layout.store(empty, self.layout.views(self._empty), torch.zeros(1, dtype=torch.int64))
+        self._plain = isinstance(empty, Blocked) and empty._plainly_read and spec.rotation is None
+        self._watches = isinstance(empty, Watching) and empty.queries is not None
+        self._block = empty.block if isinstance(empty, Blocked) else 1
+        self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None
+        self._working: OrderedDict[int, State] = OrderedDict()
+        self._torn: set[int] = set()
+
+    # ---- whole blocks ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def clear(self, ids: Tensor) -> None:
+        """Put an empty state into these blocks. All of their bytes are written, so that nothing of old is left."""
+        ids = self._known(ids, torn=True)
+        self._blocks[ids, : self.layout.nbytes] = self._empty
+        self._torn.difference_update(ids.tolist())
+
+    @torch.inference_mode()
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy the states in the blocks `source` (n,) to the blocks `target` (n,), as a fork of requests needs it."""
+        source, target = self._known(source), self._known(target, torn=True)
+        with self._writing(target):
+            self._blocks[target, : self.layout.nbytes] = self._blocks[source, : self.layout.nbytes]
+
+    @torch.inference_mode()
+    def take(self, ids: Tensor) -> State:
+        """Return a copy of the state in these blocks: one state of n H rows, which no longer depends on the blocks.
+
+        Raises ValueError if the prompt is over in some of the blocks only.
+        """
+        ids = self._known(ids)
+        return self._loaded(ids).clone()
+
+    @torch.inference_mode()
+    def put(self, ids: Tensor, state: State) -> None:
+        """Write a state of n H rows, such as `take` returned, into these blocks.
+
+        Raises ValueError for a state of another method or size.
+        """
+        ids = self._known(ids, torn=True)
+        if state.method != self.method or state.spec.rows != len(ids) * self.spec.rows:
+            raise ValueError(
+                f"the state is of {state.method} and has {state.spec.rows} rows; {len(ids)} blocks hold {self.method} "
+                f"with {self.spec.rows} rows each"
+            )
+        with self._writing(ids):
+            self.layout.store(state, self._views, ids)
+
+    @torch.inference_mode()
+    def seen(self, ids: Tensor) -> Tensor:
+        """Return the number of tokens that each of these requests has taken in, (n,) int64."""
+        return self._views["seen"][self._known(ids), 0]
+
+    @torch.inference_mode()
+    def held(self, ids: Tensor) -> Tensor:
+        """Return the number of whole tokens that each kv head of these requests keeps, (n, H) int64."""
+        held = self._views.get("slots.held")
+        ids = self._known(ids)
+        return self._views["seen"][ids] * 0 if held is None else held[ids]
+
+    @torch.inference_mode()
+    def batch(self, ids: Tensor, seen: Tensor | None = None) -> DecodeBatch:
+        """Prepare a step of one token of each of these requests, for the pools of all layers: their clocks agree.
+
+        seen: (n,) tokens that each request has taken in, on the CPU; None: they are read from the blocks. Given, no
+        device is waited for.
+        """
+        ids = self._known(ids)
+        clock = self.seen(ids).cpu() if seen is None else seen.to(torch.int64)
+        if self._capacity is None:
+            held = clock
+        else:  # evictions at block ends bring a row down to its budget
+            last = clock - clock % self._block
+            held = last.clamp_max(self._capacity) + clock - last
+        return DecodeBatch.of(ids, clock, held, self._block, self._blocks.device)
+
+    # ---- tokens ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def seal(self, ids: Tensor) -> None:
+        """Mark the end of the prompt of these requests. It has no effect on a request whose prompt is over already."""
+        ids = self._known(ids)
+        ids = ids[self._views["sealed"][ids, 0] == 0]
+        if len(ids):
+            state = self._loaded(ids)
+            with self._writing(ids):
+                state.seal()
+                self.layout.store(state, self._views, ids)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        ids: Tensor | DecodeBatch,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        count: Tensor | None = None,
+    ) -> Tensor:
+        """Append tokens and answer their queries causally: token i of a request attends to its tokens up to itself.
+
+        ids    (n,) the requests' blocks; or, for one token of each, what `batch` returned for them
+        q      (n, H, g, t, d) -> outputs (n, H, g, t, dv) in the spec's dtype, 0 for padding
+        k, v   (n, H, t, d), (n, H, t, dv)
+        count  (n,) number of each request's real tokens, which are its first; the rest is padding. None: all are real
+        Raises ValueError for bad input, with the blocks as they were.
+        """
+        batch = ids if isinstance(ids, DecodeBatch) else None
+        ids = self._known(ids.ids if isinstance(ids, DecodeBatch) else ids)
+        self._require(ids, q, k, v, count)
+        if self._plain and k.shape[2] == 1 and (count is None or bool((count == 1).all())):
+            return self._decode(self.batch(ids) if batch is None else batch, q, k, v)
+        out = torch.zeros(*q.shape[:4], self.spec.dv, dtype=self.spec.dtype, device=q.device)
+        sealed = self._views["sealed"][ids, 0] != 0
+        for at in (sealed, ~sealed):  # a state is sealed as a whole
+            if bool(at.any()):
+                out[at] = self._stepped(ids[at], q[at], k[at], v[at], None if count is None else count[at])
+        return out
+
+    def _stepped(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> Tensor:
+        """Do `step` for requests whose prompts are all over, or all not over, by a state that is copied out and in."""
+        n, _, g, t, d = q.shape
+        state = self._loaded(ids)
+        present = None
+        if count is not None:
+            real = (torch.arange(t) < count.cpu().unsqueeze(1)).to(k.device)
+            present = real.unsqueeze(1).expand(n, self.spec.rows, t).reshape(-1, t)
+        with self._writing(ids):
+            out = state.step(q.reshape(-1, g, t, d), k.reshape(-1, t, d), v.reshape(-1, t, self.spec.dv), present)
+            self.layout.store(state, self._views, ids)
+        return out.view(n, self.spec.rows, g, t, self.spec.dv)
+
+    def _decode(self, batch: DecodeBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Do `step` for one token of each request, in place: only the requests at a block end are copied out.
+
+        Every query attends to all held tokens of its row and to nothing else. q (n, H, g, 1, d) -> (n, H, g, 1, dv).
+        """
+        views, at, asked = self._views, batch.held, q.squeeze(3)
+        if q.device.type == "cpu" and not torch.equal(views["seen"][batch.index, 0], batch.seen):
+            raise ValueError("the batch was made for other clocks than these blocks have: make it anew for each step")
+        with self._writing(batch.ids):
+            self._slots("slots.k")[batch.rows, :, at] = k.squeeze(2)
+            if not self.spec.tied:
+                self._slots("slots.v")[batch.rows, :, at] = v.squeeze(2)
+            self._slots("slots.position")[batch.rows, :, at] = batch.seen.unsqueeze(1)
+            if self._watches:
+                views["queries"][batch.rows, :, :, batch.fill] = asked
+                views["asked"][batch.rows, :, batch.fill] = True
+            views["slots.held"][batch.index] += 1
+            out = self._attended(batch, asked)
+            views["seen"][batch.index] += 1
+            if batch.complete is not None:
+                self._close(batch.complete)
+        return out.unsqueeze(3)
+
+    def _close(self, ids: Tensor) -> None:
+        """Handle the end of a block of tokens in these requests, for example by evicting tokens."""
+        sealed = self._views["sealed"][ids, 0] != 0
+        for at in (sealed, ~sealed):
+            if bool(at.any()):
+                state = self._loaded(ids[at.cpu()])
+                assert isinstance(state, Blocked)
+                with torch.inference_mode(False), torch.no_grad():
+                    state._close(None)
+                self.layout.store(state, self._views, ids[at.cpu()])
+
+    def _attended(self, batch: DecodeBatch, q: Tensor) -> Tensor:
+        """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too."""
+        n, heads, g, _d = q.shape
+        keys = self._slots("slots.k")[:, :, : batch.width]
+        values = keys if self.spec.tied else self._slots("slots.v")[:, :, : batch.width]
+        at = batch.index  # blocks that follow one another are read in place, others are copied together first
+        k, v = (x[at] if isinstance(at, slice) else x.index_select(0, at) for x in (keys, values))
+        if fused(q.flatten(0, 1), k[0], v[0], self.spec.softcap):
+            return scaled_dot_product_attention(q, k, v, attn_mask=batch.visible, scale=self.spec.scale)
+        hide = None if batch.visible is None else ~batch.visible.expand(n, heads, 1, -1).flatten(0, 1)
+        law = (self.spec.scale, self.spec.softcap, None, hide)
+        out, _ = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *law)
+        return out.view(n, heads, g, self.spec.dv).to(self.spec.dtype)
+
+    def _slots(self, name: str) -> Tensor:
+        """View a field with one entry per slot as (blocks, H, slots, ...)."""
+        return self._views[name].unflatten(1, (self.spec.rows, -1))
+
+    # ---- states ----------------------------------------------------------------------------------------------------
+
+    def _loaded(self, ids: Tensor) -> State:
+        """Return a state of n H rows with the content of these blocks; a later call of this method overwrites it."""
+        state = self._working.pop(len(ids), None)
+        if state is None or state.broken:
+            ids_of_rows = tuple(self.spec.row_ids or ())
+            places = None if self.spec.places is None else tuple(self.spec.places) * len(ids)
+            many = replace(self.spec, rows=len(ids) * self.spec.rows, row_ids=ids_of_rows * len(ids), places=places)
+            state = opened(self.method, many, self.g, self._tokens)
+        self.layout.load(self._views, ids, state)
+        self._working[len(ids)] = state
+        if len(self._working) > _WORKING:
+            self._working.popitem(last=False)
+        return state
+
+    @contextmanager
+    def _writing(self, ids: Tensor) -> Iterator[None]:
+        """Mark these blocks as torn while the caller changes them, and for good if an exception ends the change."""
+        touched = ids.tolist()
+        self._torn.update(touched)
+        yield
+        self._torn.difference_update(touched)
+
+    # ---- input -----------------------------------------------------------------------------------------------------
+
+    def _known(self, ids: Tensor, torn: bool = False) -> Tensor:
+        """Return the indices of blocks on the CPU, checked. torn: True if the blocks may be torn."""
+        ids = torch.as_tensor(ids).to("cpu")
+        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
+            raise ValueError(f"blocks are named by a non-empty 1-d int64 tensor, got {ids.dtype} {tuple(ids.shape)}")
+        named = ids.tolist()
+        if min(named) < 0 or max(named) >= len(self._blocks) or len(set(named)) < len(named):
+            raise ValueError(f"blocks must be different indices in 0..{len(self._blocks) - 1}, got {named}")
+        if not torn and not self._torn.isdisjoint(named):
+            broken = sorted(self._torn.intersection(named))
+            raise BrokenState(f"a call on the blocks {broken} broke off and left them torn: clear them and start again")
+        return ids.to(torch.int64)
+
+    def _require(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
+        """Raise ValueError unless the tokens have the right shapes and finite entries, and fit into their blocks."""
+        n, spec, t = len(ids), self.spec, k.shape[2] if k.ndim == 4 else -1
+        wanted = {
+            "q": (n, spec.rows, self.g, t, spec.d),
+            "k": (n, spec.rows, t, spec.d),
+            "v": (n, spec.rows, t, spec.dv),
+        }
+        for (name, shape), x in zip(wanted.items(), (q, k, v), strict=True):
+            if tuple(x.shape) != shape or x.dtype != spec.dtype:
+                raise ValueError(f"{name} must be {spec.dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
+            if t == 1 and not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
+                raise ValueError(f"{name} has NaN or infinite entries; no block was changed")
+        if count is not None and (count.shape != (n,) or int(count.min()) < 0 or int(count.max()) > t):
+            raise ValueError(f"count must be (n,) = ({n},) numbers in 0..{t}, got {count.tolist()}")
+        if self._tokens is not None:
+            after = self._views["seen"][ids, 0].cpu() + (t if count is None else count.cpu())
+            if int(after.max()) > self._tokens:
+                raise ValueError(
+                    f"a request would have {int(after.max())} tokens; its block has room for {self._tokens}"
+                )
