@@ -7,7 +7,7 @@ import torch
 
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.held import bytes_at_16_bits
+from kvfloor.hf.held import Shares, bytes_at_16_bits
 from survey.tiny import tiny_model
 from tests.hf.conftest import tiny
 
@@ -45,7 +45,10 @@ def test_the_bytes_at_16_bits_are_those_of_a_16_bit_model(method: str) -> None:
     """Halving all bytes, or none, is off by far: codes and positions stay, keys and values shrink."""
     cache = filled(torch.float32, method)
     states = [layer.state for layer in cache.compressed if layer.state is not None]
-    told = bytes_at_16_bits(states, [GROUP] * len(states), TOKENS)
+    known: Shares = {}
+    told = bytes_at_16_bits(states, [GROUP] * len(states), TOKENS, known)
+    assert len(known) == 1  # one shape of layers is measured once
+    assert bytes_at_16_bits(states, [GROUP] * len(states), TOKENS, known) == told
     held = sum(layer.state.nbytes for layer in filled(torch.bfloat16, method).compressed if layer.state is not None)
     assert told == pytest.approx(held, rel=0.01)
     assert sum(state.nbytes for state in states) / 2 < 0.99 * held
@@ -53,4 +56,4 @@ def test_the_bytes_at_16_bits_are_those_of_a_16_bit_model(method: str) -> None:
 
 def test_a_16_bit_state_is_told_as_it_is() -> None:
     states = [layer.state for layer in filled(torch.bfloat16, "h2o@25%").compressed if layer.state is not None]
-    assert bytes_at_16_bits(states, [GROUP] * len(states), TOKENS) == sum(state.nbytes for state in states)
+    assert bytes_at_16_bits(states, [GROUP] * len(states), TOKENS, {}) == sum(state.nbytes for state in states)

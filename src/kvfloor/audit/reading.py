@@ -27,7 +27,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
-from kvfloor.hf.held import bytes_at_16_bits
+from kvfloor.hf.held import Shares, bytes_at_16_bits
 from kvfloor.hf.intake import SharedPrompt
 
 
@@ -66,6 +66,7 @@ class Reader:
         over a context once for all of these, unless a record of the run would be too large.
         """
         self.model, self.seed, self._methods = model, seed, methods
+        self._shares: Shares = {}
 
     def prompt(self, excerpt: Excerpt) -> SharedPrompt:
         """Return an object that feeds the excerpt's context to each cache, whichever its method.
@@ -131,7 +132,7 @@ class Reader:
         heads = self.model.config.get_text_config(decoder=True).num_attention_heads
         states = [layer.state for layer in cache.compressed if layer.state is not None]
         groups = [heads // (state.spec.rows * cache.ranks.count) for state in states]
-        return sum(cache.ranks.gather("bytes at 16 bits", bytes_at_16_bits(states, groups, tokens)))
+        return sum(cache.ranks.gather("bytes at 16 bits", bytes_at_16_bits(states, groups, tokens, self._shares)))
 
     @torch.inference_mode()
     def _predictions(

@@ -77,18 +77,22 @@ def zeros_held(method: Method, spec: Spec, g: int, tokens: int) -> StateBytes:
     return StateBytes(before, state.nbytes)
 
 
-def bytes_at_16_bits(states: Sequence[State], g: Sequence[int], tokens: int) -> int:
+Shares = dict[tuple[object, ...], float]
+"""Sizes of a state -> its bytes at 16 bits, divided by its bytes."""
+
+
+def bytes_at_16_bits(states: Sequence[State], g: Sequence[int], tokens: int, known: Shares) -> int:
     """Return the bytes that these states would hold if their dtype had 16 bits, after a prompt of `tokens` tokens.
 
-    g: query heads per kv head, one number per state.
+    g      query heads per kv head, one number per state
+    known  shares that were found before, which are not measured again; new ones are added
     Keys, values and what else is stored in the state's dtype shrink; codes, positions and scores do not. The bytes of
     every state are scaled by what states of both dtypes hold of as many tokens of all zeros.
     """
-    known: dict[tuple[object, ...], float] = {}
     total = 0.0
     for state, group in zip(states, g, strict=True):
         spec = state.spec
-        sizes = (str(state.method), spec.rows, spec.d, spec.dv, spec.tied, spec.dtype, group)
+        sizes = (str(state.method), spec.rows, spec.d, spec.dv, spec.tied, spec.dtype, group, tokens)
         if sizes not in known:
             of_16_bits = replace(spec, dtype=torch.bfloat16) if spec.dtype.itemsize > 2 else spec
             now, then = (zeros_held(state.method, one, group, tokens).after for one in (spec, of_16_bits))
