@@ -18,6 +18,7 @@ from kvfloor.core.pool import Pool, block_bytes, opened
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
+from kvfloor.core.watching import Watching
 from kvfloor.methods.grammar import parse
 from kvfloor.methods.registry import TABLE, kind
 from tests.support import causal, seeded
@@ -141,6 +142,16 @@ def test_narrow_numbers_and_a_softcap(text: str) -> None:
         worst = [engine.step([1], 40), engine.step([4], 5)] + [engine.step([4, 1], 1) for _ in range(40)]
         assert max(worst) < (0.02 if spec.dtype == torch.bfloat16 else 2e-6)
         assert engine.pool.seen(torch.tensor([4, 1])).tolist() == [45, 80]
+
+
+def test_memory_that_comes_later_than_the_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watching, "_reserve", lambda *_: None)
+    engine = Engine("h2o@24")
+    engine.start(0)
+    before = engine.memory.clone()
+    with pytest.raises(ValueError, match="queries of h2o@24 has no place in its block"):
+        engine.step([0], 3)
+    assert torch.equal(engine.memory, before)
 
 
 def test_exact_in_blocks_of_the_longest_request_is_attention() -> None:

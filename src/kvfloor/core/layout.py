@@ -54,10 +54,16 @@ class BlockField:
 
 @dataclass(frozen=True)
 class Layout:
-    """Hold the fields of a block, in the order of their offsets, and the block's size `nbytes` in bytes."""
+    """Hold the fields of a block.
+
+    fields  in the order of their offsets
+    nbytes  bytes of the block
+    paths   paths of all attributes that the fields hold; several for a field that is two attributes' memory
+    """
 
     fields: tuple[BlockField, ...]
     nbytes: int
+    paths: frozenset[tuple[str, ...]]
 
     @classmethod
     def of(cls, state: State) -> Layout:
@@ -66,8 +72,9 @@ class Layout:
         Two attributes that share their memory are one field.
         """
         fields: list[BlockField] = []
-        end, stored = 0, set[int]()
+        end, stored, paths = 0, set[int](), set[tuple[str, ...]]()
         for path, value in _attributes(state):
+            paths.add(path)
             if isinstance(value, Tensor):
                 if value.numel() and value.data_ptr() in stored:
                     continue
@@ -77,7 +84,7 @@ class Layout:
                 field = BlockField(path, _NUMBERS[type(value)], (), end)
             fields.append(field)
             end = -(-(end + field.nbytes) // ALIGNMENT) * ALIGNMENT
-        return cls(tuple(fields), end)
+        return cls(tuple(fields), end, frozenset(paths))
 
     @property
     def padding(self) -> int:
@@ -123,9 +130,13 @@ class Layout:
     def store(self, state: State, views: dict[str, Tensor], ids: Tensor) -> None:
         """Copy `state`, a state of n requests, into the blocks `ids` (n,), each at most once.
 
-        views: what `views` returned. Raises ValueError, with no byte written, if an attribute has outgrown its field.
+        views: what `views` returned. Raises ValueError, with no byte written, if an attribute has outgrown its field
+        or was None when the layout was made, and so has no field.
         """
         n = len(ids)
+        if any(path not in self.paths for path, _ in _attributes(state)):
+            new = next(".".join(path) for path, _ in _attributes(state) if path not in self.paths)
+            raise ValueError(f"{new} of {state.method} has no place in its block: `reserve` must make it at once")
         values = [_value(state, field.path) for field in self.fields]
         for field, value in zip(self.fields, values, strict=True):
             if value is None or (isinstance(value, Tensor) and value.numel() != n * prod(field.shape)):
