@@ -12,7 +12,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,6 +55,49 @@ def block_bytes(method: Method, spec: Spec, g: int, tokens: int | None = None) -
     return Layout.of(opened(method, spec, g, tokens)).nbytes
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Hold what a step of one token of each of n requests needs to know of them; the same in all layers.
+
+    ids       (n,) their blocks, on the CPU
+    index     the same for indexing, on the blocks' device: a slice if the blocks follow one another
+    rows      (n,) the same as a tensor on the blocks' device
+    seen      (n,) tokens that each request saw before the step; `held` are those that each kv head kept
+    fill      (n,) number of these tokens in the open block of tokens
+    width     most tokens that a head holds with the new one
+    visible   bool (n, 1, 1, width), True for slots that hold a token; None: all do
+    complete  (c,) blocks of the requests whose block of tokens the step completes; None: there are none
+    """
+
+    ids: Tensor
+    index: Tensor | slice
+    rows: Tensor
+    seen: Tensor
+    held: Tensor
+    fill: Tensor
+    width: int
+    visible: Tensor | None
+    complete: Tensor | None
+
+    @classmethod
+    def of(cls, ids: Tensor, seen: Tensor, held: Tensor, block: int, device: torch.device) -> Batch:
+        """Return the batch for requests with these clocks; ids, seen and held (n,) are on the CPU.
+
+        block: number of tokens from one block end to the next
+        """
+        named, counts, fill = ids.tolist(), held.tolist(), seen % block
+        width = max(counts) + 1
+        visible = None
+        if min(counts) + 1 < width:
+            visible = (torch.arange(width) <= held.unsqueeze(1)).view(-1, 1, 1, width).to(device)
+        consecutive = all(b == a + 1 for a, b in pairwise(named))
+        rows = ids.to(device)
+        index = slice(named[0], named[-1] + 1) if consecutive else rows
+        ends = fill == block - 1
+        complete = ids[ends] if bool(ends.any()) else None
+        return cls(ids, index, rows, seen.to(device), held.to(device), fill.to(device), width, visible, complete)
+
+
 class Pool:
     """Read and write the states in the blocks of one layer.
 
@@ -85,7 +129,8 @@ class Pool:
         self.layout.store(empty, self.layout.views(self._empty), torch.zeros(1, dtype=torch.int64))
         self._plain = isinstance(empty, Blocked) and empty._plainly_read and spec.rotation is None
         self._watches = isinstance(empty, Watching) and empty.queries is not None
-        self._block = empty.block if isinstance(empty, Blocked) else 0
+        self._block = empty.block if isinstance(empty, Blocked) else 1
+        self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None
         self._working: OrderedDict[int, State] = OrderedDict()
         self._torn: set[int] = set()
 
@@ -141,6 +186,22 @@ class Pool:
         ids = self._known(ids)
         return self._views["seen"][ids] * 0 if held is None else held[ids]
 
+    @torch.inference_mode()
+    def batch(self, ids: Tensor, seen: Tensor | None = None) -> Batch:
+        """Prepare a step of one token of each of these requests, for the pools of all layers: their clocks agree.
+
+        seen: (n,) tokens that each request has taken in, on the CPU; None: they are read from the blocks. Given, no
+        device is waited for.
+        """
+        ids = self._known(ids)
+        clock = self.seen(ids).cpu() if seen is None else seen.to(torch.int64)
+        if self._capacity is None:
+            held = clock
+        else:  # evictions at block ends bring a row down to its budget
+            last = clock - clock % self._block
+            held = last.clamp_max(self._capacity) + clock - last
+        return Batch.of(ids, clock, held, self._block, self._blocks.device)
+
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -155,19 +216,27 @@ class Pool:
                 self.layout.store(state, self._views, ids)
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        ids: Tensor | Batch,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        count: Tensor | None = None,
+    ) -> Tensor:
         """Append tokens and answer their queries causally: token i of a request attends to its tokens up to itself.
 
-        ids    (n,) the requests' blocks
+        ids    (n,) the requests' blocks; or, for one token of each, what `batch` returned for them
         q      (n, H, g, t, d) -> outputs (n, H, g, t, dv) in the spec's dtype, 0 for padding
         k, v   (n, H, t, d), (n, H, t, dv)
         count  (n,) number of each request's real tokens, which are its first; the rest is padding. None: all are real
         Raises ValueError for bad input, with the blocks as they were.
         """
-        ids = self._known(ids)
+        batch = ids if isinstance(ids, Batch) else None
+        ids = self._known(ids.ids if isinstance(ids, Batch) else ids)
         self._require(ids, q, k, v, count)
         if self._plain and k.shape[2] == 1 and (count is None or bool((count == 1).all())):
-            return self._decode(ids, q, k, v)
+            return self._decode(self.batch(ids) if batch is None else batch, q, k, v)
         out = torch.zeros(*q.shape[:4], self.spec.dv, dtype=self.spec.dtype, device=q.device)
         sealed = self._views["sealed"][ids, 0] != 0
         for at in (sealed, ~sealed):  # a state is sealed as a whole
@@ -188,60 +257,52 @@ class Pool:
             self.layout.store(state, self._views, ids)
         return out.view(n, self.spec.rows, g, t, self.spec.dv)
 
-    def _decode(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Do `step` for one token of each request, in place: only the rows of complete blocks are copied out.
+    def _decode(self, batch: Batch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Do `step` for one token of each request, in place: only the requests at a block end are copied out.
 
         Every query attends to all held tokens of its row and to nothing else. q (n, H, g, 1, d) -> (n, H, g, 1, dv).
         """
-        views, asked = self._views, q.squeeze(3)
-        seen, held = views["seen"][ids], views["slots.held"][ids]
-        at, fill = held[:, 0], seen[:, 0] % self._block
-        with self._writing(ids):
-            self._slots("slots.k")[ids, :, at] = k.squeeze(2)
+        views, at, asked = self._views, batch.held, q.squeeze(3)
+        if q.device.type == "cpu" and not torch.equal(views["seen"][batch.index, 0], batch.seen):
+            raise ValueError("the batch was made for other clocks than these blocks have: make it anew for each step")
+        with self._writing(batch.ids):
+            self._slots("slots.k")[batch.rows, :, at] = k.squeeze(2)
             if not self.spec.tied:
-                self._slots("slots.v")[ids, :, at] = v.squeeze(2)
-            self._slots("slots.position")[ids, :, at] = seen
+                self._slots("slots.v")[batch.rows, :, at] = v.squeeze(2)
+            self._slots("slots.position")[batch.rows, :, at] = batch.seen.unsqueeze(1)
             if self._watches:
-                views["queries"][ids, :, :, fill] = asked
-                views["asked"][ids, :, fill] = True
-            views["slots.held"][ids] = held + 1
-            out = self._attended(ids, asked, at + 1)
-            views["seen"][ids] = seen + 1
-            complete = ids[fill == self._block - 1]
-            if self._block and len(complete):
-                self._close(complete)
+                views["queries"][batch.rows, :, :, batch.fill] = asked
+                views["asked"][batch.rows, :, batch.fill] = True
+            views["slots.held"][batch.index] += 1
+            out = self._attended(batch, asked)
+            views["seen"][batch.index] += 1
+            if batch.complete is not None:
+                self._close(batch.complete)
         return out.unsqueeze(3)
 
     def _close(self, ids: Tensor) -> None:
         """Handle the end of a block of tokens in these requests, for example by evicting tokens."""
-        if not isinstance(self.method, Bounded):
-            return  # `exact` does nothing there
         sealed = self._views["sealed"][ids, 0] != 0
         for at in (sealed, ~sealed):
             if bool(at.any()):
-                state = self._loaded(ids[at])
+                state = self._loaded(ids[at.cpu()])
                 assert isinstance(state, Blocked)
                 with torch.inference_mode(False), torch.no_grad():
                     state._close(None)
-                self.layout.store(state, self._views, ids[at])
+                self.layout.store(state, self._views, ids[at.cpu()])
 
-    def _attended(self, ids: Tensor, q: Tensor, held: Tensor) -> Tensor:
-        """Return attention (n, H, g, dv) of q (n, H, g, d) over the first held[i] slots of request i's rows."""
-        n, heads, g, d = q.shape
-        width = int(held.max())
-        k = self._slots("slots.k")[:, :, :width].index_select(0, ids)
-        v = k if self.spec.tied else self._slots("slots.v")[:, :, :width].index_select(0, ids)
-        hide = None
-        if int(held.min()) < width:
-            hide = (torch.arange(width, device=q.device) >= held.to(q.device).unsqueeze(1)).view(n, 1, 1, width)
-        rows = (n * heads, -1)
-        if fused(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self.spec.softcap):
-            seen = None if hide is None else ~hide
-            return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.spec.scale)
-        if hide is not None:
-            hide = hide.expand(n, heads, 1, width).reshape(-1, 1, width)
+    def _attended(self, batch: Batch, q: Tensor) -> Tensor:
+        """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too."""
+        n, heads, g, _d = q.shape
+        keys = self._slots("slots.k")[:, :, : batch.width]
+        values = keys if self.spec.tied else self._slots("slots.v")[:, :, : batch.width]
+        at = batch.index  # blocks that follow one another are read in place, others are copied together first
+        k, v = (x[at] if isinstance(at, slice) else x.index_select(0, at) for x in (keys, values))
+        if fused(q.flatten(0, 1), k[0], v[0], self.spec.softcap):
+            return scaled_dot_product_attention(q, k, v, attn_mask=batch.visible, scale=self.spec.scale)
+        hide = None if batch.visible is None else ~batch.visible.expand(n, heads, 1, -1).flatten(0, 1)
         law = (self.spec.scale, self.spec.softcap, None, hide)
-        out, _ = attend(q.reshape(*rows, d), k.reshape(*rows, d), v.reshape(*rows, self.spec.dv), *law)
+        out, _ = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *law)
         return out.view(n, heads, g, self.spec.dv).to(self.spec.dtype)
 
     def _slots(self, name: str) -> Tensor:
@@ -254,7 +315,7 @@ class Pool:
         """Return a state of n H rows with the content of these blocks; a later call of this method overwrites it."""
         state = self._working.pop(len(ids), None)
         if state is None or state.broken:
-            ids_of_rows = self.spec.row_ids or ()
+            ids_of_rows = tuple(self.spec.row_ids or ())
             places = None if self.spec.places is None else tuple(self.spec.places) * len(ids)
             many = replace(self.spec, rows=len(ids) * self.spec.rows, row_ids=ids_of_rows * len(ids), places=places)
             state = opened(self.method, many, self.g, self._tokens)
@@ -290,7 +351,11 @@ class Pool:
     def _require(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
         """Raise ValueError unless the tokens have the right shapes and finite entries, and fit into their blocks."""
         n, spec, t = len(ids), self.spec, k.shape[2] if k.ndim == 4 else -1
-        wanted = {"q": (n, spec.rows, self.g, t, spec.d), "k": (n, spec.rows, t, spec.d), "v": (n, spec.rows, t, spec.dv)}
+        wanted = {
+            "q": (n, spec.rows, self.g, t, spec.d),
+            "k": (n, spec.rows, t, spec.d),
+            "v": (n, spec.rows, t, spec.dv),
+        }
         for (name, shape), x in zip(wanted.items(), (q, k, v), strict=True):
             if tuple(x.shape) != shape or x.dtype != spec.dtype:
                 raise ValueError(f"{name} must be {spec.dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
@@ -301,4 +366,6 @@ class Pool:
         if self._tokens is not None:
             after = self._views["seen"][ids, 0].cpu() + (t if count is None else count.cpu())
             if int(after.max()) > self._tokens:
-                raise ValueError(f"a request would have {int(after.max())} tokens; its block has room for {self._tokens}")
+                raise ValueError(
+                    f"a request would have {int(after.max())} tokens; its block has room for {self._tokens}"
+                )
