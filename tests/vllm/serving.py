@@ -53,12 +53,12 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 @contextmanager
 def engine(folder: Path, method: str | None, **options: Any) -> Iterator[Any]:
     """Run vLLM on the model in a folder, with bounded caches of this method; None: stock vLLM."""
-    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from kvfloor.vllm.plugin import register
+    from vllm import LLM
 
     usual = {"max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 128, "dtype": "float32"}
     usual |= {"enable_prefix_caching": False, "enforce_eager": True, "skip_tokenizer_init": True}

@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import (  # pyright: ignore[reportMissingImports]
 
 from kvfloor.core.pool import Pool
 from kvfloor.vllm import settings
-from kvfloor.vllm.batch import Batch, Planner
+from kvfloor.vllm.batch import Plan, Planner
 from kvfloor.vllm.meter import Clock, line
 from kvfloor.vllm.refusals import require_plain, require_servable
 from kvfloor.vllm.served import TABLE, size
@@ -59,14 +59,14 @@ class BoundedBackend(AttentionBackend):
         return block_spec(spec)
 
 
-class BoundedBuilder(AttentionMetadataBuilder[Batch]):
+class BoundedBuilder(AttentionMetadataBuilder[Plan]):
     """Plan each forward, once for all layers."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._planner, self._clock = Planner(), Clock(settings.log_seconds())
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Plan:
         """Return the plan of a forward, from vLLM's numbers about its requests."""
         del common_prefix_len, fast_build
         given, n = common_attn_metadata, common_attn_metadata.num_reqs
@@ -80,7 +80,7 @@ class BoundedBuilder(AttentionMetadataBuilder[Batch]):
         )
 
 
-class BoundedImpl(AttentionImpl[Batch]):
+class BoundedImpl(AttentionImpl[Plan]):
     """Append the new tokens of each request to its state, and answer their queries, in one layer."""
 
     def __init__(
@@ -126,7 +126,7 @@ class BoundedImpl(AttentionImpl[Batch]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Batch | None,
+        attn_metadata: Plan | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -140,33 +140,32 @@ class BoundedImpl(AttentionImpl[Batch]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("kvfloor does not quantise attention outputs")
-        batch = attn_metadata
-        if batch is None:
+        plan = attn_metadata
+        if plan is None:
             return output
         pool = self._pool_of(layer, kv_cache)
-        if len(batch.begun):
-            pool.clear(batch.begun)
-        if len(batch.over):
-            pool.seal(batch.over)
+        if len(plan.begun):
+            pool.clear(plan.begun)
+        if len(plan.over):
+            pool.seal(plan.over)
         heads, g, d = self.num_kv_heads, self._served.g, self.head_size
         out = output.view(-1, heads * g, d)
-        if len(batch.singles):
-            at, n = batch.places.to(query.device), len(batch.places)
+        if len(plan.singles):
+            at, n = plan.places.to(query.device), len(plan.places)
             q, k, v = query[at].view(n, heads, g, 1, d), key[at].view(n, heads, 1, d), value[at].view(n, heads, 1, d)
-            out[at] = pool.step(batch.singles, q, k, v).reshape(n, heads * g, d)
-        for block, start, stop in batch.chunks:
+            out[at] = pool.step(plan.step_of(pool), q, k, v).reshape(n, heads * g, d)
+        for block, start, stop in plan.chunks:
             t = stop - start
             q = query[start:stop].view(1, t, heads, g, d).permute(0, 2, 3, 1, 4)
             k, v = (x[start:stop].view(1, t, heads, d).transpose(1, 2) for x in (key, value))
             answer = pool.step(torch.tensor([block]), q, k, v)
             out[start:stop] = answer[0].permute(2, 0, 1, 3).reshape(t, heads * g, d)
-        if batch.report and extract_layer_index(layer.layer_name) == 0:
-            blocks = torch.cat([batch.singles, torch.tensor([chunk[0] for chunk in batch.chunks], dtype=torch.int64)])
-            _logger.info(line(pool, blocks))
+        if plan.report and extract_layer_index(layer.layer_name) == 0:
+            _logger.info(line(pool, plan.blocks))
         return output
 
     def _pool_of(self, layer: Any, kv_cache: Tensor) -> Pool:
-        """Return the pool over the engine's memory of this layer, which the engine allocates after it made the layer."""
+        """Return the pool over the engine's memory of this layer, which is allocated after the layer was made."""
         if self._pool is None or self._memory is not kv_cache:
             spec = self._served.at(extract_layer_index(layer.layer_name), kv_cache.device)
             blocks = kv_cache[:, 0, 0]
@@ -193,7 +192,8 @@ def _announce(config: Any, served: Any) -> None:
     layers = config.model_config.get_num_layers(config.parallel_config)
     budget = served.method.budget
     _logger.info(
-        "kvfloor: every request keeps %s (%s tokens per kv head) in one block of %s bytes per layer, %s bytes in %s layers",
+        "kvfloor: every request keeps %s (%s tokens per kv head) in one block of %s bytes per layer, "
+        "%s bytes in %s layers",
         served.method,
         f"{budget:,}" if isinstance(budget, int) else f"all of its at most {served.tokens:,}",
         f"{served.nbytes:,}",

@@ -22,12 +22,13 @@ def register() -> None:
     """
     if not os.environ.get(settings.METHOD, "").strip():
         return
-    import vllm  # pyright: ignore[reportMissingImports]
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
     from vllm.v1.attention.backends.registry import (  # pyright: ignore[reportMissingImports]
         AttentionBackendEnum,
         register_backend,
     )
+
+    import vllm  # pyright: ignore[reportMissingImports]
 
     settings.method_asked()
     settings.require_tested(vllm.__version__)

@@ -25,8 +25,8 @@ def block_spec(spec: AttentionSpec) -> Any:
     if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
         raise ValueError(
             f"kvfloor cannot serve this: a layer keeps its tokens by {type(spec).__name__}, with keys of width "
-            f"{spec.head_size} and values of width {spec.head_size_v}; bounded caches are for attention over all tokens, "
-            f"with keys and values of one width"
+            f"{spec.head_size} and values of width {spec.head_size_v}; bounded caches are for attention over all "
+            f"tokens, with keys and values of one width"
         )
     served = TABLE.of(spec.num_kv_heads, spec.head_size)
     return CircularBufferSpec(
