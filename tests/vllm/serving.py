@@ -37,7 +37,14 @@ def small_llama(folder: Path, **changes: Any) -> Any:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = LlamaConfig(
-        **sizes | {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.15} | changes
+        **sizes
+        | {
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "initializer_range": 0.15,
+            "max_position_embeddings": 4096,
+        }
+        | changes
     )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)

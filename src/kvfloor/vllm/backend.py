@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import (  # pyright: ignore[reportMissingImports]
 from kvfloor.core.pool import Pool
 from kvfloor.vllm import settings
 from kvfloor.vllm.batch import Plan, Planner
-from kvfloor.vllm.meter import Clock, line
+from kvfloor.vllm.meter import LogTimer, line
 from kvfloor.vllm.refusals import require_plain, require_servable
 from kvfloor.vllm.served import TABLE, size
 from kvfloor.vllm.spec import block_spec
@@ -64,7 +64,7 @@ class BoundedBuilder(AttentionMetadataBuilder[Plan]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._planner, self._clock = Planner(), Clock(settings.log_seconds())
+        self._planner, self._clock = Planner(), LogTimer(settings.log_seconds())
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Plan:
         """Return the plan of a forward, from vLLM's numbers about its requests."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvfloor.core.pool import Pool
 
 
-class Clock:
+class LogTimer:
     """Tell when the next log line is due."""
 
     def __init__(self, seconds: float) -> None:

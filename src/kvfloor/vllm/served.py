@@ -81,7 +81,7 @@ def size(config: Any, rank: int, heads: int, kv_heads: int, d: int, scale: float
     return Served(method, spec, g, tokens, first, nbytes)
 
 
-class Table:
+class ServedTable:
     """Hold what the layers of the engine that is being built were made with, by kv heads and width of a key."""
 
     def __init__(self) -> None:
@@ -110,4 +110,4 @@ class Table:
         return self._by_size[kv_heads, d]
 
 
-TABLE = Table()
+TABLE = ServedTable()
