@@ -119,11 +119,12 @@ def answer_of(output: Any, index: int = 0) -> Answer:
 
 
 @torch.inference_mode()
-def distance(model: Any, method: str | None, prompt: list[int], answer: Answer) -> float:
+def distance(model: Any, method: str | None, prompt: list[int], answer: Answer, greedy: bool = True) -> float:
     """Return the largest distance, in nats, of an engine's answer from that of transformers with kvfloor's cache.
 
     Two distances count at every token: between both log-probabilities of the token, and between the reference's best
-    token and this one, which is 0 unless the engine chose another token. method None: no compressed cache.
+    token and this one, which is 0 unless the engine chose another token; it does not count for sampled tokens (`greedy`
+    False). method None: no compressed cache.
     """
     from transformers import DynamicCache
 
@@ -134,6 +135,6 @@ def distance(model: Any, method: str | None, prompt: list[int], answer: Answer) 
     given, worst = torch.tensor([prompt]), 0.0
     for token, said in zip(answer.tokens, answer.log_probabilities, strict=True):
         step = model(given, past_key_values=cache, use_cache=True).logits[0, -1].float().log_softmax(-1)
-        worst = max(worst, abs(float(step[token]) - said), float(step.max() - step[token]))
+        worst = max(worst, abs(float(step[token]) - said), float(step.max() - step[token]) if greedy else 0.0)
         given = torch.tensor([[token]])
     return worst
