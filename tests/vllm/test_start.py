@@ -58,11 +58,6 @@ def test_vllm_finds_the_plug_in_by_its_entry_point() -> None:
     [
         ("sinks(4)@64", {"enable_prefix_caching": True}, "pass --no-enable-prefix-caching"),
         ("sinks(4)@64", {"kv_cache_dtype": "fp8"}, "leave --kv-cache-dtype out"),
-        (
-            "sinks(4)@64",
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            "leave --speculative-config out",
-        ),
         ("sinks(4)@64", {"runner": "pooling"}, "pooling models"),
         ("quant(bits=4)", {}, "grows with its tokens"),
         ("snapkv@64", {}, "grows with its tokens"),
@@ -120,3 +115,11 @@ def test_the_log_says_what_is_kept_and_what_requests_hold(
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("kvfloor: every request keeps sinks@64 (64 tokens per kv head) in one block of ")
     assert any("2 requests in this step, 326 tokens seen" in line for line in lines), lines
+
+
+def test_speculative_decoding_is_refused(folder: Path) -> None:
+    """Keep this test the last: what it imports (llvmlite) makes this vLLM fail at the next engine of the process."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="leave --speculative-config out"):
+        with engine(folder, "sinks(4)@64", speculative_config=drafts):
+            pass

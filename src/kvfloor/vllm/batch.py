@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvfloor.core.pool import Batch, Pool
+from kvfloor.core.pool import DecodeBatch, Pool
 
 PADDING = 0
 """The block of padding rows, which belong to no request."""
@@ -37,9 +37,9 @@ class Plan:
     places: Tensor
     chunks: tuple[tuple[int, int, int], ...]
     report: bool = False
-    _step: Batch | None = field(default=None, repr=False)
+    _step: DecodeBatch | None = field(default=None, repr=False)
 
-    def step_of(self, pool: Pool) -> Batch:
+    def step_of(self, pool: Pool) -> DecodeBatch:
         """Return the step of one token of each request in `singles`, prepared once, by the first layer's pool."""
         if self._step is None:
             self._step = pool.batch(self.singles, self.seen)
