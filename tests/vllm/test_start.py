@@ -93,7 +93,7 @@ def test_a_model_with_latent_attention_is_refused(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize(("budget", "tokens"), [("25%", 256), ("100KiB", 65)])
+@pytest.mark.parametrize(("budget", "tokens"), [("25%", 256), ("100KiB", 64)])
 def test_a_share_or_a_size_becomes_tokens(folder: Path, budget: str, tokens: int) -> None:
     with engine(folder, f"sinks(4)@{budget}", max_model_len=1024) as llm:
         served = next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values())).impl._served
@@ -112,7 +112,7 @@ def test_the_log_says_what_is_kept_and_what_requests_hold(
             generated(llm, prompts(300, 10), 8)
     finally:
         logger.removeHandler(caplog.handler)
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if record.name == "vllm.kvfloor"]
     assert lines[0].startswith("kvfloor: every request keeps sinks@64 (64 tokens per kv head) in one block of ")
     assert any("2 requests in this step, 326 tokens seen" in line for line in lines), lines
 
@@ -120,6 +120,6 @@ def test_the_log_says_what_is_kept_and_what_requests_hold(
 def test_speculative_decoding_is_refused(folder: Path) -> None:
     """Keep this test the last: what it imports (llvmlite) makes this vLLM fail at the next engine of the process."""
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(ValueError, match="leave --speculative-config out"):
-        with engine(folder, "sinks(4)@64", speculative_config=drafts):
-            pass
+    refused = pytest.raises(ValueError, match="leave --speculative-config out")
+    with refused, engine(folder, "sinks(4)@64", speculative_config=drafts):
+        pass
