@@ -220,3 +220,12 @@ def test_a_block_that_is_not_cleared_is_found(folder: Path, monkeypatch: pytest.
         driver.add("poisoned", prompts(100)[0], 4)
         with pytest.raises(Exception, match=r"."):
             driver.finish()
+
+
+def test_a_prompt_that_never_ends_is_found(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant of the end of prompts: hip chooses anew at other intervals after it."""
+    method, asked = "sinks|hip(k=32)@96", prompts(300)
+    monkeypatch.setattr(Pool, "seal", lambda pool, ids: None)
+    with engine(folder, method) as llm:
+        (answer,) = generated(llm, asked, 40)
+    assert distance(model, method, asked[0], answer) > 10 * TOLERANCE
