@@ -153,9 +153,11 @@ def test_samples_of_one_prompt_are_requests_of_their_own(model: Any, driven: tup
     method, driver = driven
     (prompt,) = prompts(200, seed=5)
     driver.add("n", prompt, 20, n=3, temperature=1.0)
-    driver.step()
-    assert len(driver.used) == 3
-    driver.finish()
+    most = 0
+    while driver.engine.has_unfinished_requests():
+        driver.step()
+        most = max(most, len(driver.used))
+    assert most == 3
     answers = driver.answers["n"]
     assert len({tuple(answer.tokens) for answer in answers}) == 3
     assert all(distance(model, method, prompt, answer, greedy=False) < TOLERANCE for answer in answers)
