@@ -99,8 +99,9 @@ class Answer:
 
 def greedy(count: int, **changes: Any) -> Any:
     """Return vLLM's settings for `count` greedy tokens, whatever they are, with log-probabilities."""
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
+
+    from vllm import SamplingParams
 
     usual: dict[str, Any] = {"output_kind": RequestOutputKind.FINAL_ONLY}
     usual |= {"temperature": 0, "max_tokens": count, "ignore_eos": True, "detokenize": False, "logprobs": 1}
