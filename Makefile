@@ -15,13 +15,15 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 
-# The oldest transformers that kvfloor serves, and lm-eval with all that it brings, and the docs site, in environments of their own.
+# The oldest transformers that kvfloor serves, and lm-eval and vLLM with all that they bring, and the docs site, in environments of
+# their own.
 OLDEST := .venv-oldest
 EVAL   := .venv-eval
 PEERS  := .venv-peers
+VLLM   := .venv-vllm
 DOCS   := .venv-docs
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval check docs site models models-newest models-oldest bench peers clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval test-vllm check docs site models models-newest models-oldest bench peers clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -51,6 +53,10 @@ test-oldest: $(OLDEST)/.development
 
 test-eval: $(EVAL)/.development
 	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/hf/test_lm_eval.py
+
+# Needs an INDEX with CPU-only builds of torch, for which this vLLM is built.
+test-vllm: $(VLLM)/.development
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -95,7 +101,7 @@ peers: $(PEERS)/.installed
 	$(PEERS)/bin/python bench/peers/parity.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(DOCS) out site
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) out site
 
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -131,6 +137,15 @@ $(PEERS)/.installed: bench/peers/requirements.txt pyproject.toml
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
 		-r bench/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# The lock is installed as it is: pip does not find a way through vLLM's requirements in a quarter of an hour, and they bring
+# builds of torchvision and others that cannot be imported beside this torch.
+$(VLLM)/.development: requirements-vllm.lock pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
+		--no-deps -r requirements-vllm.lock
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 $(DOCS)/.installed: requirements-docs.lock

@@ -14,7 +14,7 @@ FLOORS = (
     {"core", "floors", "tasks", "models", "statistics"},
     {"methods"},
     {"game", "hf"},
-    {"audit", "check", "planning"},
+    {"audit", "check", "planning", "vllm"},
     {"report", "training"},
     {"cli"},
     {"__main__"},

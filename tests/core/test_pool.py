@@ -117,7 +117,7 @@ def test_the_memory_of_a_reserved_state_is_final(text: str) -> None:
     assert state.nbytes == before
 
 
-@pytest.mark.parametrize("text", CONSTANT)
+@pytest.mark.parametrize("text", (*CONSTANT, "sinks|hip(k=32)@96"))
 def test_requests_in_a_pool_are_what_each_is_alone(text: str) -> None:
     engine = Engine(text)
     for block in (5, 0, 3):

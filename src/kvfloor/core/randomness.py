@@ -35,6 +35,15 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_(_shift(x, 31))
 
 
+def row_id(request: int, layer: int, head: int) -> int:
+    """Return the number that seeds a row's randomness: a hash of request id, layer and kv head.
+
+    So the same request draws the same random numbers in any batch.
+    """
+    digest = hashlib.sha256(f"{request}/{layer}/{head}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
 def row_keys(seed: int, row_ids: Tensor, purpose: str) -> Tensor:
     """Return one int64 key per row, (rows,), for draws of one purpose, such as "random policy".
 

@@ -74,6 +74,9 @@ class SelectorState(Memory, ABC):
     def resize(self, slots: Slots) -> None:
         """Adapt the index after rows got more or fewer slots (`slots.capacity`); the held tokens have not changed."""
 
+    def reserve(self, g: int) -> None:
+        """Take all memory that the index will need for g query heads per kv head; the default needs no more."""
+
     def close(self, slots: Slots, rows: Tensor | None) -> None:
         """Update the index of these rows (None: all) at the end of a block of tokens, after the block's evictions."""
 

@@ -106,6 +106,8 @@ class Watching(Blocked["Bounded"]):
 
     def _reserve(self, g: int, tokens: int | None) -> None:
         super()._reserve(g, tokens)
+        if self.selection is not None:
+            self.selection.reserve(g)
         if self.learns_from_queries:
             self._open_queries(g)
 

@@ -6,7 +6,6 @@ compressed layer is one with attention over all tokens, whose keys and values a 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from kvfloor.core.budget import least_budget, resolve, with_budget
 from kvfloor.core.method import Method
+from kvfloor.core.randomness import row_id
 from kvfloor.core.rotation import Rotation
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
@@ -111,7 +111,7 @@ class Opening:
             key.dtype,
             key.device,
             seed=self.seed,
-            row_ids=[_row_id(request, layer, head) for request in requests for head in range(kv_heads)],
+            row_ids=[row_id(request, layer, head) for request in requests for head in range(kv_heads)],
             places=[(layer, head) for _ in requests for head in range(kv_heads)],
             tied=tied,
             rotation=None if self.rotations is None else self.rotations[place],
@@ -163,12 +163,3 @@ def _of_rows(method: Method, rows: Tensor) -> Method:
     if not isinstance(budget, tuple):
         return method
     return with_budget(method, tuple(budget[row] for row in rows.tolist()))
-
-
-def _row_id(request: int, layer: int, head: int) -> int:
-    """Return the number that seeds a row's randomness: a hash of request id, layer and kv head.
-
-    So the same request draws the same random numbers in any batch.
-    """
-    digest = hashlib.sha256(f"{request}/{layer}/{head}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)

@@ -149,6 +149,9 @@ class HierarchicalState(SelectorState):
         if self.order is not None:
             self.order.resize(slots.capacity)
 
+    def reserve(self, g: int) -> None:
+        self.block = torch.full((self.spec.rows, g, self._most), -1, dtype=torch.int32, device=self.spec.device)
+
     def seal(self) -> None:
         self.sealed = True
         self.span = torch.full_like(self.span, -1)
@@ -167,7 +170,7 @@ class HierarchicalState(SelectorState):
         step = (span - first).clamp_min(0)  # index of the query's span among the spans of this call
         met = torch.arange(int(step.max()) + 1, device=device)
         if self.block is None or self.block.shape[1] != g:
-            self.block = torch.full((rows, g, self._most), -1, dtype=torch.int32, device=device)
+            self.reserve(g)
             self.span = torch.full_like(self.span, -1)
         # The first query of a span makes its choice. An open span keeps its choice, unless eviction dropped it.
         known = (self.span == first[:, 0]) & asked

@@ -1,0 +1,71 @@
+"""Refuse, when vLLM starts, the settings and models that a bounded cache cannot serve.
+
+Every refusal is a ValueError of one line that says what was found and what to do. A run that gets past these checks
+is not refused in the middle of a request.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require_servable(config: Any) -> None:
+    """Raise ValueError if a setting of the engine or a property of the model excludes bounded caches.
+
+    config: vLLM's configuration (VllmConfig)
+    """
+    model, parallel = config.model_config, config.parallel_config
+    found = {
+        "prefix caching is on, which shares blocks of tokens between requests; a request with a bounded cache has one "
+        "block of its own: pass --no-enable-prefix-caching, or enable_prefix_caching=False": (
+            config.cache_config.enable_prefix_caching
+        ),
+        "speculative decoding takes rejected tokens back, and evicted tokens cannot come back: leave "
+        "--speculative-config out": config.speculative_config is not None,
+        "decode context parallelism divides a request's tokens among devices: pass "
+        "--decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism divides a request's tokens among devices: pass "
+        "--prefill-context-parallel-size 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "dual-batch overlap runs two halves of a batch side by side, which is not supported: leave --enable-dbo out": (
+            parallel.use_ubatching
+        ),
+        "a KV connector transfers blocks of tokens, which a bounded cache does not have: leave --kv-transfer-config "
+        "out": config.kv_transfer_config is not None,
+        "this model has latent attention (MLA), which stores no keys and values": model.use_mla,
+        "this model is an encoder-decoder, whose cross-attention reads a fixed input": model.is_encoder_decoder,
+        "this model has layers with other memory than attention, such as Mamba's": model.is_hybrid,
+        "this model attends to images in both directions": model.is_mm_prefix_lm,
+        "pooling models return no tokens one by one: a bounded cache would save nothing": (
+            model.runner_type != "generate"
+        ),
+    }
+    for reason, holds in found.items():
+        if holds:
+            raise ValueError(f"kvfloor cannot serve this: {reason}")
+
+
+def require_plain(**given: Any) -> None:
+    """Raise ValueError if a layer's attention is not plain causal attention over keys and values of its own.
+
+    given: the arguments by which vLLM makes the layer's attention: alibi_slopes, sliding_window, kv_cache_dtype, and so
+    on; those that are not known here must be None
+    """
+    dtype = given.pop("kv_cache_dtype")
+    if dtype != "auto":
+        raise ValueError(
+            f"kvfloor cannot serve this: keys and values are kept in the model's own dtype, not {dtype}: leave "
+            f"--kv-cache-dtype out"
+        )
+    kind = str(getattr(given["attn_type"], "value", given["attn_type"]))
+    reasons = {
+        "sliding_window": "this model has sliding-window layers, which bound their memory themselves",
+        "alibi_slopes": "this model adds a bias by distance (ALiBi) to its logits",
+        "sinks": "this model has logits of its own for attention sinks",
+        "kv_sharing_target_layer_name": "layers of this model share the keys and values of an earlier layer",
+    }
+    if kind != "decoder":
+        raise ValueError(f"kvfloor cannot serve this: this model has attention of type {kind}, not causal attention")
+    for name, value in given.items():
+        if name != "attn_type" and value is not None:
+            reason = reasons.get(name, f"this model's attention has {name} = {value!r}, which is not known here")
+            raise ValueError(f"kvfloor cannot serve this: {reason}")

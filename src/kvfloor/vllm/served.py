@@ -1,0 +1,113 @@
+"""Size the state of one request of one layer, from the method that was asked for and vLLM's configuration.
+
+vLLM asks a backend for a layer's memory by the layer's sizes alone, without its configuration. So the sizes that the
+layers of the present engine were made with are kept in a table, from the layers' construction until then.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kvfloor.core.budget import resolve
+from kvfloor.core.method import Method
+from kvfloor.core.pool import block_bytes
+from kvfloor.core.randomness import row_id
+from kvfloor.core.spec import Spec
+from kvfloor.vllm import settings
+
+
+@dataclass(frozen=True)
+class Served:
+    """Hold what the state of one request of one layer is opened with.
+
+    method  the method, with its budget in tokens
+    spec    the sizes: one row per kv head of this process
+    g       query heads per kv head
+    tokens  most tokens of a request
+    heads   index in the whole model of this process's first kv head
+    nbytes  bytes of the block that holds the state
+    """
+
+    method: Method
+    spec: Spec
+    g: int
+    tokens: int
+    heads: int
+    nbytes: int
+
+    def at(self, layer: int, device: torch.device) -> Spec:
+        """Return the spec of the layer with this index in the model, on the device of the engine's memory.
+
+        Its random draws are those of the first sequence of a batch in kvfloor's cache for transformers, for every
+        request. So no request depends on its neighbours.
+        """
+        heads = range(self.heads, self.heads + self.spec.rows)
+        return replace(
+            self.spec,
+            device=device,
+            row_ids=[row_id(0, layer, head) for head in heads],
+            places=[(layer, head) for head in heads],
+        )
+
+
+def size(config: Any, rank: int, heads: int, kv_heads: int, d: int, scale: float, softcap: float | None) -> Served:
+    """Return what a layer's states are opened with.
+
+    config    vLLM's configuration (VllmConfig)
+    rank      index of this process among those that share out each layer's heads (tensor parallelism)
+    heads     query heads of this process; kv_heads: its kv heads
+    d         width of a key and of a value
+    scale     the factor on q.k; softcap: the cap on logits, or None
+    A budget in percent is a share of the longest request that the engine takes; one in bytes is for all layers of one
+    request. Raises ValueError for a method that cannot live in a block of fixed size.
+    """
+    method = settings.method_asked()
+    assert method is not None  # the backend is registered only if a method was asked for
+    model, tokens = config.model_config, config.model_config.max_model_len
+    whole, shards = model.get_total_num_kv_heads(), config.parallel_config.tensor_parallel_size
+    first = rank * kv_heads if whole >= shards else rank * whole // shards
+    spec = Spec(kv_heads, d, d, scale, softcap, model.dtype, places=[(0, first + head) for head in range(kv_heads)])
+    everyone = replace(spec, rows=whole, row_ids=None, places=[(0, head) for head in range(whole)])
+    g = heads // kv_heads
+    try:
+        method = resolve(method, everyone, layers=model.get_total_num_hidden_layers(), length=tokens, g=g)
+        nbytes = block_bytes(method, spec, g, tokens)
+    except ValueError as cause:
+        raise ValueError(f"{settings.METHOD}={method}: {cause}") from None
+    return Served(method, spec, g, tokens, first, nbytes)
+
+
+class ServedTable:
+    """Hold what the layers of the engine that is being built were made with, by kv heads and width of a key."""
+
+    def __init__(self) -> None:
+        self._config: weakref.ref[Any] | None = None
+        self._by_size: dict[tuple[int, int], Served] = {}
+
+    def add(self, config: Any, served: Served) -> bool:
+        """Add a layer's entry; return True if it is the first of this engine.
+
+        config: the configuration of the engine that the layer belongs to. Raises ValueError if layers of equal kv heads
+        need blocks of different sizes.
+        """
+        first = self._config is None or self._config() is not config
+        if first:
+            self._config, self._by_size = weakref.ref(config), {}
+        key = (served.spec.rows, served.spec.d)
+        if self._by_size.setdefault(key, served).nbytes != served.nbytes:
+            raise ValueError(
+                f"kvfloor cannot serve this: layers with {key[0]} kv heads of width {key[1]} have different numbers "
+                f"of query heads"
+            )
+        return first
+
+    def of(self, kv_heads: int, d: int) -> Served:
+        """Return the entry of layers of these sizes."""
+        return self._by_size[kv_heads, d]
+
+
+TABLE = ServedTable()

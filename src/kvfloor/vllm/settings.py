@@ -1,0 +1,63 @@
+"""Read what the user asked of the plug-in, from environment variables.
+
+vLLM runs a plug-in in every process before that process has a configuration. So a method can only be asked for by an
+environment variable, which vLLM's worker processes inherit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+from kvfloor.core.method import Method, standard_law
+from kvfloor.methods.grammar import parse
+
+METHOD = "KVFLOOR_METHOD"
+"""The method as text, such as "sinks(4)@1024". Unset or empty: the plug-in does nothing."""
+
+UNTESTED = "KVFLOOR_VLLM_UNTESTED"
+"""Set to 1 to run with a release of vLLM that is not in `TESTED`."""
+
+SECONDS = "KVFLOOR_LOG_SECONDS"
+"""Seconds between two log lines about what the running requests hold; 0 for no such lines."""
+
+TESTED = ("0.32.0",)
+"""The releases of vLLM that the plug-in was tested with."""
+
+
+def method_asked() -> Method | None:
+    """Return the method that the environment asks for; None if it asks for none.
+
+    Raises ValueError for text that is no method, and for tensor attention.
+    """
+    text = os.environ.get(METHOD, "").strip()
+    if not text:
+        return None
+    try:
+        return standard_law(parse(text), "vLLM")
+    except ValueError as cause:
+        raise ValueError(f"{METHOD}={text}: {cause}") from None
+
+
+def require_tested(release: str) -> None:
+    """Raise ValueError unless the plug-in was tested with this release of vLLM, or the user takes the risk.
+
+    release: the version, such as "0.32.0"; a local part such as "+cpu" does not matter
+    """
+    if release.split("+")[0] not in TESTED and os.environ.get(UNTESTED) != "1":
+        raise ValueError(
+            f"{METHOD} is set, but kvfloor was tested with vLLM {', '.join(TESTED)} only and this is {release}: "
+            f"install one of those, or set {UNTESTED}=1 to try"
+        )
+
+
+def log_seconds() -> float:
+    """Return the seconds between two log lines about the running requests; infinite for no lines."""
+    text = os.environ.get(SECONDS, "10")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ValueError(f"{SECONDS} is a number of seconds, or 0 for no log lines, got {text!r}")
+    return seconds or math.inf
