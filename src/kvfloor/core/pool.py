@@ -56,7 +56,7 @@ def block_bytes(method: Method, spec: Spec, g: int, tokens: int | None = None) -
 
 
 @dataclass(frozen=True)
-class Batch:
+class DecodeBatch:
     """Hold what a step of one token of each of n requests needs to know of them; the same in all layers.
 
     ids       (n,) their blocks, on the CPU
@@ -80,7 +80,7 @@ class Batch:
     complete: Tensor | None
 
     @classmethod
-    def of(cls, ids: Tensor, seen: Tensor, held: Tensor, block: int, device: torch.device) -> Batch:
+    def of(cls, ids: Tensor, seen: Tensor, held: Tensor, block: int, device: torch.device) -> DecodeBatch:
         """Return the batch for requests with these clocks; ids, seen and held (n,) are on the CPU.
 
         block: number of tokens from one block end to the next
@@ -187,7 +187,7 @@ class Pool:
         return self._views["seen"][ids] * 0 if held is None else held[ids]
 
     @torch.inference_mode()
-    def batch(self, ids: Tensor, seen: Tensor | None = None) -> Batch:
+    def batch(self, ids: Tensor, seen: Tensor | None = None) -> DecodeBatch:
         """Prepare a step of one token of each of these requests, for the pools of all layers: their clocks agree.
 
         seen: (n,) tokens that each request has taken in, on the CPU; None: they are read from the blocks. Given, no
@@ -200,7 +200,7 @@ class Pool:
         else:  # evictions at block ends bring a row down to its budget
             last = clock - clock % self._block
             held = last.clamp_max(self._capacity) + clock - last
-        return Batch.of(ids, clock, held, self._block, self._blocks.device)
+        return DecodeBatch.of(ids, clock, held, self._block, self._blocks.device)
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Pool:
     @torch.inference_mode()
     def step(
         self,
-        ids: Tensor | Batch,
+        ids: Tensor | DecodeBatch,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -232,8 +232,8 @@ class Pool:
         count  (n,) number of each request's real tokens, which are its first; the rest is padding. None: all are real
         Raises ValueError for bad input, with the blocks as they were.
         """
-        batch = ids if isinstance(ids, Batch) else None
-        ids = self._known(ids.ids if isinstance(ids, Batch) else ids)
+        batch = ids if isinstance(ids, DecodeBatch) else None
+        ids = self._known(ids.ids if isinstance(ids, DecodeBatch) else ids)
         self._require(ids, q, k, v, count)
         if self._plain and k.shape[2] == 1 and (count is None or bool((count == 1).all())):
             return self._decode(self.batch(ids) if batch is None else batch, q, k, v)
@@ -257,7 +257,7 @@ class Pool:
             self.layout.store(state, self._views, ids)
         return out.view(n, self.spec.rows, g, t, self.spec.dv)
 
-    def _decode(self, batch: Batch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _decode(self, batch: DecodeBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Do `step` for one token of each request, in place: only the requests at a block end are copied out.
 
         Every query attends to all held tokens of its row and to nothing else. q (n, H, g, 1, d) -> (n, H, g, 1, dv).
@@ -291,7 +291,7 @@ class Pool:
                     state._close(None)
                 self.layout.store(state, self._views, ids[at.cpu()])
 
-    def _attended(self, batch: Batch, q: Tensor) -> Tensor:
+    def _attended(self, batch: DecodeBatch, q: Tensor) -> Tensor:
         """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too."""
         n, heads, g, _d = q.shape
         keys = self._slots("slots.k")[:, :, : batch.width]
