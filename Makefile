@@ -23,7 +23,7 @@ PEERS  := .venv-peers
 VLLM   := .venv-vllm
 DOCS   := .venv-docs
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval test-vllm check docs site models models-newest models-oldest bench peers clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -56,7 +56,15 @@ test-eval: $(EVAL)/.development
 
 # Needs an INDEX with CPU-only builds of torch, for which this vLLM is built.
 test-vllm: $(VLLM)/.development
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "not slow" tests/vllm
+
+# A thousand schedules of a small model, and a hundred prompts of SmolLM2.
+test-vllm-slow: $(VLLM)/.development
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m slow tests/vllm
+
+# Stock vLLM beside kvfloor's caches inside it, on SmolLM2.
+serve-bench: $(VLLM)/.development
+	$(VLLM)/bin/python bench/peers/serving.py
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .

@@ -241,7 +241,7 @@ def _peak_kib(pid: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model, as transformers saves it")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or the folder of a model")
     parser.add_argument("--methods", default="sinks@256,h2o@256,sinks@1024", help="settings, joined by commas")
     parser.add_argument("--prompts", default="1024,3584", help="tokens of a prompt, joined by commas")
     parser.add_argument("--answer", type=int, default=128, help="tokens of an answer")
@@ -253,19 +253,21 @@ def main() -> None:
     given = parser.parse_args()
     if not green(*TIMED):
         sys.exit(1)
-    loads = []
+    from kvfloor.models.load import find
+
+    model, loads = find(given.model, False, print), []
     for prompt in map(int, given.prompts.split(",")):
         loads.append(Load("paced", prompt, given.answer, 4, float("inf"), 4))
         loads.append(Load("saturated", prompt, given.answer, given.requests, given.rate))
     with ExitStack() as stack:
         servers = []
         for i, setting in enumerate(("stock", *given.methods.split(","))):
-            servers.append(stack.enter_context(served(setting, given.model, given.port + i, given.at_once)))
+            servers.append(stack.enter_context(served(setting, model, given.port + i, given.at_once)))
             print(f"{setting}: {servers[-1].concurrency}x", flush=True)
         for seed in range(given.rounds):
             for load in loads:
                 for server in servers:
-                    measure(server, load, given.model, seed)
+                    measure(server, load, model, seed)
                     print(seed, load.name, load.prompt, server.setting, server.rounds[load][-1], flush=True)
         table = rows(servers, loads)
     lines = ["\t".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row) for row in (FIELDS, *table)]

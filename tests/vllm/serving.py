@@ -121,6 +121,42 @@ def answer_of(output: Any, index: int = 0) -> Answer:
     return Answer(tokens, [step[token].logprob for step, token in zip(one.logprobs, tokens, strict=True)])
 
 
+class Driver:
+    """Step an engine by hand, with access to its scheduler and to the memory of its layers."""
+
+    def __init__(self, llm: Any) -> None:
+        self.engine = llm.llm_engine
+        core = self.engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        layers = self.engine.vllm_config.compilation_config.static_forward_context
+        self.memory = [layer.kv_cache for layer in layers.values()]
+        self.answers: dict[str, list[Answer]] = {}
+
+    def add(self, name: str, prompt: list[int], count: int, **changes: Any) -> None:
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, greedy(count, **changes))
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            if output.finished:
+                self.answers[output.request_id] = [answer_of(output, i) for i in range(len(output.outputs))]
+
+    def finish(self) -> None:
+        while self.engine.has_unfinished_requests():
+            self.step()
+
+    @property
+    def used(self) -> set[int]:
+        """The blocks of running requests."""
+        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return {block.block_id for blocks in manager.req_to_blocks.values() for block in blocks}
+
+    def poison(self) -> None:
+        """Fill the memory of all blocks that no request has with bytes that are NaN as numbers of any dtype."""
+        for memory in self.memory:
+            free = sorted(set(range(len(memory))) - self.used)
+            memory[free] = 255
+
+
 @torch.inference_mode()
 def distance(model: Any, method: str | None, prompt: list[int], answer: Answer, greedy: bool = True) -> float:
     """Return the largest distance, in nats, of an engine's answer from that of transformers with kvfloor's cache.
