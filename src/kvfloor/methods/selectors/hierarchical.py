@@ -150,7 +150,7 @@ class HierarchicalState(SelectorState):
             self.order.resize(slots.capacity)
 
     def reserve(self, g: int) -> None:
-        self.block = torch.full((self.spec.rows, g, self._most), -1, dtype=torch.int32, device=self.spec.device)
+        self.block = self._no_choice(g)
 
     def seal(self) -> None:
         self.sealed = True
@@ -170,7 +170,7 @@ class HierarchicalState(SelectorState):
         step = (span - first).clamp_min(0)  # index of the query's span among the spans of this call
         met = torch.arange(int(step.max()) + 1, device=device)
         if self.block is None or self.block.shape[1] != g:
-            self.reserve(g)
+            self.block = self._no_choice(g)
             self.span = torch.full_like(self.span, -1)
         # The first query of a span makes its choice. An open span keeps its choice, unless eviction dropped it.
         known = (self.span == first[:, 0]) & asked
@@ -195,6 +195,9 @@ class HierarchicalState(SelectorState):
     @property
     def _most(self) -> int:
         return self.method.k // self.method.key_block
+
+    def _no_choice(self, g: int) -> Tensor:
+        return torch.full((self.spec.rows, g, self._most), -1, dtype=torch.int32, device=self.spec.device)
 
     def _blocks(self, visible: Tensor) -> Tensor:
         """Return the number of whole key blocks between sinks and window, for queries that see `visible` tokens each.
