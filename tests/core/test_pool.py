@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfloor.core import layout as layout_module
+from kvfloor.core import pool as pool_module
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.broken import BrokenState
 from kvfloor.core.layout import ALIGNMENT, Layout
@@ -131,6 +132,22 @@ def test_requests_in_a_pool_are_what_each_is_alone(text: str) -> None:
         worst += [engine.step([0, 3, 5], 1), engine.step([3, 5], 1)]
     assert max(worst) < 2e-6
     assert all(engine.same(block) for block in (0, 3, 5))
+
+
+@pytest.mark.parametrize("text", ["h2o@24", "sinks+value_sum@24", "balance@64"])
+def test_many_requests_are_copied_out_a_few_at_a_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "AT_ONCE", 2)
+    engine, everyone = Engine(text, blocks=7), [6, 1, 3, 0, 4]
+    for block in everyone:
+        engine.start(block)
+    worst = [engine.step(everyone, 40), engine.step([0], 3)]
+    engine.seal(everyone[:3])
+    for _ in range(30):
+        worst.append(engine.step(everyone, 1))
+    engine.seal(everyone)
+    worst += [engine.step(everyone, 1) for _ in range(10)]
+    assert max(worst) < 2e-6
+    assert all(engine.same(block) for block in everyone)
 
 
 @pytest.mark.parametrize("text", ["sinks@24", "h2o@24", "sinks+value_sum@24"])

@@ -9,7 +9,6 @@ g query heads per kv head (GQA group), t tokens, d and dv the widths of a key an
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +28,8 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.core.watching import Watching
 
-_WORKING = 4  # states of different numbers of requests that are kept for reuse
+AT_ONCE = 8
+"""Most requests whose blocks are copied out together: so many blocks per layer take memory beside the engine's."""
 
 
 def opened(method: Method, spec: Spec, g: int, tokens: int | None = None) -> State:
@@ -131,7 +131,7 @@ class Pool:
         self._watches = isinstance(empty, Watching) and empty.queries is not None
         self._block = empty.block if isinstance(empty, Blocked) else 1
         self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None
-        self._working: OrderedDict[int, State] = OrderedDict()
+        self._working: State | None = None  # the state that blocks were copied out to last
         self._torn: set[int] = set()
 
     # ---- whole blocks ----------------------------------------------------------------------------------------------
@@ -157,7 +157,9 @@ class Pool:
         Raises ValueError if the prompt is over in some of the blocks only.
         """
         ids = self._known(ids)
-        return self._loaded(ids).clone()
+        taken = self._loaded(ids)
+        self._working = None
+        return taken
 
     @torch.inference_mode()
     def put(self, ids: Tensor, state: State) -> None:
@@ -208,12 +210,13 @@ class Pool:
     def seal(self, ids: Tensor) -> None:
         """Mark the end of the prompt of these requests. It has no effect on a request whose prompt is over already."""
         ids = self._known(ids)
-        ids = ids[self._views["sealed"][ids, 0] == 0]
-        if len(ids):
-            state = self._loaded(ids)
-            with self._writing(ids):
-                state.seal()
-                self.layout.store(state, self._views, ids)
+        ids = ids[(self._views["sealed"][ids, 0] == 0).cpu()]
+        for part in ids.split(AT_ONCE):
+            if len(part):
+                state = self._loaded(part)
+                with self._writing(part):
+                    state.seal()
+                    self.layout.store(state, self._views, part)
 
     @torch.inference_mode()
     def step(
@@ -238,10 +241,8 @@ class Pool:
         if self._plain and k.shape[2] == 1 and (count is None or bool((count == 1).all())):
             return self._decode(self.batch(ids) if batch is None else batch, q, k, v)
         out = torch.zeros(*q.shape[:4], self.spec.dv, dtype=self.spec.dtype, device=q.device)
-        sealed = self._views["sealed"][ids, 0] != 0
-        for at in (sealed, ~sealed):  # a state is sealed as a whole
-            if bool(at.any()):
-                out[at] = self._stepped(ids[at], q[at], k[at], v[at], None if count is None else count[at])
+        for at in self._parts(ids):
+            out[at] = self._stepped(ids[at], q[at], k[at], v[at], None if count is None else count[at])
         return out
 
     def _stepped(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> Tensor:
@@ -282,14 +283,12 @@ class Pool:
 
     def _close(self, ids: Tensor) -> None:
         """Handle the end of a block of tokens in these requests, for example by evicting tokens."""
-        sealed = self._views["sealed"][ids, 0] != 0
-        for at in (sealed, ~sealed):
-            if bool(at.any()):
-                state = self._loaded(ids[at.cpu()])
-                assert isinstance(state, Blocked)
-                with torch.inference_mode(False), torch.no_grad():
-                    state._close(None)
-                self.layout.store(state, self._views, ids[at.cpu()])
+        for at in self._parts(ids):
+            state = self._loaded(ids[at])
+            assert isinstance(state, Blocked)
+            with torch.inference_mode(False), torch.no_grad():
+                state._close(None)
+            self.layout.store(state, self._views, ids[at])
 
     def _attended(self, batch: DecodeBatch, q: Tensor) -> Tensor:
         """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too."""
@@ -311,18 +310,26 @@ class Pool:
 
     # ---- states ----------------------------------------------------------------------------------------------------
 
+    def _parts(self, ids: Tensor) -> Iterator[Tensor]:
+        """Yield indices into `ids` (n,) of blocks that one state can hold together, at most AT_ONCE at a time.
+
+        A state is sealed as a whole. So the prompts of its requests are all over, or none is.
+        """
+        sealed = (self._views["sealed"][ids, 0] != 0).cpu()
+        for alike in (sealed, ~sealed):
+            at = alike.nonzero().squeeze(1)
+            if len(at):
+                yield from at.split(AT_ONCE)
+
     def _loaded(self, ids: Tensor) -> State:
         """Return a state of n H rows with the content of these blocks; a later call of this method overwrites it."""
-        state = self._working.pop(len(ids), None)
-        if state is None or state.broken:
-            ids_of_rows = tuple(self.spec.row_ids or ())
-            places = None if self.spec.places is None else tuple(self.spec.places) * len(ids)
-            many = replace(self.spec, rows=len(ids) * self.spec.rows, row_ids=ids_of_rows * len(ids), places=places)
-            state = opened(self.method, many, self.g, self._tokens)
+        state, n = self._working, len(ids)
+        if state is None or state.broken or state.spec.rows != n * self.spec.rows:
+            places = None if self.spec.places is None else tuple(self.spec.places) * n
+            rows = {"rows": n * self.spec.rows, "row_ids": tuple(self.spec.row_ids or ()) * n, "places": places}
+            state = opened(self.method, replace(self.spec, **rows), self.g, self._tokens)
         self.layout.load(self._views, ids, state)
-        self._working[len(ids)] = state
-        if len(self._working) > _WORKING:
-            self._working.popitem(last=False)
+        self._working = state
         return state
 
     @contextmanager
