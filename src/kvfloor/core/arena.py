@@ -105,7 +105,7 @@ class Arena(Memory):
         """
         stride, (slot, *inner) = stride or self.stride, x.stride()
         shape = (self.spec.rows * self.lists, stop - start, *x.shape[1:])
-        return x.as_strided(shape, (stride * slot, slot, *inner), start * slot)
+        return x.as_strided(shape, (stride * slot, slot, *inner), x.storage_offset() + start * slot)
 
     # ---- size and rows ---------------------------------------------------------------------------------------------
 

@@ -58,12 +58,12 @@ class Layout:
 
     fields  in the order of their offsets
     nbytes  bytes of the block
-    paths   paths of all attributes that the fields hold; several for a field that is two attributes' memory
+    paths   path of each attribute that the fields hold -> name of its field; two attributes may share one field
     """
 
     fields: tuple[BlockField, ...]
     nbytes: int
-    paths: frozenset[tuple[str, ...]]
+    paths: dict[tuple[str, ...], str]
 
     @classmethod
     def of(cls, state: State) -> Layout:
@@ -72,19 +72,20 @@ class Layout:
         Two attributes that share their memory are one field.
         """
         fields: list[BlockField] = []
-        end, stored, paths = 0, set[int](), set[tuple[str, ...]]()
+        end, stored, paths = 0, dict[int, str](), dict[tuple[str, ...], str]()
         for path, value in _attributes(state):
-            paths.add(path)
             if isinstance(value, Tensor):
                 if value.numel() and value.data_ptr() in stored:
+                    paths[path] = stored[value.data_ptr()]
                     continue
-                stored.add(value.data_ptr())
                 field = BlockField(path, value.dtype, tuple(value.shape), end)
+                stored[value.data_ptr()] = field.name
             else:
                 field = BlockField(path, _NUMBERS[type(value)], (), end)
             fields.append(field)
+            paths[path] = field.name
             end = -(-(end + field.nbytes) // ALIGNMENT) * ALIGNMENT
-        return cls(tuple(fields), end, frozenset(paths))
+        return cls(tuple(fields), end, paths)
 
     @property
     def padding(self) -> int:
@@ -127,6 +128,22 @@ class Layout:
                 target = getattr(owner, name)
                 target.copy_(source.view(target.shape))
 
+    def bind(self, views: dict[str, Tensor], block: int, state: State) -> None:
+        """Make `state`, a state of one request, live in a block: its tensors become views of the block's bytes.
+
+        What the state changes in place changes the block, without a copy; `store` writes what it replaced. Numbers, and
+        tensors that a state keeps on another device than the block, are copied. views: what `views` returned.
+        """
+        for path, field in self.paths.items():
+            owner, name = _owner(state, path)
+            source, now = views[field][block], getattr(owner, name)
+            if not isinstance(now, Tensor):
+                setattr(owner, name, type(now)(source.item()))
+            elif now.device == source.device:
+                setattr(owner, name, source)
+            else:
+                now.copy_(source)
+
     def store(self, state: State, views: dict[str, Tensor], ids: Tensor) -> None:
         """Copy `state`, a state of n requests, into the blocks `ids` (n,), each at most once.
 
@@ -145,6 +162,8 @@ class Layout:
             view = views[field.name]
             if not isinstance(value, Tensor):
                 view[ids] = value
+            elif n == 1 and value.data_ptr() == view[ids[0]].data_ptr():
+                continue  # bound to the block
             elif field.path[-1] == "offset":  # within the block, whatever the number of requests
                 view[ids] = value.view(n, -1)[:1].to(view.device)
             else:

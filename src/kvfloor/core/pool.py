@@ -108,7 +108,8 @@ class Pool:
     layout  the fields of a block
     """
 
-    @torch.inference_mode()
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, method: Method, spec: Spec, g: int, blocks: Tensor, tokens: int | None = None) -> None:
         """Build the pool over the engine's memory; no byte of it is read or written.
 
@@ -123,6 +124,8 @@ class Pool:
         self.method, self.spec, self.g, self._tokens = method, spec, g, tokens
         empty = opened(method, spec, g, tokens)
         self.layout = Layout.of(empty)
+        if blocks.is_inference():  # a state writes outside inference mode, where such a tensor cannot be written to
+            blocks = torch.from_dlpack(blocks)
         self._blocks = blocks
         self._views = self.layout.views(blocks)
         self._empty = torch.zeros(1, self.layout.nbytes, dtype=torch.uint8, device=blocks.device)
@@ -132,6 +135,7 @@ class Pool:
         self._block = empty.block if isinstance(empty, Blocked) else 1
         self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None
         self._working: State | None = None  # the state that blocks were copied out to last
+        self._lens: State | None = None  # a state of one request that is bound to one block after the other
         self._torn: set[int] = set()
 
     # ---- whole blocks ----------------------------------------------------------------------------------------------
@@ -211,12 +215,11 @@ class Pool:
         """Mark the end of the prompt of these requests. It has no effect on a request whose prompt is over already."""
         ids = self._known(ids)
         ids = ids[(self._views["sealed"][ids, 0] == 0).cpu()]
-        for part in ids.split(AT_ONCE):
-            if len(part):
-                state = self._loaded(part)
-                with self._writing(part):
-                    state.seal()
-                    self.layout.store(state, self._views, part)
+        with self._writing(ids):
+            for block in ids.split(1) if len(ids) else ():
+                state = self._bound(block)
+                state.seal()
+                self.layout.store(state, self._views, block)
 
     @torch.inference_mode()
     def step(
@@ -246,20 +249,23 @@ class Pool:
         return out
 
     def _stepped(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> Tensor:
-        """Do `step` for requests whose prompts are all over, or all not over, by a state that is copied out and in."""
+        """Do `step` for requests whose prompts are all over, or all not over.
+
+        One request is served where its block lies, several by a state that is copied out and in.
+        """
         n, _, g, t, d = q.shape
-        state = self._loaded(ids)
         present = None
         if count is not None:
             real = (torch.arange(t) < count.cpu().unsqueeze(1)).to(k.device)
             present = real.unsqueeze(1).expand(n, self.spec.rows, t).reshape(-1, t)
         with self._writing(ids):
+            state = self._bound(ids) if n == 1 else self._loaded(ids)
             out = state.step(q.reshape(-1, g, t, d), k.reshape(-1, t, d), v.reshape(-1, t, self.spec.dv), present)
             self.layout.store(state, self._views, ids)
         return out.view(n, self.spec.rows, g, t, self.spec.dv)
 
     def _decode(self, batch: DecodeBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Do `step` for one token of each request, in place: only the requests at a block end are copied out.
+        """Do `step` for one token of each request, in place and without a loop over requests, but at block ends.
 
         Every query attends to all held tokens of its row and to nothing else. q (n, H, g, 1, d) -> (n, H, g, 1, dv).
         """
@@ -282,13 +288,16 @@ class Pool:
         return out.unsqueeze(3)
 
     def _close(self, ids: Tensor) -> None:
-        """Handle the end of a block of tokens in these requests, for example by evicting tokens."""
-        for at in self._parts(ids):
-            state = self._loaded(ids[at])
+        """Handle the end of a block of tokens in these requests, for example by evicting tokens.
+
+        The requests are handled one by one, each where its block lies: on average one in `block` steps.
+        """
+        for block in ids.split(1):
+            state = self._bound(block)
             assert isinstance(state, Blocked)
             with torch.inference_mode(False), torch.no_grad():
                 state._close(None)
-            self.layout.store(state, self._views, ids[at])
+            self.layout.store(state, self._views, block)
 
     def _attended(self, batch: DecodeBatch, q: Tensor) -> Tensor:
         """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too."""
@@ -320,6 +329,18 @@ class Pool:
             at = alike.nonzero().squeeze(1)
             if len(at):
                 yield from at.split(AT_ONCE)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _bound(self, ids: Tensor) -> State:
+        """Return a state of one request that lives in the one block of `ids` (1,), until the next call of this method.
+
+        A call on the state changes the block, and `layout.store` must follow.
+        """
+        if self._lens is None or self._lens.broken:
+            self._lens = opened(self.method, self.spec, self.g, self._tokens)
+        self.layout.bind(self._views, int(ids[0]), self._lens)
+        return self._lens
 
     def _loaded(self, ids: Tensor) -> State:
         """Return a state of n H rows with the content of these blocks; a later call of this method overwrites it."""
