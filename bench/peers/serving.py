@@ -43,7 +43,12 @@ sys.path.insert(0, str(ROOT / "bench"))
 from gate import green  # noqa: E402
 
 TABLE = Path(__file__).with_suffix(".tsv")
-TIMED = ("tests/core/test_pool.py", "tests/vllm")
+TIMED = (
+    "tests/core/test_pool.py",
+    "tests/vllm/test_batch.py",
+    "tests/vllm/test_engine.py::test_prompts_of_many_lengths_in_one_batch[sinks(4)@64]",
+    "tests/vllm/test_engine.py::test_prompts_of_many_lengths_in_one_batch[h2o@64]",
+)
 FIELDS = (
     "setting",
     "load",
@@ -242,8 +247,8 @@ def _peak_kib(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="smollm2, or the folder of a model")
-    parser.add_argument("--methods", default="sinks@256,h2o@256,sinks@1024", help="settings, joined by commas")
-    parser.add_argument("--prompts", default="1024,3584", help="tokens of a prompt, joined by commas")
+    parser.add_argument("--methods", default="sinks(4)@256,h2o@256,sinks(4)@1024", help="settings, joined by commas")
+    parser.add_argument("--prompts", default="1024,2048", help="tokens of a prompt, joined by commas")
     parser.add_argument("--answer", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=24, help="requests of a saturated round")
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second of a saturated round")
@@ -257,7 +262,7 @@ def main() -> None:
 
     model, loads = find(given.model, False, print), []
     for prompt in map(int, given.prompts.split(",")):
-        loads.append(Load("paced", prompt, given.answer, 4, float("inf"), 4))
+        loads.append(Load("paced", prompt, given.answer, 8, float("inf"), 4))
         loads.append(Load("saturated", prompt, given.answer, given.requests, given.rate))
     with ExitStack() as stack:
         servers = []
