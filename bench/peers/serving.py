@@ -5,7 +5,8 @@ server gets the same requests from vLLM's own benchmark client, first as many at
 then a Poisson stream that exceeds what two cores can serve (`saturated`). The columns of the table, over all rounds:
 
 setting       "stock", or kvfloor's method with its budget in tokens per kv head
-load, prompt  the kind of load, and the tokens of each prompt
+cache_MiB     memory that the engine has for the cache
+load          the kind of load; prompt, answer: tokens of each; requests: their number in a round
 concurrency   requests of the longest length that fit into the memory, from the engine's own log
 preempted     requests that the engine stopped for lack of memory and computed again, mean per round
 requests_s    requests per second, median over rounds
@@ -51,8 +52,11 @@ TIMED = (
 )
 FIELDS = (
     "setting",
+    "cache_MiB",
     "load",
     "prompt",
+    "answer",
+    "requests",
     "concurrency",
     "preempted",
     "requests_s",
@@ -62,14 +66,13 @@ FIELDS = (
     "tpot_ratio",
     "peak_MiB",
 )
-LONGEST, GIB = 4096, 1
+LONGEST = 4096
 CLIENT = (
     "from vllm.benchmarks.serve import add_cli_args, main; "
     "from vllm.utils.argparse_utils import FlexibleArgumentParser as P; "
     "p = P(); add_cli_args(p); main(p.parse_args())"
 )
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": str(GIB),
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -120,11 +123,12 @@ class Server:
 
 
 @contextmanager
-def served(setting: str, model: Path, port: int, at_once: int) -> Iterator[Server]:
+def served(setting: str, model: Path, port: int, at_once: int, mib: int) -> Iterator[Server]:
     """Start a server for this setting, wait until it answers, and end it afterwards.
 
     setting  "stock", or kvfloor's method with its budget
     at_once  most requests in one batch
+    mib      memory for the cache
     """
     own = {} if setting == "stock" else {"KVFLOOR_METHOD": setting}
     with tempfile.NamedTemporaryFile("w", suffix=".log", delete=False) as log:
@@ -132,7 +136,7 @@ def served(setting: str, model: Path, port: int, at_once: int) -> Iterator[Serve
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
             + ["--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager", "--port", str(port)]
             + ["--max-model-len", str(LONGEST), "--max-num-seqs", str(at_once), "--max-num-batched-tokens", "512"]
-            + ["--no-enable-prefix-caching"],
+            + ["--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(mib << 20)],
             env=os.environ | ENVIRONMENT | own,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -203,8 +207,8 @@ def measure(server: Server, load: Load, model: Path, seed: int) -> None:
     )
 
 
-def rows(servers: Sequence[Server], loads: Sequence[Load]) -> list[tuple[object, ...]]:
-    """Return the table: one row per load and setting."""
+def rows(servers: Sequence[Server], loads: Sequence[Load], mib: int) -> list[tuple[object, ...]]:
+    """Return the table: one row per load and setting. mib: memory for the cache."""
     stock, found = servers[0], []
     for load in loads:
         for server in servers:
@@ -225,7 +229,8 @@ def rows(servers: Sequence[Server], loads: Sequence[Load]) -> list[tuple[object,
                 ratio("tpot_ms"),
             ]
             found.append(
-                (server.setting, load.name, load.prompt, server.concurrency, preempted, *figures, server.peak_mib)
+                (server.setting, mib, load.name, load.prompt, load.answer, load.requests)
+                + (server.concurrency, preempted, *figures, server.peak_mib)
             )
     return found
 
@@ -253,6 +258,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24, help="requests of a saturated round")
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second of a saturated round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mib", type=int, default=1024, help="MiB of memory for the cache")
     parser.add_argument("--port", type=int, default=8300)
     parser.add_argument("--at-once", type=int, default=32, help="most requests in a batch")
     given = parser.parse_args()
@@ -262,19 +268,19 @@ def main() -> None:
 
     model, loads = find(given.model, False, print), []
     for prompt in map(int, given.prompts.split(",")):
-        loads.append(Load("paced", prompt, given.answer, 8, float("inf"), 4))
+        loads.append(Load("paced", prompt, given.answer, 4, float("inf"), 4))
         loads.append(Load("saturated", prompt, given.answer, given.requests, given.rate))
     with ExitStack() as stack:
         servers = []
         for i, setting in enumerate(("stock", *given.methods.split(","))):
-            servers.append(stack.enter_context(served(setting, model, given.port + i, given.at_once)))
+            servers.append(stack.enter_context(served(setting, model, given.port + i, given.at_once, given.mib)))
             print(f"{setting}: {servers[-1].concurrency}x", flush=True)
         for seed in range(given.rounds):
             for load in loads:
                 for server in servers:
                     measure(server, load, model, seed)
                     print(seed, load.name, load.prompt, server.setting, server.rounds[load][-1], flush=True)
-        table = rows(servers, loads)
+        table = rows(servers, loads, given.mib)
     lines = ["\t".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row) for row in (FIELDS, *table)]
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(*lines, sep="\n")
