@@ -23,7 +23,7 @@ ALIGNMENT = 16
 """Every field starts at a multiple of so many bytes, and the block's size is one."""
 
 _NUMBERS = {bool: torch.int64, int: torch.int64, float: torch.float64}
-_DERIVED = ("capacity", "offset")  # of an arena: they follow from the method and the spec, and differ with n
+_DERIVED = ("capacity", "offset")  # of an arena: every opened state has them, so their bytes in a block are not used
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class Layout:
         """
         for path, field in self.paths.items():
             owner, name = _owner(state, path)
+            if name in _DERIVED:
+                continue
             source, now = views[field][block], getattr(owner, name)
             if not isinstance(now, Tensor):
                 setattr(owner, name, type(now)(source.item()))
@@ -154,7 +156,7 @@ class Layout:
         if any(path not in self.paths for path, _ in _attributes(state)):
             new = next(".".join(path) for path, _ in _attributes(state) if path not in self.paths)
             raise ValueError(f"{new} of {state.method} has no place in its block: `reserve` must make it at once")
-        values = [_value(state, field.path) for field in self.fields]
+        values = [getattr(*_owner(state, field.path)) for field in self.fields]
         for field, value in zip(self.fields, values, strict=True):
             if value is None or (isinstance(value, Tensor) and value.numel() != n * prod(field.shape)):
                 raise ValueError(f"{field.name} of {state.method} no longer fits its block: its memory is not constant")
@@ -162,10 +164,8 @@ class Layout:
             view = views[field.name]
             if not isinstance(value, Tensor):
                 view[ids] = value
-            elif n == 1 and value.data_ptr() == view[ids[0]].data_ptr():
-                continue  # bound to the block
-            elif field.path[-1] == "offset":  # within the block, whatever the number of requests
-                view[ids] = value.view(n, -1)[:1].to(view.device)
+            elif field.path[-1] in _DERIVED or (n == 1 and value.data_ptr() == view[ids[0]].data_ptr()):
+                continue  # the same in every state, or bound to the block
             else:
                 view[ids] = value.view(n, *view.shape[1:]).to(view.device)
 
@@ -189,11 +189,6 @@ def _owner(state: State, path: tuple[str, ...]) -> tuple[Any, str]:
     for name in path[:-1]:
         part = getattr(part, name)
     return part, path[-1]
-
-
-def _value(state: State, path: tuple[str, ...]) -> Any:
-    owner, name = _owner(state, path)
-    return getattr(owner, name)
 
 
 assert SCALAR_BYTES == torch.int64.itemsize == torch.float64.itemsize  # a number takes as much in a block as in a state

@@ -28,7 +28,7 @@ class Served:
     spec    the sizes: one row per kv head of this process
     g       query heads per kv head
     tokens  most tokens of a request
-    heads   index in the whole model of this process's first kv head
+    first   index in the whole model of this process's first kv head
     nbytes  bytes of the block that holds the state
     """
 
@@ -36,7 +36,7 @@ class Served:
     spec: Spec
     g: int
     tokens: int
-    heads: int
+    first: int
     nbytes: int
 
     def at(self, layer: int, device: torch.device) -> Spec:
@@ -45,7 +45,7 @@ class Served:
         Its random draws are those of the first sequence of a batch in kvfloor's cache for transformers, for every
         request. So no request depends on its neighbours.
         """
-        heads = range(self.heads, self.heads + self.spec.rows)
+        heads = range(self.first, self.first + self.spec.rows)
         return replace(
             self.spec,
             device=device,
