@@ -23,10 +23,10 @@ _MARK = "kvfloor8437mark"  # marks a place in a text while a template is rendere
 class Chat:
     """Decide which tasks' samples are put into the model's chat template.
 
-    wish   the user's choice. "on": all tasks; "off": none; "auto": the tasks whose questions ask an assistant for an
-           answer; the questions of the other tasks are unfinished texts, which the answer continues
-    count  function that returns the number of tokens of a text as a user's turn, with the template's own tokens; None
-           if the tokenizer has no template, so that nothing can be put into it
+    wish   the user's choice. "on": all tasks. "off": none. "auto": the tasks whose questions ask an assistant for an
+           answer; a question of another task is an unfinished text, which the answer continues
+    count  function that returns the number of tokens of a text as a user's turn, the template's own tokens included;
+           None if the tokenizer has no template: then no task's samples are put into one
     """
 
     wish: Wish = "auto"
@@ -64,21 +64,21 @@ def chosen_chat(wish: Wish, template: Template | None, model: str) -> Chat:
 
 @dataclass(frozen=True)
 class Template:
-    """Render conversations by a tokenizer's chat template, and cut them into the texts that an audit feeds in turn."""
+    """Render conversations by the chat template of `tokenizer`, and cut them into the texts to feed to the model."""
 
     tokenizer: Any
 
     @classmethod
     def of(cls, tokenizer: Any) -> Template | None:
-        """Return the chat template of a tokenizer, or None if it has none."""
+        """Return a `Template` for this tokenizer, or None if it has no chat template."""
         return cls(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
     def first(self, context: str, question: Question) -> tuple[str, str]:
-        """Render a context with its first question, and return the text up to the context's end and the text after it.
+        """Render a context with its first question, and return (text up to the context's end, text after it).
 
-        Context and question form one turn of the user. The second text goes on to the place where the model generates
-        its answer: it has the question, the start of the assistant's turn, and the answer's first words that the model
-        is given. Raises ValueError if the template changes the text of a user's turn.
+        Context and question form one turn of the user. The second text ends where the model is to generate its answer:
+        it has the question, the start of the assistant's turn, and the answer's first words, `question.opening`. Raises
+        ValueError if the template changes the text of a user's turn.
         """
         ask = apart(question.ask)
         before, _, after = self._render([("user", f"{context}{_MARK}{ask}")]).partition(_MARK)
@@ -90,8 +90,8 @@ class Template:
     def later(self, question: Question) -> str:
         """Return the text to feed between a generated answer and the answer to the next question.
 
-        It ends the assistant's turn, asks `question` in a turn of the user, and begins the next turn of the assistant
-        with the answer's first words that the model is given.
+        `question` is the next question. The text ends the assistant's turn, asks the question in a turn of the user,
+        and begins the next turn of the assistant with the answer's first words, `question.opening`.
         """
         text = self._render([("user", "x"), ("assistant", _MARK), ("user", question.ask.strip())])
         return text[text.rindex(_MARK) + len(_MARK) :] + question.opening.strip()

@@ -42,6 +42,8 @@ class Clock:
     def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int, must: bool = True) -> None:
         """Estimate the time of all texts from the exact cache's time on the first one, and announce the estimate.
 
+        The estimate also sets `per_token` and `reserved`.
+
         exact_seconds  seconds that the exact cache's predictions on the first text took
         tokens         number of tokens of one text
         settings       number of settings that read each text

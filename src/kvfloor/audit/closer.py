@@ -51,9 +51,9 @@ class Closer:
     examples: tuple[SideBySide, ...] = ()
 
     def write(self, folder: Path) -> None:
-        """Write the maps, floors and examples to three files in `folder`, the audit's, which must exist.
+        """Write the maps, floors and examples to three files in the audit's folder, which must exist.
 
-        They are `output_errors.jsonl`, `text_floors.jsonl` and `examples.jsonl`.
+        The files are `output_errors.jsonl`, `text_floors.jsonl` and `examples.jsonl`.
         """
         errors, floors, examples = (folder / name for name in EXPLANATIONS)
         write_error_maps(errors, self.error_maps)
@@ -64,9 +64,9 @@ class Closer:
 def read_closer(folder: Path, answer: Recommendation) -> Closer:
     """Read the files that `Closer.write` wrote into a folder; return an empty `Closer` if they are missing.
 
-    answer: the recommendation. It may differ from the one at the time of writing, if the rows were judged anew under
-    another limit. An example fits it if it shows, beside `exact`, only the recommended setting and the one with the
-    next fewer bytes, or, if none is recommended, only the setting nearest to safe. Other examples are left out.
+    answer: the recommendation. It may differ from the one at the time of writing, as the rows may be judged anew under
+    another limit. So only examples are returned whose settings, beside `exact`, are the recommended one or the one with
+    the next fewer bytes; if none is recommended, the one nearest to safe.
     """
     if not is_explained(folder):
         return Closer()

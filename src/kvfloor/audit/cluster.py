@@ -1,9 +1,10 @@
 """Measure the settings of an audit on a Ray cluster: each worker is a process with the model in its memory.
 
-The driver (this process) hands out one measurement at a time, and records each row that comes back. A setting is a
-method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A measurement is a
-pair of place and setting, and its result is a row. The setting `exact` keeps every token; the others are compared with
-its rows. The identity of an audit is a dict of all that its rows depend on, such as file digests and versions.
+The driver is the process that the user started. It gives each free worker one measurement, and records each row that
+comes back. A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length,
+protocol). A measurement is a pair of place and setting, and its result is a row. The journal holds the rows, in memory
+and in files. The setting `exact` keeps every token; the others are compared with its rows. The identity of an audit is
+a dict of all that its rows depend on, such as file digests and versions.
 """
 
 from __future__ import annotations
@@ -167,11 +168,11 @@ class Cluster:
         return self._grid
 
     def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
-        """Hand out every measurement that is asked for and not yet in the journal, and add each row to the journal.
+        """Have the workers make every measurement that is asked for and has no row, and add its row to the journal.
 
         asked    function that returns the measurements to make, given the rows so far
         journal  the recorded rows
-        clock    not used: a cluster has no time limit
+        clock    not used: an audit on a cluster has no time limit
         track    function that is called with a line of text before each measurement
         A measurement whose worker died is given to another worker. Raises ValueError if 3 workers (MOST_DEATHS) died on
         one measurement.
@@ -241,7 +242,7 @@ def _ray() -> Any:
 def _connect(ray: Any, address: str | None) -> None:
     """Connect the imported module `ray` to the Ray cluster at an address, or start a cluster on this machine.
 
-    address: such as "host:port"; None: the one in the variable RAY_ADDRESS, or a new cluster here if that is not set.
+    address: such as "host:port"; None: the one in the variable RAY_ADDRESS; if that is not set, a cluster is started.
     Raises ValueError if the cluster cannot be reached.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -265,10 +266,12 @@ def _reach(address: str) -> None:
 
 
 def _count(ray: Any, workers: int | None, threads: int) -> int:
-    """Return the number of workers to start: `workers`, or if that is None, as many as the cluster has processors for.
+    """Return the number of workers to start.
 
-    `ray` is the imported module, connected to the cluster; `threads` the number of processors that each worker takes.
-    Raises ValueError if the workers do not fit into the cluster.
+    ray      the imported module, connected to the cluster
+    workers  the number that the user asked for; None: as many as the cluster has processors for
+    threads  number of processors that each worker takes
+    Raises ValueError if the cluster has too few processors.
     """
     room = int(ray.cluster_resources().get("CPU", 0)) // threads
     if workers is None and room:

@@ -11,9 +11,9 @@ combines the verdicts on a setting, to decide if the setting is safe.
 
 An audit with a time limit is a race: it judges a setting after each text and after each round of samples of a cell
 (round 1 has the first n samples, round 2 the next n). Settings with an open verdict may have more of both. Each such
-judgement is a look. A race's intervals are wide enough to hold after any number of looks. The looks at one cell are
-counted apart from those at the others: a setting must hold on every cell, each at the full level, so cells share no
-error (`audit/recommend.py`).
+judgement is a look. A race's intervals are wide enough to hold after any number of looks. The looks at each cell are
+counted by themselves. The allowed error is not divided among the cells either, as a setting must hold on every one of
+them (`audit/recommend.py`).
 """
 
 import math
@@ -78,8 +78,9 @@ class Standard:
         "holds": a loss of more than `margin` to the exact cache is excluded, at `cell_confidence`. "falls": a loss is
         certain, as the 95 % interval of the score's difference lies below 0. "open": neither. A row of the exact cache
         holds by definition. In a race `row` has the samples of all rounds so far (`audit/rounds.py`), and the intervals
-        hold after any number of rounds: with a true loss of `margin`, "holds" ever comes with probability at most
-        (1 - confidence) / methods, and without a loss "falls" ever comes with probability at most 0.025.
+        hold after any number of rounds. If the true loss is `margin` or more, the probability that any round gives
+        "holds" is at most (1 - confidence) / methods. If there is no loss, the probability that any round gives "falls"
+        is at most 0.025.
         """
         if row.method == "exact" or self.lower_end(row) >= -self.margin:
             return "holds"
@@ -87,15 +88,15 @@ class Standard:
         return "falls" if high < 0 else "open"
 
     def shown_worse(self, row: Row) -> Verdict:
-        """Judge one row of a cell, if texts were read too: return "falls" if a loss is certain, else "holds".
+        """Judge one row of a cell in an audit that also read texts: return "falls" if a loss is certain, else "holds".
 
-        Texts show small losses better than tasks do. So they decide if a setting is safe, and a row can only show that
-        it is not.
+        Texts show small losses better than tasks do. So the texts decide if a setting is safe, and a row of a cell can
+        only show that it is not.
         """
         return "falls" if self.verdict(row) == "falls" else "holds"
 
     def judge_texts(self, rows: Sequence[TextRow]) -> tuple[Divergence, Verdict]:
-        """Return a setting's divergence with its confidence interval, and the verdict on it.
+        """Return (divergence, verdict) of a setting; the divergence has its confidence interval.
 
         "holds": the interval lies below `kl_limit`. "falls": a test shows that the divergence exceeds `kl_limit`.
         "open": neither. The interval's level is `cell_confidence`. In a race it is higher, as part of the allowed error
@@ -127,5 +128,8 @@ class Standard:
         return math.ceil(z * z * (1 - margin) / margin)
 
     def _level(self, confidence: float, look: int) -> float:
-        """Return the level of an interval that in a race, at this look, leaves part of the error for later looks."""
+        """Return the level of an interval at a look, numbered from 1: `confidence`, or more in a race.
+
+        In a race it is higher, as part of the allowed error is kept for later looks.
+        """
         return confidence_of_look(confidence, look) if self.racing else confidence

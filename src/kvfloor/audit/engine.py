@@ -26,7 +26,7 @@ from kvfloor.audit.worker import Worker
 
 
 class Engine(Protocol):
-    """Define the interface of an engine, which makes an audit's measurements and records each row at once."""
+    """Define the interface of an engine: it makes an audit's measurements, and records each row at once."""
 
     @property
     def grid(self) -> Grid:
@@ -38,7 +38,7 @@ class Engine(Protocol):
 
         asked    function that returns the measurements to make, given the rows so far
         journal  the recorded rows
-        clock    time limit, which leaves out places that do not fit
+        clock    decides which places still fit into the time limit; the others are left out
         track    function that is called with a line of text before each measurement
         """
         ...
@@ -83,9 +83,11 @@ class Here:
     def measure(self, asked: Asked, journal: Journal, clock: Clock, track: Callable[[str], None]) -> None:
         """Make every measurement that is asked for and not yet in the journal, and add its row to the journal.
 
-        `asked` returns the measurements to make, given the rows so far. It is called again before each place, as its
-        answer may depend on the rows of the places before. A place that does not fit into the time of `clock` is left
-        out. `track` is called with a line of text before each measurement.
+        asked    function that returns the measurements to make, given the rows so far. It is called again before each
+                 place, as its result may depend on the rows of the places before
+        journal  the recorded rows
+        clock    decides which places still fit into the time limit; the others are left out
+        track    function that is called with a line of text before each measurement
         """
         worker, count, is_first = self._worker, len(self.grid.settings), not journal.rows
         done: set[Place] = set()
@@ -138,5 +140,5 @@ class Here:
 
 
 def exact_row(journal: Journal, place: Place, setting: str) -> AnyRow | None:
-    """Return the row of `exact` on a place, to compare a setting with; None if the setting is `exact` itself."""
+    """Return the row of `exact` on a place, with which that of `setting` is compared; None if `setting` is `exact`."""
     return None if setting == EXACT else journal.rows[place, EXACT]

@@ -1,4 +1,4 @@
-"""Show example answers of the exact cache and of the recommended setting, side by side.
+"""Decode example answers of the exact cache and of the recommended setting, to be read side by side.
 
 A setting is a method with its budget. Each answer is decoded greedily after the same prompt: the model reads the
 context under the setting, the cache is told that the prompt ends (`seal`), the question is fed if there is one, and the
@@ -51,10 +51,10 @@ class Answered:
 
     setting                the setting as text, e.g. `h2o@256`; "exact" for the exact cache
     tokens                 token ids of the answer
-    same                   number of leading tokens that equal the exact cache's
-    agrees, differs, rest  the answer as text, in three pieces: the tokens that `same` counts, the first other token,
-                           and all tokens after it
-    is_same                True if all tokens are the exact cache's; an answer that merely ends earlier is not the same
+    same                   number of tokens from the start of the answer that equal the exact cache's
+    agrees, differs, rest  the answer as text, in three pieces: these `same` tokens, the one token after them, and all
+                           later tokens
+    is_same                True if the answer has exactly the exact cache's tokens; False also if it only ends earlier
     """
 
     setting: str
@@ -68,7 +68,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Hold one prompt, its right answer if there is one, and the answers of exact and of a few settings.
+    """Hold one prompt, its right answer if there is one, and the answers of the exact cache and of a few settings.
 
     kind        "text": a text is continued; "chat": a question about the text is put to a chat model; "task": a sample
                 of a task
@@ -94,9 +94,10 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold one example's token ids: the context, after which the prompt ends, and the question that follows it.
+    """Hold one example's token ids.
 
-    `ask` is empty if the model is to continue the context.
+    context  the context; the cache is compressed at its end
+    ask      the question that follows it; empty if the model is to continue the context
     """
 
     context: list[int]
@@ -166,7 +167,7 @@ class Speaker:
         return Answered(setting, tuple(tokens), same, whole[:start], whole[start:stop], whole[stop:], is_same)
 
     def _length_of_text(self, whole: str, tokens: Sequence[int], count: int) -> int:
-        """Return the number of characters of `whole` that the first `count` tokens fix. `whole` is all tokens' text.
+        """Return the number of characters of `whole`, the text of all `tokens`, that the first `count` tokens make.
 
         If these tokens end in the middle of a character's bytes, that character is not counted.
         """
@@ -179,8 +180,8 @@ class Speaker:
     def chat(self, excerpt: Excerpt) -> Prompt | None:
         """Return the prompt that asks a chat model to summarise the context of an excerpt.
 
-        The result is None if the tokenizer has no chat template, if the template refuses or changes the context, and if
-        the prompt with its answer has more tokens than the model has positions.
+        The result is None if the tokenizer has no chat template, if the template refuses or changes the context, or if
+        prompt and answer together have more tokens than the model has positions.
         """
         tokenizer = self.bench.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
@@ -204,7 +205,7 @@ class Speaker:
 
 
 def _end(text: str) -> str:
-    """Return the last characters of a text, at most _END_CHARACTERS, from the beginning of a word on."""
+    """Return the end of a text, at most _END_CHARACTERS characters, cut at the beginning of a word if possible."""
     if len(text) <= _END_CHARACTERS:
         return text
     end = text[-_END_CHARACTERS:]
@@ -212,10 +213,10 @@ def _end(text: str) -> str:
 
 
 def shown_settings(answer: Recommendation) -> list[str]:
-    """Return the settings, as text, whose answers an example shows under the recommendation `answer`.
+    """Return the settings, as text, whose answers are shown beside the exact cache's, given the recommendation.
 
     These are the recommended setting and the one with the next fewer bytes; if none is recommended, the one that is
-    nearest to safe. The list is empty if no setting was judged.
+    nearest to safe. The list is empty if no setting was judged. `answer` is the recommendation.
     """
     chosen = answer.chosen
     found = [closest_setting(answer)] if chosen is None else [chosen, next_smaller(answer, chosen)]
@@ -274,8 +275,7 @@ def task_examples(
 def _lost_sample(work: Work, rows: Sequence[Row], setting: str) -> int:
     """Return the index of a cell's first sample that exact answers right and the setting wrong; 0 if there is none.
 
-    `work` is the cell (task, context length, protocol) with its samples, `rows` holds every setting's right and wrong
-    answers.
+    `work` is the cell with its samples. `rows` are the results of all settings; they say which answers are right.
     """
     outcomes = {row.method: row.outcomes for row in rows if row.cell == work.cell}
     pairs = zip(outcomes.get("exact", ())[: len(work.items)], outcomes.get(setting, ()), strict=False)
@@ -283,12 +283,12 @@ def _lost_sample(work: Work, rows: Sequence[Row], setting: str) -> int:
 
 
 def write_examples(path: Path, examples: Iterable[SideBySide]) -> None:
-    """Write the examples to an `examples.jsonl` at `path`, one per line, whole or not at all."""
+    """Write the examples to an `examples.jsonl` at `path`, one per line; a failed write leaves the file as it was."""
     replace_file(path, "".join(json.dumps(asdict(one)) + "\n" for one in examples))
 
 
 def read_examples(path: Path) -> list[SideBySide]:
-    """Read the examples that `write_examples` wrote. Raises ValueError naming the file and a line that is not one."""
+    """Read the examples that `write_examples` wrote. Raises ValueError naming the file if a line is no example."""
     read = read_records(path, SideBySide, _MOST_BYTES, "examples.jsonl", "an example")
     try:
         return [replace(one, exact=_read(one.exact), others=tuple(map(_read, one.others))) for one in read]

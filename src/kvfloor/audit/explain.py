@@ -28,8 +28,9 @@ def what_breaks(answer: Recommendation) -> tuple[str, ...]:
     """Return sentences on where the settings of `answer` lose quality: on the task that breaks first, then by method.
 
     Each setting that certainly loses quality on tasks has a weakest cell. The task to which most of these cells belong
-    breaks first. The sentence on it is left out if no setting certainly loses. A method's sentence names its smallest
-    safe setting, and the largest setting that is not shown to hold, with its weakest cell or its divergence.
+    breaks first. The sentence on it is left out if no setting certainly loses. A method's sentence names its safe
+    setting of smallest budget. It also names its setting of largest budget that is not shown to hold, with the weakest
+    cell or the divergence of that one.
     """
     falling = Counter(
         one.weakest.task for one in answer.judged if one.weakest and (one.verdict, one.decided_by) == ("falls", "tasks")
@@ -124,7 +125,8 @@ def _saved(answer: Recommendation, chosen: Judged) -> str:
     """Write a sentence that compares the bytes of `chosen`, the setting that `answer` recommends, with those of exact.
 
     Bytes are those in the model's dtype. If texts were read and the dtype does not have 16 bits, the sentence also
-    compares what both would hold if it had, and a second one names the smallest safe setting then, if it is another.
+    compares the bytes that both would have in a 16-bit dtype. A second sentence follows if another safe setting would
+    have the fewest bytes in that dtype.
     """
     times = f"{smaller_text(chosen.exact_bytes, chosen.state_bytes)} smaller"
     of = counted(len(answer.texts or answer.exact), "text" if answer.texts else "cell")
@@ -210,10 +212,10 @@ def _along_budgets(settings: list[Judged], standard: Standard) -> str:
 
 
 def _room(one: Judged, standard: Standard) -> float:
-    """Return a number that is larger for a setting closer to safe: minus the largest loss that is not excluded.
+    """Return minus the largest loss that is not excluded for a setting: it is larger, the closer the setting to safe.
 
-    That loss is the upper confidence limit of the divergence; if no text was read, the upper confidence limit of
-    exact's score minus the setting's, on its weakest cell, at the confidence of `standard`.
+    The largest loss is the upper confidence limit of the divergence. If no text was read, it is the upper confidence
+    limit of the loss on the setting's weakest cell, at the confidence of `standard`.
     """
     if one.divergence is not None:
         return -one.divergence.kl_high
@@ -222,9 +224,9 @@ def _room(one: Judged, standard: Standard) -> float:
 
 
 def _weakness(one: Judged, standard: Standard) -> str:
-    """Describe where a setting is weakest: its divergence if texts decided the verdict, else its weakest cell.
+    """Describe where a setting is weakest: by its divergence if texts decided the verdict, else by its weakest cell.
 
-    `one` is the verdict on the setting, `standard` has the limit and the confidence that the words name.
+    `one` is the verdict on the setting. `standard` has the limit and the confidence that the description uses.
     """
     if one.decided_by == "texts":
         assert one.divergence is not None and standard.kl_limit is not None

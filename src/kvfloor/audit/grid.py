@@ -22,17 +22,17 @@ Pair: TypeAlias = tuple[Place, str]
 
 
 class Asked(Protocol):
-    """Define the interface of a rule that says which measurements an audit asks for."""
+    """Define the interface of a rule that chooses the measurements of an audit, given the rows so far."""
 
     def __call__(self, rows: Mapping[Pair, AnyRow], /) -> Sequence[Pair]:
-        """Return the measurements that are asked for, given the rows so far, in the order of measuring.
+        """Return all measurements that the audit should make, given the rows so far, in the order of measuring.
 
-        The result includes those that have a row already.
+        Those that have a row already are included.
         """
         ...
 
     def hurry(self) -> None:
-        """Tell the rule that the audit's time is too short for all measurements. A race asks for fewer from now on."""
+        """Tell the rule that the time is too short for all measurements. In a race it returns fewer from now on."""
         ...
 
 
@@ -51,7 +51,8 @@ class Grid:
 
     places    the texts, then the cells of the tasks
     settings  the settings as text, e.g. `h2o@256`; `exact` first
-    further   further passages of the texts and rounds of the cells, for undecided settings in a race; in their order
+    further   further passages of the texts and further rounds of the cells, on which a race measures undecided
+              settings; in the order of measuring
     chat      names of the tasks whose samples are in the model's chat template
     """
 
@@ -73,8 +74,8 @@ class Grid:
     def part(self, shard: tuple[int, int] | None) -> tuple[Pair, ...]:
         """Return the i-th of n parts of the measurements for shard (i, n), i from 1; all measurements for None.
 
-        A part is a run of consecutive measurements, about 1/n of all. It also has `exact` on each of its places, as the
-        other rows of the place are compared with that.
+        The measurements are those of `pairs`. A part is a run of consecutive ones, about 1/n of all. It also has the
+        measurement of `exact` on each of its places, as the other rows of the place are compared with that row.
         """
         if shard is None:
             return self.pairs

@@ -12,17 +12,17 @@ from kvfloor.audit.grid import EXACT, Pair, Place
 
 
 class Handout:
-    """Hand out measurements to workers, each of which keeps in memory what the settings of one place share.
+    """Hand out measurements to workers, each of which keeps in memory the data that the settings of one place share.
 
-    A worker stays on its place while settings are left there. Then it takes a place that no worker is on. If there is
-    none, it helps on the place with the most settings left. The first measurement on a place is that of `exact`. The
+    A worker stays on its place while settings are left there. Then it goes to a place that no worker is on. If there is
+    none, it goes to the place with the most settings left. The first measurement on a place is that of `exact`. The
     others wait until its row is recorded, as their rows are compared with it.
     """
 
     def __init__(self, pairs: Iterable[Pair], recorded: Iterable[Pair]) -> None:
-        """Take the measurements to hand out.
+        """Store the list of measurements to hand out.
 
-        pairs     the measurements; `exact` comes first among those of a place
+        pairs     the measurements; `exact` comes first among those of a place, unless its row is recorded
         recorded  measurements whose rows are recorded already; if `exact` is among them, its place need not wait for it
         """
         self._left: dict[Place, list[str]] = {}
@@ -32,9 +32,9 @@ class Handout:
         self._on: dict[Hashable, Place] = {}
 
     def next(self, worker: Hashable) -> Pair | None:
-        """Choose a measurement for a free worker, and take it off the list.
+        """Choose a measurement for a free worker, remove it from the list, and return it.
 
-        Return None if none can begin now: none is left, or all that are left wait for a row of `exact`.
+        The result is None if none can begin now: none is left, or all that are left wait for a row of `exact`.
         """
         mine, taken = self._on.get(worker), set(self._on.values())
         able = [place for place, left in self._left.items() if left and (left[0] == EXACT or place in self._ready)]
@@ -56,9 +56,9 @@ class Handout:
             left[:] = [setting for setting in left if (place, setting) in wanted]
 
     def lost(self, worker: Hashable, pair: Pair | None) -> None:
-        """Note that a worker died, and put the measurement that it had back on the list.
+        """Note that a worker died, and put the measurement that it was making back on the list.
 
-        pair: that measurement; None if it had none.
+        pair: that measurement; None if the worker was making none.
         """
         self._on.pop(worker, None)
         if pair is not None:

@@ -2,7 +2,8 @@
 
 A setting is a method with its budget. A row is the result of one setting on one text or cell; a cell is a task at a
 context length under a protocol. The exact cache keeps every token; the settings are compared with it. A start is one
-run of the command: an audit that was stopped goes on in a later start.
+run of the command: an audit that was stopped goes on in a later start. An audit with a time limit may read further
+passages of the texts, and further rounds of samples of the cells: round 1 has the first n, round 2 the next n.
 """
 
 from __future__ import annotations
@@ -70,17 +71,17 @@ class Header:
 
     @property
     def grid(self) -> Grid:
-        """Return what is to be measured: the texts, cells and settings, in the order of the rows."""
+        """Return the texts, cells and settings that are to be measured, in the order of the rows."""
         settings = tuple(text for text, _, _ in self.settings)
         return Grid((*self.texts, *self.cells), settings, tuple(self.further), tuple(self.chat))
 
     @property
     def methods(self) -> list[BudgetedMethod]:
-        """Return the settings, with their texts parsed to methods."""
+        """Return the settings, each as a method that was parsed from its text, with its two marks."""
         return [BudgetedMethod(parse(text), baseline, asked) for text, baseline, asked in self.settings]
 
     def write(self, folder: Path) -> None:
-        """Write `audit.json` in a folder, whole or not at all."""
+        """Write `audit.json` to a folder; a failed write leaves the file as it was."""
         replace_file(folder / NAME, json.dumps(asdict(self), indent=1) + "\n")
 
 
@@ -104,5 +105,5 @@ def read_header(folder: Path) -> Header | None:
 
 
 def _place(plain: Sequence[Any]) -> Place:
-    """Return a text or cell that was read from JSON, where it is a plain list."""
+    """Convert a list that was read from JSON to the named tuple of a text (`TextCell`) or of a cell (`Cell`)."""
     return TextCell(*plain) if isinstance(plain[2], int) else Cell(*plain)

@@ -6,10 +6,11 @@ method with its budget; it is good for a head if the relative error of the head'
 or after the compression). Floors are measured on one sample of a cell, or on a text.
 
 A group is one token, or several with nearly the same key. A query reads a group if its attention weight on the group is
-so large that the group's value can be recovered from the answer. A read floor is a lower bound on the bytes that any
-method must hold to answer given queries with an additive error of at most 0.25 (ETA) and probability 0.9 (P), if the
-values are the worst possible in [-1, 1]. A head is compressible if queries can read at most a quarter (COMPRESSIBLE) as
-many groups as the context has tokens.
+so large that the group's value can be recovered from the attention output. Each floor here is a read floor: a lower
+bound on the bytes that any method must hold if, with probability 0.9 (P), its attention output for each query of a
+given set has an additive error of at most 0.25 (ETA), for the worst values in [-1, 1]. One such set is all queries
+whose norm is at most the largest recorded one. A head is compressible if these can read at most a quarter
+(COMPRESSIBLE) as many groups as the context has tokens.
 """
 
 from __future__ import annotations
@@ -59,10 +60,12 @@ class Erring(Protocol):
 class HeadFloor:
     """Hold the read floors of one kv head on one recorded sample of a cell, or on a text. Bytes are of this head alone.
 
+    cell               the cell or text
     layer, head        number of the layer as the model counts it, and of the kv head in it
-    position           index of the layer among those whose cache is compressed, as in `Row.output_error_by_head`
+    position           index of the layer among those whose cache is compressed: the first index of the settings' tables
+                       of errors by layer and head
     tokens             number of tokens of the context
-    readable_groups    number of groups that some query can read, if a query's norm is at most the largest recorded one
+    readable_groups    number of groups that queries can read whose norm is at most the largest recorded norm
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
     asked_floor_bytes  read floor for the queries that were recorded after the context
     exact_bytes        bytes of the context's keys and values
@@ -92,13 +95,17 @@ def with_cell(read: HeadFloor) -> HeadFloor:
 class Head:
     """Hold one kv head's largest floor over all cells and texts, and its cheapest setting that is good on all of them.
 
-    readable_share     groups that queries can read, per token of the context; the largest over the cells
-    floor_bytes        read floor for all queries up to the largest recorded norm; the largest over the cells
-    asked_floor_bytes  read floor for the queries that were recorded after the context; the largest over the cells
-    exact_bytes        bytes of the context's keys and values; the largest over the cells
+    Every number but `layer` and `head` is the largest over the cells and texts.
+
+    layer, head        number of the layer as the model counts it, and of the kv head in it
+    readable_share     number of groups that queries can read whose norm is at most the largest recorded norm, divided
+                       by the number of tokens of the context
+    floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
+    asked_floor_bytes  read floor for the queries that were recorded after the context
+    exact_bytes        bytes of the context's keys and values
     best_method        text of the cheapest good setting; None if only exact is good
-    best_bytes         bytes per kv head of the cheapest good setting; the largest over the cells; None without one
-    best_error         output error of the cheapest good setting; the largest over the cells; None without one
+    best_bytes         bytes per kv head of the cheapest good setting; None without one
+    best_error         relative error of the head's attention output under that setting; None without one
     compressible       True if readable_share is at most COMPRESSIBLE
     """
 
@@ -119,7 +126,7 @@ class Head:
 
 
 def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int = MOST_WORK) -> list[HeadFloor]:
-    """Return the floors of the kv heads of all layers, as one list, on the first sample of a cell or on a text.
+    """Return the read floors of the kv heads of all layers, as one list, on the first sample of a cell or on a text.
 
     cell       the cell or text that was recorded
     traces     the sample's queries, keys and values, one entry per layer
@@ -149,9 +156,9 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
 
 
 def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """Return all (layer, head) places if they are at most `most`, else `most` of them, evenly spaced.
+    """Return `places`, a list of (layer index, kv head), if it has at most `most` entries, else `most` of its entries.
 
-    The first and the last are always included.
+    Those are evenly spaced, and the first and the last are among them.
     """
     if len(places) <= most:
         return places
@@ -159,9 +166,9 @@ def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
 
 
 def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
-    """Return two read floors of one kv head: for all queries up to the largest recorded norm, and for the asked ones.
+    """Return two read floors of one kv head: (for all queries up to the largest recorded norm, for those in `asked`).
 
-    A `Readable` has the floor as `bytes`, and the number of groups that these queries can read as `groups`.
+    A `Readable` has the floor as `bytes`, and the number of groups that its queries can read as `groups`.
 
     head              number of the kv head in its layer
     trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
@@ -232,7 +239,7 @@ def _cheapest(
 
 
 def summary(found: Sequence[Head]) -> str:
-    """Name the compressible kv heads among `found` in one plain sentence; it says so if there are none."""
+    """Write one sentence that names the compressible kv heads among `found`, or that says that there are none."""
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]

@@ -38,7 +38,7 @@ _KINDS: dict[str, tuple[type, int, str]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold one measured row. With the row of `exact` on a cell come the floors of the model's kv heads there."""
+    """Hold one measured row, and the floors of the model's kv heads on its cell; only a row of `exact` has floors."""
 
     row: AnyRow
     floors: tuple[HeadFloor, ...] = ()
@@ -71,7 +71,7 @@ class Journal:
         """Read the rows in the folder if they belong to the audit of this identity; return True if they do.
 
         identity: all that the audit's rows depend on, as plain JSON types. A line that was cut off while it was written
-        is removed, and so are floors without the row of `exact` that came with them.
+        is removed. Floors are written before the row of `exact` on their cell; those without this row are removed too.
         """
         self.header = read_header(self.folder)
         if self.header is None or self.header.identity != identity:
@@ -118,7 +118,7 @@ class Journal:
         self._take((*measured.floors, row))
 
     def finish(self, kept: Collection[Pair], minutes: float | None, notes: Sequence[str]) -> None:
-        """Keep only the rows of the pairs `kept`, sort the files, and note that the audit came to its end.
+        """Keep only the rows of the pairs `kept`, and write the files anew; `audit.json` then says that the audit ended.
 
         minutes  the audit's time limit; None: no limit
         notes    sentences for the report

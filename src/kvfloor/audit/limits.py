@@ -18,8 +18,8 @@ from kvfloor.audit.rows import Cell, Row
 def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
     """Return the cells on which the exact cache scores below `least`, each with the exact cache's row.
 
-    rows: the rows so far, by measurement. The first round of a cell's samples decides; further rounds of it, in an
-    audit with a time limit, do not.
+    rows: the rows so far, by measurement. An audit with a time limit may measure a cell on several rounds of samples
+    (the first n, the next n, ...); only the score of the first round counts here.
     """
     return {
         row.cell: row
@@ -29,7 +29,7 @@ def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
 
 
 def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: float) -> list[Pair]:
-    """Return the measurements `pairs`, less those on left-out cells; there only the exact cache is measured.
+    """Return the measurements `pairs`; of those on left-out cells, only the exact cache's remain.
 
     A cell is left out if the exact cache's row, among the `rows` so far, has a score below `least`.
     """
@@ -39,7 +39,7 @@ def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Define the rule that asks for a fixed list of measurements, without those on left-out cells.
+    """Ask for a fixed list of measurements; of those on left-out cells, only for the exact cache's.
 
     pairs        the measurements
     least_exact  score of the exact cache below which a cell is left out
@@ -49,20 +49,20 @@ class Fixed:
     least_exact: float
 
     def __call__(self, rows: Mapping[Pair, AnyRow], /) -> list[Pair]:
-        """Return the measurements that are asked for, given the rows so far."""
+        """Return the measurements that are asked for, given the rows so far; those with a row are included."""
         return without_left_out(self.pairs, rows, self.least_exact)
 
     def hurry(self) -> None:
-        """Do nothing when told that time is short: the list stays as it is.
+        """Do nothing: the list stays as it is when the time is too short for all of it.
 
-        The audit then leaves out places that do not fit, one by one.
+        Whoever measures the list then leaves out each place that does not fit into the time.
         """
 
 
 def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:
-    """Return at most one sentence: it names the left-out cells, and says what to do about them.
+    """Return at most one sentence, in a tuple: it names the left-out cells, and says what to do about them.
 
-    weak   the exact cache's row on each of these cells
+    weak   the exact cache's row on each left-out cell
     least  score below which they were left out
     The tuple is empty if no cell was left out.
     """
@@ -76,5 +76,8 @@ def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:
 
 
 def chat_notes(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Return at most one sentence: it names the tasks whose samples were put into the model's chat template."""
+    """Return a tuple with one sentence that names `tasks`, whose samples were put into the model's chat template.
+
+    The tuple is empty if there are no such tasks.
+    """
     return (f"Asked in the model's chat template: {', '.join(tasks)}.",) if tasks else ()

@@ -43,8 +43,8 @@ BATCH_BYTES = 2**29  # the most that the exact cache of a batch may take, unless
 class Turn:
     """Hold one question to every sample of a cell, as token ids.
 
-    asks     per sample, the tokens to feed before the answer is decoded: the question. Of the first question under
-             "visible" it is the last token alone, as the others were fed with the context
+    asks     per sample, the tokens to feed before the answer is decoded: those of the question. For the first question
+             under "visible" it is its last token alone, as its other tokens are fed with the context
     answers  per sample, the tokens of the right answer
     most     largest number of tokens to decode
     """
@@ -58,14 +58,14 @@ class Turn:
 class Prepared:
     """Hold a cell's samples as token ids, and the traces of the first few samples.
 
-    In a further round of samples the traces are of two tokens alone: they show the shapes of keys and values, and no
-    error is measured on them.
+    In a further round of samples the traces have two tokens alone, as no error is measured on them: only the shapes of
+    their keys and values are used.
 
     work      the cell with its samples as text
     contexts  per sample, the tokens of the prompt: the context and, under "visible", the question without its last
               token
-    turns     the questions that follow the end of the prompt, one after the other
-    traces    the traces of the first samples, TRACED_SAMPLES at most, one entry per layer
+    turns     the questions that are asked after the end of the prompt, one after the other
+    traces    the traces of the first samples, TRACED_SAMPLES (4) at most, one entry per layer
     batches   indices of the samples that run together, with an object that feeds their prompts to a setting's cache
     """
 
@@ -80,7 +80,7 @@ class Prepared:
 class Measurement:
     """Record one setting's answers on the samples of a cell, with the bytes and times per sample.
 
-    The times and bytes of a batch of samples are divided by their number.
+    Samples run in batches: the times and bytes of a batch are divided by its number of samples.
 
     right                one 0 (wrong) or 1 (right) per sample
     parts                name of each part of the answers -> share, from 0 to 1, that its check gave; mean over samples
@@ -116,11 +116,14 @@ class ExactOutcome(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Hold the results of one batch of samples. Bytes are those of all its samples together.
+    """Hold the results of one batch of samples. Bytes are of the caches of all its samples together.
 
-    said        the decoded tokens of each sample, one list per question
-    prefill_ms  milliseconds to read the prompts of all samples
-    steps_ms    milliseconds of each decoding step, divided by the number of samples
+    said              the decoded tokens: said[sample][question] is a list of token ids
+    state_bytes       bytes of the caches at the end of the prompts
+    peak_state_bytes  the most bytes of the caches at any moment
+    bytes_read        bytes of the caches that are read to produce one token of each sample
+    prefill_ms        milliseconds to read the prompts of all samples
+    steps_ms          milliseconds of each decoding step, divided by the number of samples
     """
 
     said: list[list[list[int]]]
@@ -132,15 +135,20 @@ class _Run(NamedTuple):
 
 
 def _token_bytes(recorded: Sequence[traces.Trace]) -> int:
-    """Return the bytes of a token's keys and values in all layers of the exact cache."""
+    """Return the bytes of one token's keys and values in all layers of the exact cache.
+
+    recorded: traces, one entry per layer; they give the number of kv heads, the widths and the dtype.
+    """
     return sum(one.kv_heads * (one.k.shape[2] + one.v.shape[2]) * one.k.element_size() for one in recorded)
 
 
 def _batches(lengths: Sequence[int], token_bytes: int) -> list[range]:
-    """Divide samples with prompts of these lengths in tokens into batches whose exact caches take BATCH_BYTES at most.
+    """Divide samples into batches, each with an exact cache of at most BATCH_BYTES, and return their ranges of indices.
 
-    A token takes `token_bytes` in the exact cache. Returns the indices of each batch's samples. The batches follow one
-    another and differ by at most one sample in size. Each has at least one sample, even if that one takes more.
+    lengths      length of each sample's prompt in tokens
+    token_bytes  bytes of a token in the exact cache
+    The batches cover the samples in their order, and differ by at most one sample in size. A sample that alone exceeds
+    BATCH_BYTES still gets a batch.
     """
     most = max(1, BATCH_BYTES // (max(lengths) * token_bytes))
     count = -(-len(lengths) // most)
@@ -149,10 +157,11 @@ def _batches(lengths: Sequence[int], token_bytes: int) -> list[range]:
 
 
 class Bench:
-    """Measure settings on one model with its tokenizer. `kvfloor.hf.prepare` made it ready for compressed caches.
+    """Measure settings on one model, which `kvfloor.hf.prepare` made ready for compressed caches, with its tokenizer.
 
     seed          seed of the random draws of methods
-    extra_tokens  number of tokens that an answer is decoded beyond the length of the right one, to see if it goes on
+    extra_tokens  number of tokens that are decoded beyond the length of the right answer: an answer that goes on is
+                  wrong
     """
 
     def __init__(
@@ -160,8 +169,8 @@ class Bench:
     ) -> None:
         """Build the bench.
 
-        methods: those that will be measured. Where several of them compress only at the prompt's end, the model runs
-        over a cell's prompts once for all of these, unless a record of the run would be too large.
+        methods: those that will be measured. Those of them that compress only at the prompt's end share one run of the
+        model over a cell's prompts, unless the record of the run would be too large.
         """
         self.model, self.tokenizer, self.seed, self._methods = model, tokenizer, seed, methods
         self._extra_tokens = extra_tokens  # an answer that goes on for these is wrong
@@ -178,9 +187,9 @@ class Bench:
     def prepare(self, work: Work) -> Prepared:
         """Return a cell's samples as token ids, cut at the end of the prompt, with the traces of the first few.
 
-        `work` is the cell with its samples as text. The prompt is the context under the protocol "after". Under
-        "visible" it is the context and the question without its last token, as feeding that token gives the first
-        logits of the answer.
+        `work` is the cell with its samples as text. Under the protocol "after" the prompt is the context. Under
+        "visible" it is the context and the question without its last token. That token is fed after the cache is
+        sealed, to get the first logits of the answer.
         """
         contexts = []
         per_turn: list[Turn] = [Turn([], [], 0) for _ in work.items[0].turns]
@@ -208,7 +217,7 @@ class Bench:
         return Prepared(work, contexts, per_turn, recorded, batches)
 
     def _traced(self, contexts: Sequence[Sequence[int]]) -> int:
-        """Return how many of a cell's samples are recorded as traces: 1 to TRACED_SAMPLES, as the memory allows.
+        """Return how many of a cell's samples are recorded in the traces: 1 to TRACED_SAMPLES, as TRACED_BYTES allows.
 
         contexts: token ids of the prompt, per sample.
         """

@@ -1,4 +1,4 @@
-"""Merge the parts of an audit, which were measured in folders of their own, into one audit with a recommendation.
+"""Merge the parts of an audit, each measured in its own folder, into one audit with a recommendation.
 
 A part is what one call of `kvfloor audit --shard I/N` measured. A setting is a method with its budget. A place is a
 text, or a cell of the tasks (task, context length, protocol). A measurement is a pair of place and setting, and its
@@ -43,7 +43,7 @@ def merge(
     command: str = "kvfloor merge",
     announce: Callable[[str], None] = print,
 ) -> Answer:
-    """Merge the rows of an audit's parts into the folder `out`, and return the results of the whole.
+    """Merge the rows of an audit's parts into the folder `out`, and return the results of the merged audit.
 
     folders   the `--out` folders of the parts
     kl_limit  largest tolerated divergence from the exact cache, nats per token
@@ -111,7 +111,7 @@ def _rows(folders: Sequence[Path]) -> dict[Pair, AnyRow]:
 def _floors(folders: Sequence[Path]) -> dict[Cell, list[HeadFloor]]:
     """Return the kv heads' floors of all parts, by cell.
 
-    The floors of a cell are those of the first folder that has them together with the exact cache's row on the cell.
+    The floors of a cell are taken from the first folder that has them and the exact cache's row on that cell.
     """
     found: dict[Cell, list[HeadFloor]] = {}
     for folder in folders:
@@ -125,11 +125,11 @@ def _floors(folders: Sequence[Path]) -> dict[Cell, list[HeadFloor]]:
 
 
 def _require_all(whole: Header, rows: dict[Pair, AnyRow]) -> None:
-    """Raise ValueError naming the measurements of the audit that no part has; return if there are none.
+    """Raise ValueError, naming the missing measurements, unless every measurement of the audit has a row.
 
     whole  the audit's description, which lists its places and settings
     rows   the rows of all parts
-    Cells on which the exact cache scores too low need the exact cache's row alone.
+    On a cell on which the exact cache scores too low, only the exact cache's row is required.
     """
     pairs = without_left_out(whole.grid.pairs, rows, whole.least_exact)
     missing = [pair for pair in pairs if pair not in rows]

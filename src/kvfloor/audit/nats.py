@@ -1,9 +1,10 @@
 """Compare a method's next-token distributions with the exact cache's on a text, in nats, token by token.
 
-The model reads the first part of a text (the context) under the method, and the cache is sealed (end of the prompt).
-Then the model predicts each token of the rest (the continuation) from the true tokens before it, while the method keeps
-running. The tokens of the continuation are the scored tokens. p is the exact cache's distribution of a token, q the
-method's. The definitions are those of llama.cpp's `--kl-divergence`, whose natural logarithms make nats.
+The exact cache keeps every token. The model reads the first part of a text (the context) under the method, and the
+cache is told that the prompt ends. Then the model predicts each token of the next part (the continuation) from the true
+tokens before it, while the method goes on compressing. The tokens of the continuation are the scored tokens. p is the
+exact cache's distribution of a token, q the method's. The definitions are those of llama.cpp's `--kl-divergence`; its
+logarithms are natural, so the unit is the nat.
 
 A setting is a method with its budget. A block is a run of about BLOCK_TOKENS (64) scored tokens, whose mean is one
 observation of a confidence interval. An audit with a time limit is a race: it judges a setting after every text. Each
@@ -37,7 +38,7 @@ _TOKENS_AT_ONCE = 64
 
 
 class TextCell(NamedTuple):
-    """Identify a text, with the numbers of its tokens that are the context and the scored continuation."""
+    """Identify a text by its name, with its numbers of tokens of context and of scored continuation."""
 
     text: str
     context: int
@@ -49,7 +50,7 @@ class TextCell(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Hold what is measured at each scored token.
+    """Hold the figures of a method on a text, one entry per scored token.
 
     kl          KL(p || q), nats: how far the method's distribution is from the exact one
     loss        -log q(token), nats
@@ -66,8 +67,10 @@ class TokenFigures:
 def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[Tensor]) -> TokenFigures:
     """Return the figures of each scored token, from the logits of the exact cache and of a method on one text.
 
-    exact, method  logits (c, vocabulary) of each piece, a run of c scored tokens
-    tokens         token ids (c,) of each piece; the pieces are the same in all three
+    The scored tokens come in pieces, i.e. runs of c tokens; all three arguments have the same pieces.
+
+    exact, method  logits (c, vocabulary) of each piece under the exact cache and under the method
+    tokens         token ids (c,) of each piece
     All sums are float64.
     """
     parts: list[tuple[Tensor, ...]] = []
@@ -108,12 +111,12 @@ class TextRow:
     state_bytes            bytes at the end of the context
     peak_state_bytes       the most bytes at any moment
     exact_bytes            bytes of the exact cache at the end of the context, in the model's own dtype
-    state_16_bit_bytes     bytes at the end of the context if the model's dtype had 16 bits; `exact_16_bit_bytes` those
-                           of the exact cache
+    state_16_bit_bytes     bytes at the end of the context if the model's dtype had 16 bits; `exact_16_bit_bytes` is the
+                           same for the exact cache
     floor_bytes            lower bound on the bytes that any method needs, for worst-case keys and values
     token_id_bytes         bytes of the context's token ids, from which the model could recompute the cache:
                            context x log2(vocabulary) / 8
-    seconds                time to read context and continuation
+    seconds                time to read context and continuation, in seconds
     """
 
     method: str
@@ -191,8 +194,8 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
     """Summarise the rows of one setting, one per text.
 
     The intervals show how far the figures could move on other passages like these. They are computed by resampling the
-    blocks of all texts together. Raises ValueError for rows of several settings, and for texts with fewer blocks than
-    an interval needs.
+    blocks of all texts together. Their level is `confidence`. Raises ValueError for rows of several settings, and if
+    all texts together have fewer blocks than an interval needs.
     """
     if len({row.method for row in rows}) != 1:
         raise ValueError("summarise the rows of one setting at a time")
@@ -217,14 +220,14 @@ def divergence(rows: Sequence[TextRow], confidence: float = 0.95) -> Divergence:
 
 
 def block_means(rows: Iterable[TextRow]) -> list[float]:
-    """Return the mean KL of each block of scored tokens of a setting's rows, row by row, in nats per token."""
+    """Return the mean KL of each block of scored tokens, in nats per token, for one setting's rows in their order."""
     return [total / count for row in rows for total, count in blocks(row.kl, BLOCK_TOKENS)]
 
 
 def looks(rows: Iterable[TextRow]) -> int:
-    """Return the number of looks at a setting, given its rows in the order of reading; at least 1.
+    """Return how many times a race has judged a setting, given its rows in the order of reading; at least 1.
 
-    A race judges a setting after each text, but not before the texts read so far have FIRST_LOOK blocks together.
+    A race judges a setting after each text, but only once the texts read so far have FIRST_LOOK blocks together.
     """
     counts = accumulate(len(blocks(row.kl, BLOCK_TOKENS)) for row in rows)
     return max(1, sum(count >= FIRST_LOOK for count in counts))
@@ -232,10 +235,23 @@ def looks(rows: Iterable[TextRow]) -> int:
 
 @dataclass(frozen=True)
 class TextSummary:
-    """Hold one line of an audit's table of texts: a setting, its bytes and its divergence from the exact cache.
+    """Hold one setting's figures over all texts: its bytes, and its divergence from the exact cache.
 
-    Bytes are means over the texts of a cache's bytes at the end of the context; `peak_state_bytes` is the largest peak.
-    `texts` is the number of texts, `seconds` the time of all of them. `figures` are taken over all scored tokens.
+    Bytes are means over the texts of the bytes at the end of the context, but for the peak.
+
+    setting             the setting as text, e.g. `h2o@256`
+    configuration       the setting without its budget, e.g. `h2o`
+    baseline            True for the settings that every audit compares with
+    budget_tokens       tokens kept per kv head; None if the budget is not one number
+    state_bytes         bytes of the setting's cache; `exact_bytes` is the same for the exact cache
+    peak_state_bytes    the most bytes of the setting's cache at any moment, on any text
+    state_16_bit_bytes  bytes of the setting's cache if the model's dtype had 16 bits; `exact_16_bit_bytes` is the same
+                        for the exact cache
+    floor_bytes         lower bound on the bytes that any method needs, for worst-case keys and values
+    token_id_bytes      bytes of the context's token ids
+    seconds             time to read all texts, in seconds
+    texts               number of texts
+    figures             KL and other figures of the predictions, over the scored tokens of all texts
     """
 
     setting: str
@@ -284,7 +300,7 @@ def summaries(rows: Sequence[TextRow], racing: bool = False, confidence: float =
 
 
 def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
-    """Write the rows as JSON lines (`nats.jsonl`) to `path`, one row per line, whole or not at all."""
+    """Write the rows to a `nats.jsonl` at `path`, one per line; a failed write leaves the file as it was."""
     write_records(path, rows)
 
 
@@ -294,5 +310,5 @@ def read_text_rows(path: Path) -> list[TextRow]:
 
 
 def _short(column: Iterable[float]) -> tuple[float, ...]:
-    """Round one figure of all scored tokens, such as their KL, to the digits that the file keeps (_DIGITS)."""
+    """Round each value, such as the KL of each scored token, to the significant digits kept in the file (_DIGITS)."""
     return tuple(float(f"{x:.{_DIGITS}g}") for x in column)

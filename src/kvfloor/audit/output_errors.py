@@ -43,10 +43,12 @@ class ErrorMap:
     text                  the text's name
     context               number of tokens of context that were recorded; fewer than the audit's context if that was too
                           long
-    continuation          number of tokens after the context whose queries were answered, with the method running on
-    state_bytes           bytes of the setting's cache at the end of the audit's context
+    continuation          number of tokens after the context whose queries were answered; the method goes on compressing
+                          during these
+    state_bytes           bytes of the setting's whole cache at the end of the audit's context
     layers                numbers of the layers whose cache is compressed, as the model counts them
-    output_error_by_head  ||answers - exact|| / ||exact|| of the attention output, same queries: (layers, kv heads)
+    output_error_by_head  ||output - exact|| / ||exact||: (layers, kv heads). `output` is the attention output under the
+                          setting, `exact` that of exact attention for the same queries
     """
 
     method: str
@@ -78,13 +80,16 @@ def map_errors(
     rows: Sequence[TextRow],
     progress: Callable[[str], None],
 ) -> tuple[list[ErrorMap], list[HeadFloor]]:
-    """Record the model on an excerpt; return every setting's error map, and the memory floors of the model's kv heads.
+    """Run the model on an excerpt, and return (the settings' error maps, the memory floors of the model's kv heads).
 
-    An excerpt is the context and the continuation that an audit reads of a text. A floor is a lower bound on the bytes
-    that any method needs for a head. `rows` are the settings' results on the texts; those on this excerpt give the
-    bytes. A setting without a row on it gets no map. The setting `exact`, whose error is zero, gets no map. There are
-    no floors if the context was too long to be recorded whole. `progress` is called with a line of text before each
-    step.
+    A floor is a lower bound on the bytes that any method needs for a head.
+
+    settings  the settings of the audit. One without a row on this excerpt gets no map, nor does `exact`, whose error is
+              zero
+    excerpt   the context and the continuation that the audit reads of a text, as token ids
+    rows      the settings' results on the texts; those on this excerpt give the bytes
+    progress  function that is called with a line of text before each step
+    The list of floors is empty if the context was too long to be recorded from beginning to end.
     """
     context, asked = _that_fit(model, excerpt)
     progress(f"{excerpt.cell}: recording the attention's inputs")
@@ -107,7 +112,7 @@ def map_errors(
 
 
 def write_error_maps(path: Path, maps: Iterable[ErrorMap]) -> None:
-    """Write the maps to an `output_errors.jsonl` at `path`, one per line, whole or not at all."""
+    """Write the maps to an `output_errors.jsonl` at `path`, one per line; a failed write leaves the file as it was."""
     write_records(path, maps)
 
 
@@ -117,9 +122,10 @@ def read_error_maps(path: Path) -> list[ErrorMap]:
 
 
 def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
-    """Return the token ids of an excerpt to record: its context, and the next 64 (ASKED), whose queries are answered.
+    """Return (context, next tokens): the token ids of an excerpt on which the model is recorded.
 
-    If the model's recorded tensors would exceed MOST_RECORDED_BYTES, only the beginning of the context is taken.
+    The next tokens are the 64 (ASKED) after the context, whose queries are answered. If the recorded tensors would
+    exceed MOST_RECORDED_BYTES, the context is cut to its beginning, and the next tokens are those after the cut.
     """
     most = MOST_RECORDED_BYTES // traces.token_bytes(model)
     ids = excerpt.context + excerpt.continuation
@@ -128,9 +134,10 @@ def _that_fit(model: Any, excerpt: Excerpt) -> tuple[list[int], list[int]]:
 
 
 def _in_tokens(method: Method, recorded: Sequence[traces.Trace], length: int) -> Method:
-    """Return the method with its budget in tokens per kv head, for a context of `length` tokens.
+    """Return the method with its budget converted to tokens per kv head, for a context of `length` tokens.
 
-    recorded: the recorded queries, keys and values, one entry per layer. Only their number of heads and sizes are used.
+    recorded: the recorded queries, keys and values, one entry per layer. They give the numbers of heads, the widths and
+    the dtype.
     """
     trace = recorded[0]
     places = [(trace.layer, head) for head in range(trace.kv_heads)]

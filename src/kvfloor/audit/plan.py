@@ -1,7 +1,8 @@
-"""Plan an audit's work: the settings (methods x budgets, baselines always in) and the samples of each cell.
+"""Plan what an audit measures: its settings (methods x budgets, and the baselines), and the samples of each cell.
 
-A setting is a method with its budget. A baseline is a setting that every audit compares with. A cell is a task at a
-context length under a protocol: "after" asks a sample's question after its context is compressed, "visible" before.
+A setting is a method with its budget. A baseline is a setting that every audit measures, for comparison. A cell is a
+task at a context length under a protocol: "after" asks a sample's question after its context is compressed, "visible"
+before.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Work:
 
 
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
-    """Return the settings of an audit: every method under every budget, the baselines first, each setting once.
+    """Return the settings of an audit: every method under every budget. The baselines come first; no setting is twice.
 
     methods  texts of methods, e.g. `h2o`. One with a budget, e.g. `h2o@256`, runs under that budget alone; one that
              takes no budget runs once
@@ -150,7 +151,8 @@ def round_work(
 ) -> Work:
     """Return a cell with the `n` generated samples of its round: round 1 has samples 0 to n - 1, round 2 the next n.
 
-    cell         the cell; its task is one of `tasks`, which are names as for `task_work`
+    cell         the cell, with the number of the round
+    tasks        names of the audit's tasks, as for `task_work`; the cell's task is among them
     seed, count  seed of the samples, and function that returns the number of tokens of a text
     chat         rule that decides which tasks are put into the model's chat template
     """
@@ -162,7 +164,11 @@ def round_work(
 def _items(
     task: Task, context: int, indices: range, seed: int, count: Callable[[str], int], chat: Chat
 ) -> tuple[Item, ...]:
-    """Return the generated samples of these indices. Raises ValueError if they differ in their number of turns."""
+    """Return a task's generated samples of these indices, each with a context of at most `context` tokens.
+
+    Tokens are counted by `count`, or by `chat.count` if the task is put into the chat template. Raises ValueError if
+    the samples differ in their number of questions.
+    """
     size = chat.count if chat.takes(task.chat) and chat.count else count
     samples = [task.generate(seed, i, context, count=size) for i in indices]
     items = tuple(Item(one.context, one.turns) for one in samples)

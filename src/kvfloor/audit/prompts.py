@@ -16,8 +16,9 @@ FORMS = ({"prompt", "answer"}, {"context", "question", "answer"})
 def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     """Read a user's samples from JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
 
-    A generated answer counts as right if it begins with "answer". Lines may end in LF or CRLF, and blank ones are
-    skipped. Raises ValueError naming the file and the broken line, and for fewer than `n` samples.
+    A generated answer counts as right if it begins with the text of "answer". Lines may end in LF or CRLF, and blank
+    ones are skipped. All samples are returned. Raises ValueError naming the file and the broken line, and for fewer
+    than `n` samples.
     """
     data = read_regular(path, MOST_PROMPT_BYTES, "prompts file")
     before, zero, _ = data.partition(b"\0")

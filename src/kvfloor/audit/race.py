@@ -1,14 +1,16 @@
-"""Spend an audit's minutes where they decide: clear losers stop early, and close calls read and answer more.
+"""Choose the measurements of an audit with a time limit: settings that clearly lose stop early, undecided get more.
 
 A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A
 measurement is a pair of place and setting; its result is a row. A setting's divergence is its mean KL to the exact
 cache, which keeps every token. A loss on a cell is the exact cache's score (share of right answers) minus the
-setting's. A verdict on a setting is "holds" (its divergence is shown to be below the limit and no task shows a loss; if
-no text is read: a loss of the margin is excluded on every cell), "falls" (its divergence certainly exceeds the limit,
-or a loss on a task is certain) or "open".
+setting's. The margin is the largest tolerated loss, the limit the largest tolerated divergence.
 
-A race is an audit with a time limit. It goes through the texts and cells one by one. From the moment that the time is
-too short for all settings on all of them, a setting that certainly falls stops: it reads no further text and runs no
+A verdict on a setting is one of three. "holds": its divergence is shown to be below the limit, and no task shows a
+loss; if no text is read, a loss above the margin is excluded on every cell. "falls": its divergence certainly exceeds
+the limit, or a loss on a task is certain. "open": neither.
+
+A race is an audit with a time limit. It goes through the texts and cells one by one. Once the time is found to be too
+short for all settings on all of them, a setting whose verdict is "falls" stops: it reads no further text and runs no
 further cell. Only the exact cache never stops.
 
 When all of these are measured, further places follow: the second passages of the texts, then the second rounds of
@@ -16,10 +18,10 @@ samples of the cells, then the third of both, and so on. Round 1 of a cell has i
 Only close calls are measured there. A close call is a setting that could still change the recommendation, and
 
 - on a text, its verdict is open;
-- on a cell, neither a loss of the margin is excluded nor is a loss certain. If texts are read, they show small losses
-  better, so the setting must also have lost more answers there than it gained.
+- on a cell, a loss above the margin is not excluded, and no loss is certain. If texts are read, they show small losses
+  better, so on that cell the setting must also have lost more answers than it gained.
 
-These decisions follow from the rows alone, so an audit that was stopped and goes on decides alike.
+These decisions follow from the rows alone, so an audit that was stopped and resumed decides alike.
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ Rows = Mapping[Pair, AnyRow]
 
 @dataclass
 class Race:
-    """Say which measurements a race asks for.
+    """Choose the measurements of a race, given the rows measured so far.
 
     grid         the places in order, the settings, and the further places
-    standard     the limits and the confidence by which settings are judged
+    standard     the margin, the limit and the confidence by which settings are judged
     least_exact  score of the exact cache below which a cell is left out, i.e. measured with the exact cache alone
     hurried      True if the time is too short for all settings on all places
     """
@@ -57,14 +59,14 @@ class Race:
     _close: dict[Place, frozenset[str]] = field(default_factory=dict)
 
     def hurry(self) -> None:
-        """Stop from now on each setting that certainly falls, as the time is too short for all."""
+        """Note that the time is too short for all settings: from now on each one whose verdict is "falls" stops."""
         self.hurried = True
 
     def __call__(self, rows: Rows, /) -> list[Pair]:
-        """Return the measurements that the race asks for, given the rows so far, in the order of measuring.
+        """Return all measurements of the race that the rows so far call for, in the order of measuring.
 
-        The result includes those that have a row already. It has a further place only if everything before that place
-        is measured.
+        Those that have a row already are included. Measurements on a further place are included only once all those
+        before them have a row.
         """
         weak = left_out(rows, self.least_exact)
         pairs: list[Pair] = []
@@ -86,9 +88,9 @@ class Race:
         return pairs
 
     def note(self, rows: Rows) -> str:
-        """Return sentences on the settings that stopped early and those that were measured further; "" without any.
+        """Name the settings that stopped early and those that were measured on further places, in a few sentences.
 
-        rows: the measured rows.
+        The result is "" if there are none. `rows` are the measured rows.
         """
         texts = [(at, setting) for at, setting in rows if isinstance(at, TextCell)]
         count = Counter(setting for _, setting in texts)
@@ -104,7 +106,10 @@ class Race:
         return " ".join([*said, *self._task_notes(rows, {s for s, n in count.items() if n < first})])
 
     def _task_notes(self, rows: Rows, out: set[str]) -> list[str]:
-        """Return the sentences of `note` on tasks, at most two. The settings `out` stopped on a text already."""
+        """Return at most two sentences: one on settings that stopped early on a task, one on those with more rounds.
+
+        out: settings that stopped on a text already; they are not named again.
+        """
         weak = left_out(rows, self.least_exact)
         cells = [(at, setting) for at, setting in rows if isinstance(at, Cell) and at.first not in weak]
         count = Counter(setting for at, setting in cells if at.round == 1)
@@ -124,9 +129,9 @@ class Race:
         return said
 
     def _falls(self, row: AnyRow, read: list[TextRow]) -> bool:
-        """Return True if a setting certainly falls, given its row on a place.
+        """Return True if a setting's row on a place, with those in `read`, gives the verdict "falls".
 
-        read: the setting's rows of the texts before; a row of a text is added.
+        read: the setting's rows on the texts before. If `row` is of a text, it is appended to this list.
         """
         if isinstance(row, Row):
             return self.standard.verdict(row) == "falls"
@@ -134,10 +139,11 @@ class Race:
         return self.standard.exceeds(read)
 
     def _close_calls(self, place: Place, rows: Rows, weak: Mapping[Cell, Row]) -> frozenset[str]:
-        """Return the close calls that are measured on the further `place`, given the rows of the places before it.
+        """Return the settings to measure on a further place: the close calls that follow from the rows before it.
 
-        weak: the left-out cells, whose rows do not count. The answer for a place is kept, so that it does not change
-        while the place is measured.
+        rows  the measured rows; those on `place` and on later places are not used
+        weak  the left-out cells, whose rows are not used either
+        The answer for a place is stored, so that it does not change while the place is measured.
         """
         if place not in self._close:
             further = self.grid.further
@@ -175,9 +181,9 @@ def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
 def close_calls_on(cell: Cell, rows: Sequence[AnyRow], standard: Standard) -> list[str]:
     """Return the close calls on a cell: settings in doubt there that could still change the recommendation.
 
-    A setting is in doubt on a cell if neither a loss of the margin is excluded nor a loss is certain. If texts were
-    read, it must also have lost more answers on the cell than it gained: then more samples may show a loss, which rules
-    a setting out, also the recommended one.
+    A setting is in doubt on a cell if a loss above the margin is not excluded, and no loss is certain. If texts were
+    read, it must also have lost more answers on the cell than it gained. Then more samples may show a loss, and a
+    setting with a shown loss is not recommended.
 
     cell      the cell, with the samples of any round
     rows      the measured rows of the texts and cells, one per setting, cell and round
@@ -194,7 +200,7 @@ def close_calls_on(cell: Cell, rows: Sequence[AnyRow], standard: Standard) -> li
 
 
 def _recommended(rows: Sequence[AnyRow], standard: Standard) -> Recommendation:
-    """Return the recommendation that follows from the rows so far, under the limit of `standard`."""
+    """Return the recommendation that follows from the rows so far, with the divergence limit of `standard`."""
     assert standard.kl_limit is not None
     texts = [row for row in rows if isinstance(row, TextRow)]
     return recommend(_joined_tasks(rows), texts=texts, kl_limit=standard.kl_limit, racing=True)
@@ -207,9 +213,9 @@ def _joined_tasks(rows: Sequence[AnyRow]) -> list[Row]:
 def _contenders(found: Recommendation) -> list[Judged]:
     """Return the verdicts on the settings that could still change the recommendation `found`.
 
-    A setting can be recommended only if it and every larger budget of its method hold. So a method's hopeful settings
-    are those above its largest budget that falls; all of them, if none falls. They could change the recommendation if
-    one of them has fewer bytes than the recommended setting or is that setting, or if none is recommended yet.
+    A setting can be recommended only if it and every larger budget of its method hold. So the hopeful settings of a
+    method are those with a larger budget than the largest that falls; all of them, if none falls. They are returned if
+    one of them has fewer bytes than the recommended setting, if one of them is that setting, or if none is recommended.
     """
     most = found.chosen.state_bytes if found.chosen else float("inf")
     contenders: list[Judged] = []
@@ -221,7 +227,7 @@ def _contenders(found: Recommendation) -> list[Judged]:
 
 
 def _until_one_falls(budgets: Sequence[Judged]) -> list[Judged]:
-    """Return the settings before the first whose verdict is "falls".
+    """Return the verdicts that come before the first "falls"; all of them if there is none.
 
     budgets: the verdicts on one method's settings, from the largest budget down.
     """

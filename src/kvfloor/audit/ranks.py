@@ -1,8 +1,12 @@
 """Measure on a model that is sharded by tensor parallelism over several processes, the ranks: rank 0 leads the others.
 
-Rank 0 runs the audit: it alone plans, reads the clock, writes files and prints. Before it measures anything, it tells
-the other ranks what, and all ranks make the same call of the same worker, because a forward of a sharded model needs
-them all. Afterwards they wait for each other. What the other ranks find is the same, and is dropped.
+Rank 0 runs the audit: it alone plans, reads the clock, writes files and prints. Each rank has a `Worker`, which holds
+its part of the model and measures. A forward of a sharded model needs all ranks. So rank 0 sends each call of its
+worker to the other ranks, and these make the same call. Afterwards all ranks wait for each other. The results are the
+same on all ranks; only rank 0 uses them.
+
+A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A row
+is the result of one setting on one place. The setting `exact` keeps every token.
 """
 
 from __future__ import annotations
@@ -33,13 +37,13 @@ _calls: Any = None  # the group of all ranks, on the CPU, through which rank 0 t
 
 
 def ranks_started() -> tuple[int, int] | None:
-    """Return (rank, number of ranks) of this process, as torchrun sets them in the environment; None if it did not."""
+    """Return (rank of this process, number of ranks), which torchrun sets in the environment; None if it did not."""
     rank, count = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     return None if rank is None or count is None else (int(rank), int(count))
 
 
 def join() -> None:
-    """Connect this process with the other ranks; each calls this once. Raises ValueError where GPUs are too few."""
+    """Connect this process with the other ranks. Every rank calls this once. Raises ValueError if GPUs are too few."""
     global _calls
     backend, place = "gloo", int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -54,10 +58,15 @@ def join() -> None:
 
 
 class Lead:
-    """Measure as a `Worker` does, on rank 0: tell the other ranks each call, which they make too."""
+    """Measure on rank 0 with the methods of a `Worker`; each call is sent to the other ranks, which make it too."""
 
     def __init__(self, question: AuditRequest, folder: Path, track: Callable[[str], None]) -> None:
-        """Load this rank's part of the model in `folder`; arguments and errors as for a `Worker`."""
+        """Load the model in `folder` on all ranks, each its own part, and make the texts and samples of the audit.
+
+        question  the arguments of the audit
+        track     function that is called with a line of text before each long step
+        Raises ValueError for a text that is too short, and for contexts longer than the model's positions.
+        """
         _tell("load", folder.absolute())
         self._worker = Worker(question, folder, track)
         _meet()
@@ -68,17 +77,20 @@ class Lead:
         return self._worker.grid
 
     def tokens(self, place: Place) -> int:
-        """Return the number of tokens that one setting takes in on a place."""
+        """Return the number of tokens that one setting reads on a place."""
         return self._worker.tokens(place)
 
     def open(self, place: Place) -> None:
-        """Compute what all settings share on a place."""
+        """Compute and keep the data that all settings share on a place, e.g. the exact cache's logits on a text."""
         _tell("open", place)
         self._worker.open(place)
         _meet()
 
     def measure(self, place: Place, setting: str, exact: AnyRow | None) -> Measured:
-        """Measure a setting on a place; `exact` is the row of the setting `exact` there, None for `exact` itself."""
+        """Measure a setting, given as text, on a place, and return its row.
+
+        exact: the row of the setting `exact` on this place; None while `exact` itself is measured.
+        """
         _tell("measure", place, setting, exact)
         found = self._worker.measure(place, setting, exact)
         _meet()
@@ -87,7 +99,12 @@ class Lead:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure what explains an audit's result, given its rows."""
+        """Measure and return attention-output errors and memory floors by kv head, and example answers.
+
+        rows, texts  the measured rows of the cells, and those of the texts
+        answer       the recommendation that follows from these rows
+        track        function that is called with a line of text before each step
+        """
         _tell("look_closer", rows, texts, answer, _silent)
         found = self._worker.look_closer(rows, texts, answer, track)
         _meet()
@@ -95,16 +112,16 @@ class Lead:
 
 
 def dismiss() -> None:
-    """End the other ranks' work, from rank 0."""
+    """Tell the other ranks to end, and disconnect from them. Rank 0 calls this."""
     _tell("end")
     dist.destroy_process_group()
 
 
 def follow(question: AuditRequest) -> None:
-    """Make every call that rank 0 tells, until it dismisses this rank.
+    """Make every call that rank 0 sends, until it sends the end. Every rank but 0 calls this.
 
-    Raises ValueError, naming the rank, for whatever goes wrong here; the process must then end, so that whoever started
-    it ends the others.
+    question: the arguments of the audit. Any error of this rank is raised as a ValueError that names the rank. The
+    process must then end, so that torchrun ends the other ranks.
     """
     worker: Worker | None = None
     try:
@@ -132,7 +149,7 @@ def _heard() -> tuple[Any, ...]:
 
 
 def _meet() -> None:
-    """Wait until all ranks are here."""
+    """Wait until every rank has made the same call of `_meet`."""
     dist.barrier(group=_calls)
 
 

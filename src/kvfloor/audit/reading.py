@@ -40,8 +40,9 @@ class Read:
     peak_state_bytes  the most bytes of the cache at any moment
     state_16_bit_bytes  bytes at the end of the context if the model's dtype had 16 bits
     budget_tokens     tokens kept per kv head; None if the budget is not one number
-    floor_bytes       bytes that any method needs for worst-case keys and values of the context's length
-    seconds           time to read context and continuation
+    floor_bytes       lower bound on the bytes that any method needs at the end of the context, for worst-case keys and
+                      values
+    seconds           time to read context and continuation, in seconds
     """
 
     figures: TokenFigures
@@ -62,17 +63,17 @@ class Reader:
     def __init__(self, model: Any, seed: int, methods: Sequence[Method] = ()) -> None:
         """Build the reader.
 
-        methods: those that will be measured. Where several of them compress only at the context's end, the model runs
-        over a context once for all of these, unless a record of the run would be too large.
+        methods: those that will be measured. Those of them that compress only at the context's end share one run of the
+        model over a context, unless the record of the run would be too large.
         """
         self.model, self.seed, self._methods = model, seed, methods
         self._shares: Shares = {}
 
     def prompt(self, excerpt: Excerpt) -> SharedPrompt:
-        """Return an object that feeds the excerpt's context to each cache, whichever its method.
+        """Return an object that feeds the excerpt's context to the cache of any method.
 
-        If some of the reader's `methods` compress only at the context's end, it records one run of the model, and fills
-        their caches from the record. For any other cache the model runs again.
+        If some of the reader's `methods` compress only at the context's end, the object records one run of the model,
+        and fills their caches from the record. For any other cache the model runs again.
         """
         return SharedPrompt(self.model, [excerpt.context], CHUNK_SLOTS, self._methods)
 
@@ -96,8 +97,8 @@ class Reader:
         """Read an excerpt under a method, and compare its predictions with the exact cache's.
 
         reference  result of `Reader.reference` for this excerpt: the continuation with the exact cache's logits
-        prompt     result of `Reader.prompt` for this excerpt: feeds the context to the cache. The same object given to
-                   several calls saves runs of the model; None: this call makes its own
+        prompt     result of `Reader.prompt` for this excerpt: feeds the context to the cache. Calls that are given the
+                   same object may share a run of the model. None: this call makes an object of its own
         """
         begin = time.perf_counter()
         cache = CompressedCache(self.model, method, seed=self.seed, context=excerpt.cell.context)
@@ -126,7 +127,7 @@ class Reader:
         )
 
     def _at_16_bits(self, cache: CompressedCache, tokens: int) -> int:
-        """Return what the cache would hold if the model's dtype had 16 bits, after a context of `tokens` tokens."""
+        """Return the bytes that the cache would have, after a context of `tokens` tokens, if the dtype had 16 bits."""
         if self.model.dtype.itemsize == 2:
             return math.ceil(cache.nbytes)
         heads = self.model.config.get_text_config(decoder=True).num_attention_heads
@@ -141,8 +142,12 @@ class Reader:
         """Feed the context, seal the cache (end of the prompt), and yield the continuation in pieces of c tokens.
 
         A piece is (token ids (c,), logits (c, vocabulary)): the ids are the text's own tokens, and each token's logits
-        predict it from the tokens before. `dialogue` holds the model with an empty cache, `prompt` feeds it the
-        excerpt's context. `sealed` is called after the seal.
+        predict it from the tokens before.
+
+        dialogue  the model with an empty cache
+        excerpt   context and continuation
+        prompt    object that feeds the excerpt's context to the cache
+        sealed    function that is called when the cache has been sealed, before the continuation
         """
         prompt.feed(dialogue)
         if isinstance(dialogue.cache, CompressedCache):
@@ -157,7 +162,7 @@ def _floor(spec: Spec, context: int, ranks: int) -> float:
 
     spec     sizes of the layer: widths of key and value, and its number of rows, which are this process's kv heads
     context  number of tokens
-    ranks    number of processes that each hold as many kv heads of the layer
+    ranks    number of processes over which the layer is sharded; each has the same number of kv heads
     """
     return floors.space(context, spec.d, spec.dv, heads=ranks * spec.rows).bytes
 
@@ -166,8 +171,8 @@ def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact: tuple
     """Build the row of a setting on an excerpt, i.e. the record that an audit writes.
 
     read         the setting's reading of the excerpt
-    exact        bytes of kvfloor's `exact` cache at the end of the context, in the model's dtype and at 16 bits
-    vocabulary   number of the model's token ids
+    exact        bytes of kvfloor's `exact` cache at the end of the context: (in the model's dtype, in a 16-bit dtype)
+    vocabulary   number of token ids that the model has
     """
     cell, found = excerpt.cell, read.figures
     return TextRow(

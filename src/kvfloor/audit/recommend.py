@@ -3,8 +3,8 @@
 A setting is one method under one budget. `exact` is the cache that keeps every token. Quality is measured in two ways:
 
 - **Texts.** The divergence is the mean KL (nats per token) of the next-token distributions to exact's over all texts.
-  It resolves small losses, so it decides where texts were read: *with 95 % confidence, the recommended setting diverges
-  by less than the limit*, and no task shows a loss.
+  It shows even small losses, so it decides where texts were read: *with 95 % confidence, the recommended setting
+  diverges by less than the limit*, and no task shows a loss.
 - **Tasks.** A cell is one task at one context length under one protocol (question asked before or after the
   compression), and a row is one setting measured on one cell. Where no text was read, tasks decide: *with 95 %
   confidence, the recommended setting loses fewer than `margin` points to exact on every audited cell*.
@@ -67,16 +67,16 @@ class Judged:
     verdict                   the worse of the verdicts on texts and on cells: "holds" (too large a loss is excluded),
                               "falls" (a loss, or too large a divergence, is certain) or "open" (neither is shown)
     believed                  True if the setting and every larger budget of its method hold
-    state_bytes, exact_bytes  bytes of the setting and of exact at the end of the context; means over the texts, or over
-                              the cells if no text was read; of these, over the ones that all candidates were measured
-                              on, so that a race compares like with like
+    state_bytes, exact_bytes  bytes of the setting and of exact at the end of the context: means over the texts, or over
+                              the cells if no text was read. The means are over those texts or cells alone on which all
+                              candidates were measured; if there are none, over all of the setting
     peak_state_bytes          maximum over the texts or cells
     weakest                   the row with the worst verdict; None if no task was run
-    divergence                how far the setting is from exact on the texts; None if no text was read. Its interval has
-                              the confidence by which the setting is judged
-    decided_by                "texts" or "tasks": what gave the verdict
-    state_16_bit_bytes        bytes of the setting if the model's dtype had 16 bits, and `exact_16_bit_bytes` those of
-                              exact; None if no text was read
+    divergence                mean KL to exact on the texts, and related figures; None if no text was read. Its
+                              interval has the confidence by which the setting is judged
+    decided_by                "texts" or "tasks": which of them gave the verdict
+    state_16_bit_bytes        bytes of the setting if the model's dtype had 16 bits; `exact_16_bit_bytes` is the same
+                              for exact. None if no text was read
     """
 
     setting: str
@@ -185,9 +185,10 @@ class _Candidate:
 
     setting   the setting as text
     method    the setting without its budget
-    shared    the texts and cells that all candidates were measured on
-    is_whole  True if the setting was measured on every cell. One that stopped early was not, and is never called safe,
-              whatever its texts show
+    rows      its rows on the cells
+    texts     its rows on the texts
+    is_whole  True if the setting was measured on every cell; if not, it is never called safe, whatever its texts show
+    shared    the texts and cells on which all candidates were measured
     """
 
     setting: str
@@ -199,11 +200,14 @@ class _Candidate:
 
     @property
     def sized(self) -> tuple[Row, ...] | tuple[TextRow, ...]:
-        """Return the rows whose bytes are compared with exact's: those of texts, or of cells if no text was read."""
+        """Return the rows whose bytes are compared with exact's: those on texts; those on cells if no text was read."""
         return self.texts or self.rows
 
     def mean(self, name: str) -> float:
-        """Return the mean of a field over the shared rows, or over all rows if none is shared."""
+        """Return the mean of the field `name` over those rows of `sized` whose text or cell is in `shared`.
+
+        If there are none, the mean is over all rows of `sized`.
+        """
         rows = [row for row in self.sized if row.cell in self.shared] or self.sized
         return sum(getattr(row, name) for row in rows) / len(rows)
 
@@ -214,8 +218,11 @@ def _candidates(
     """Return the settings that may be recommended, with their rows.
 
     Such a setting is measured on every cell and text (with `racing`, on at least one text, or on one cell if no text
-    was read), takes fewer bytes than exact, and is neither `exact` nor `random`. `rows` and `texts` are the rows of all
-    settings on the cells and on the texts, `exact` and `exact_texts` the exact cache's among them, by cell and by text.
+    was read), takes fewer bytes than exact, and is neither `exact` nor `random`.
+
+    rows, texts         the rows of all settings on the cells, and those on the texts
+    exact, exact_texts  the exact cache's rows by cell, and those by text
+    racing              True if the audit was a race
     Raises ValueError if a setting has two rows on one cell or text.
     """
     settings: dict[str, dict] = defaultdict(dict)

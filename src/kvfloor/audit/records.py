@@ -38,9 +38,10 @@ def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, wha
 
 
 def read_growing(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> tuple[list[R], int]:
-    """Read a file that is written line by line, and return (its objects, the bytes of its whole lines).
+    """Read a file to which lines are appended one by one, and return (its objects, bytes of its complete lines).
 
-    A last line without its end was cut off while it was written, and is left out. A missing file has no objects.
+    The second entry is a size in bytes. A last line without a line end was cut off while it was written: it is neither
+    read nor counted. For a missing file the result is ([], 0).
 
     kind        dataclass of the objects
     most_bytes  largest size of the file that is read
@@ -70,7 +71,10 @@ def _records(path: Path, data: bytes, kind: type[R], file_name: str, what: str) 
 
 
 def _record_from(plain: Any, kind: type[R]) -> R:
-    """Build an object from the fields that a line has; a field with a default may be missing, as in older files."""
+    """Build an object of the dataclass `kind` from the parsed JSON of one line, a dict of its fields.
+
+    A field with a default may be missing, as in older files. Raises ValueError naming missing or unknown fields.
+    """
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     needed = {field.name for field in fields(kind) if field.default is MISSING}  # type: ignore[arg-type]
     given = set(plain) if isinstance(plain, dict) else set()

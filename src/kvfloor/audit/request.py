@@ -25,14 +25,14 @@ class AuditRequest:
     """Hold the arguments of an audit: every field has the command line's default.
 
     A row is the result of one method under one budget on one text or cell; a cell is a task at a context length under a
-    protocol.
+    protocol. The exact cache keeps every token.
 
     model         "builtin", a local folder, a GGUF file or the name of a published model
     methods       texts of methods, e.g. `h2o`; the baselines, e.g. `exact`, `window` and `random`, always run too
     budgets       texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter
                   and a half of the context for any other
-    tasks         names or module:TASK, unless `prompts` is given; None: the default tasks for the built-in model, none
-                  for any other
+    tasks         names of tasks, or `module:TASK` for one in the user's own module; not used if `prompts` is given.
+                  None: the default tasks for the built-in model, none for any other
     prompts       file of the user's own samples as JSON lines, used in place of tasks; None: tasks
     texts         names or files of texts to compare next-token distributions on; None: the generated ones for the
                   built-in model, the shipped ones for any other
@@ -48,18 +48,18 @@ class AuditRequest:
     out           folder for the rows and the report; rows that are in it already are not measured again
     command       command line that the report shows
     allow_beyond  True if contexts may be longer than the positions that the model was trained for
-    minutes       time limit: texts and cells that do not fit are left out; None: no limit
+    minutes       time limit in minutes: texts and cells that do not fit are left out; None: no limit
     fresh         True if rows that are in `out` already are measured again
     shard         (i, n): measure the i-th of n parts only, 1 <= i <= n; None: measure everything
     chat          "on": put all samples into the model's chat template; "off": none; "auto": if the tokenizer has a
                   template, the user's own prompts, and the samples of tasks whose questions ask an assistant for an
                   answer instead of leaving a text to be continued
-    least_exact   score of the exact cache below which a cell is left out; 0: keep all cells
+    least_exact   score of the exact cache (share of right answers) below which a cell is left out; 0: keep all cells
     engine        "local": this process measures; "ray": the workers of a Ray cluster do
     workers       number of Ray workers; None: as many as the cluster has processors for
     ray_address   address of a running Ray cluster; None: the one in RAY_ADDRESS, or one that is started here
-    tp            number of processes (ranks) that share the model by tensor parallelism; the caller started them, and
-                  each makes this request; None: one process
+    tp            number of processes (ranks) that share the model by tensor parallelism. The caller has started them,
+                  and each has the same arguments. None: one process
     device_map    how transformers spreads the model's layers over devices, such as "auto"; None: all on one
     """
 
@@ -97,7 +97,7 @@ class AuditRequest:
 
     @property
     def budget_texts(self) -> Sequence[str]:
-        """Return the budgets under which every method runs."""
+        """Return the budgets as text, given or default, under which every method without a budget of its own runs."""
         return BUDGETS[self.is_builtin] if self.budgets is None else self.budgets
 
     @property

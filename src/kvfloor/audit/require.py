@@ -3,21 +3,23 @@
 Grammar, with the word `and` between clauses:
 
     clause = [METHOD ":"] [TASK "."] FIGURE (">=" | "<=" | ">" | "<") NUMBER
-    FIGURE = a figure of a row: score, score_low, diff_low, state_bytes, decode_ms_per_token, ...
-             or of the table of texts: kl, kl_high, same_top, loss_change, state_bytes, ...
+    FIGURE = a field of a row: score, score_low, diff_low, state_bytes, decode_ms_per_token, ...
+             or of a summary: kl, kl_high, same_top, loss_change, state_bytes, ...
     NUMBER = a decimal number, optionally followed by %, KiB, MiB or GiB
 
 e.g. `h2o@256:recall.score>=0.9 and h2o@256:diff_low>=-15%`, or `snapkv@50%:kl_high<=0.02`.
 
-METHOD is a setting (a method with its budget) in any spelling that `--methods` accepts. A METHOD without
-arguments means every configuration (`h2o@256` means `h2o(recent=64)@256` too); a METHOD without a budget means every
-budget. A clause without METHOD is about the settings that were asked for, not the baselines beside them; a clause
-without TASK is about every task. A clause must hold on every row that it is about; a row is one setting measured on one
-task, context length and protocol. A figure of the table of texts is one setting's over all texts. Bytes are in both: a
-clause about them is about the rows, and without TASK about the texts too.
+A setting is a method with its budget. A row is the result of one setting on one task at one context length under one
+protocol. A summary has one setting's figures over all texts, on which next-token predictions are compared.
+
+METHOD is a setting in any spelling that `--methods` accepts. A METHOD without arguments means the method with any
+arguments (`h2o@256` means `h2o(recent=64)@256` too); a METHOD without a budget means every budget. A clause without
+METHOD is about the settings that the user asked for, not about the baselines that every audit adds. A clause without
+TASK is about every task. A clause must hold in every row and summary that it is about. Some figures, such as bytes, are
+in rows and in summaries: a clause on them is about rows, and, if it has no TASK, about summaries too.
 
 Exit codes: 0 if every clause holds, 1 if one does not, 2 (ValueError here, before any measurement) for text that is no
-condition or covers no row. A clause without rows is an error, because it would always hold.
+condition, or that is about no row and no summary. A clause about nothing is an error, because it would always hold.
 """
 
 import math
@@ -48,13 +50,13 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Clause:
-    """Hold one parsed condition of `--require`.
+    """Hold one parsed clause of `--require`.
 
     text        the clause as it was written
     setting     the METHOD; None if the clause has none
-    every       True if the METHOD has no arguments, so that it stands for all its configurations
+    every       True if the METHOD has no arguments, so that it means the method with any arguments
     task        the TASK; None if the clause has none
-    figure      name of the row's field that is compared
+    figure      name of the field, of a row or a summary, that is compared
     comparison  one of >=, <=, >, <
     bound       the number to compare with, in the field's unit: 90% is 0.9, 1KiB is 1024
     """
@@ -70,7 +72,8 @@ class Clause:
     def names(self, setting: BudgetedMethod) -> bool:
         """Return True if the clause is about this setting of the audit.
 
-        A clause without METHOD is about every setting that the user asked for.
+        A METHOD means the settings with its name, its arguments and its budget. If it has no arguments or no budget,
+        any are accepted. A clause without METHOD is about every setting that the user asked for.
         """
         named = self.setting
         if named is None:
@@ -79,22 +82,24 @@ class Clause:
         return alike and named.budget in (None, setting.budget)
 
     def value(self, measured: Row | TextSummary) -> float | None:
-        """Return the figure that is compared, of a row or of one setting over all texts; None if it is not measured."""
+        """Return the clause's figure from a row or a summary (`TextSummary`); None if it was not measured."""
         if isinstance(measured, TextSummary) and self.figure in _NATS:
             return getattr(measured.figures, self.figure)
         return getattr(measured, self.figure)
 
     def holds(self, measured: Row | TextSummary) -> bool:
-        """Return True if the figure is measured and meets the clause's bound."""
+        """Return True if the clause's figure was measured for this row or summary, and meets the bound."""
         value = self.value(measured)
         return value is not None and _COMPARISONS[self.comparison](value, self.bound)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Hold a clause, with the settings (as written in rows) and the tasks that the clause is about.
+    """Hold a clause of `--require`, with the settings and tasks of the audit that it is about.
 
-    texts: True if the clause is about the settings' figures over all texts.
+    methods  the settings as text, e.g. `h2o@256`
+    tasks    names of the tasks; empty if the clause is about no row
+    texts    True if the clause is about the settings' summaries over all texts
     """
 
     clause: Clause
@@ -111,9 +116,12 @@ class Condition:
 def conditions(
     text: str, settings: Sequence[BudgetedMethod], tasks: Collection[str], texts: Collection[str] = ()
 ) -> tuple[Condition, ...]:
-    """Parse the text of `--require` into conditions, for an audit of these settings, tasks and texts.
+    """Parse the text of `--require`, and return one condition per clause.
 
-    Raises ValueError naming the clause that does not follow the grammar, with the grammar and the known figures, or the
+    text          the clauses, with `and` between them
+    settings      all settings of the audit, baselines included
+    tasks, texts  names of the audit's tasks and texts
+    Raises ValueError naming a clause that does not follow the grammar, with the grammar and the known figures, or a
     clause that is about nothing that the audit measures.
     """
     found = []
@@ -135,9 +143,10 @@ def conditions(
 
 
 def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row], texts: Sequence[TextSummary] = ()) -> list[str]:
-    """Return one line of text per row, and per setting over all texts, that misses a condition.
+    """Return one line of text for each row and each summary in which a condition does not hold.
 
-    The list is empty if every condition holds. `texts` has one summary per setting that read texts.
+    A setting that a condition on texts is about, but that read no text, has a line too. The list is empty if every
+    condition holds. `texts` has one summary per setting that read texts.
     """
     lines = []
     for condition in conditions:
@@ -155,10 +164,11 @@ def shortfalls(conditions: Sequence[Condition], rows: Sequence[Row], texts: Sequ
 
 
 def uncovered(conditions: Sequence[Condition], left_out: Sequence[Row]) -> list[str]:
-    """Return one line of text per condition and left-out cell that the condition is about.
+    """Return one line of text for each pair of a condition and a left-out cell on which it cannot be checked.
 
-    A cell (task, context length, protocol) is left out if the exact cache scores too low on it: only the exact cache is
-    measured there, so a condition is not shown to hold. `left_out` has the exact cache's row of each such cell.
+    A cell is a task, context length and protocol. It is left out if the exact cache, which keeps every token, scores
+    too low on it. Only the exact cache is measured there, so no condition on the task is shown to hold. `left_out` has
+    the exact cache's row of each such cell.
     """
     return [
         f"{condition.clause.text}: {row.cell} was left out, exact scores {row.score:.3g} there"

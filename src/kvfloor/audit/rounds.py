@@ -43,7 +43,7 @@ def joined(rows: Iterable[Row], racing: bool = False) -> list[Row]:
 
 
 def _joined(rows: Sequence[Row], racing: bool) -> Row:
-    """Join one setting's rows on one cell, in the order of their rounds."""
+    """Join one setting's rows on one cell, given in the order of their rounds, into one row; see `joined`."""
     first, numbers = rows[0], [row.round for row in rows]
     if numbers[0] != 1 or len(set(numbers)) != len(numbers):
         raise ValueError(f"{first.method!r} on {first.cell.first} has rounds {numbers}: give round 1, and each once")

@@ -20,11 +20,14 @@ MOST_BYTES = 2**28  # of a rows.jsonl
 
 
 class Cell(NamedTuple):
-    """Identify a cell of an audit: a task, a context length in tokens, and a protocol; and a round of its samples.
+    """Identify a cell of an audit, and a round of its samples.
 
-    The protocol is "visible" if a question is compressed with its context, "after" if it follows the compression. Round
-    1 has the cell's first n samples, round 2 the next n, and so on. Only an audit with a time limit has a round after
-    the first. All rows of a cell and round have the same samples, and are compared sample by sample.
+    task      the task's name
+    context   the context length in tokens
+    protocol  "visible": a question is compressed with its context; "after": it follows the compression
+    round     1: the cell's first n samples, 2: the next n, and so on. Only an audit with a time limit has rounds after
+              the first
+    All rows of a cell and round have the same samples, and are compared sample by sample.
     """
 
     task: str
@@ -83,8 +86,8 @@ class Row:
     gained, lost           numbers of samples that only this setting answers right, and that only exact answers right
     round                  number of the round of samples, from 1. Output errors are measured in the first round alone:
                            in a later one `output_error` is 0, and the errors by layer and by head are empty
-    rounds                 number of rounds that are joined in this row: 1 as measured, more in a row of
-                           `audit/rounds.py`, whose intervals may be wider
+    rounds                 number of rounds whose samples are in this row: 1 as measured, more if `audit/rounds.py`
+                           joined several rows, which may widen the intervals
     """
 
     method: str
@@ -280,7 +283,7 @@ def measured_row(
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write the rows to a `rows.jsonl` at `path`, one row with all its fields per line.
 
-    The file is written whole, or it is left as it was and ValueError is raised.
+    If the write fails, the file is left as it was and ValueError is raised.
     """
     write_records(path, rows)
 

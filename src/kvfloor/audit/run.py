@@ -58,7 +58,7 @@ class Answer:
     heads           for each kv head its floor, i.e. a lower bound on the bytes that any method needs, and its cheapest
                     good setting, i.e. one whose error of the head's attention output is small on every cell and text
     recommendation  the recommended setting, and the verdict on every other one
-    closer          errors by head on the first text, and example answers
+    closer          errors of the attention output by head on the first text, and example answers
     report          path of the HTML page, which `kvfloor.report.render` writes later
     shortfalls      one line for each row that misses a condition of `--require`
     meta            the source of the results: model, command, versions, machine
@@ -183,7 +183,7 @@ def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condit
 def _measure(
     question: AuditRequest, plan: Sequence[BudgetedMethod], journal: Journal, track: Track, announce: Announce
 ) -> int:
-    """Measure what the journal lacks, write its files in the order of the report, and return the number of rows.
+    """Make the measurements that have no row yet, write the journal's files anew, and return the number of rows.
 
     question  the arguments of the audit
     plan      the settings
@@ -221,9 +221,9 @@ def _measure(
 
 
 def _look_closer(question: AuditRequest, engine: Engine, journal: Journal, track: Announce) -> None:
-    """Measure what explains the result (errors by head, floors, example answers), and write it beside the rows.
+    """Measure errors by head, memory floors and example answers, which explain the result, and write them to files.
 
-    Do nothing if every cell is left out and no text was read.
+    Nothing is done if every cell is left out and no text was read.
 
     question  the arguments of the audit, of which only the limit of the divergence is used
     engine    measures on the loaded model, in this process or on a Ray cluster

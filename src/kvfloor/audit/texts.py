@@ -1,7 +1,8 @@
 """Provide the texts that an audit reads: shipped public-domain ones, generated ones for the built-in model, or files.
 
-An excerpt is a passage of a text: a context, and the continuation whose tokens are predicted (scored). Usually it is
-the text's beginning. A race, i.e. an audit with a time limit, may read further passages.
+A passage is a run of consecutive tokens of a text, usually its beginning. An excerpt is what is read of a passage: a
+context, and the continuation, whose tokens are predicted (scored). Several contexts of different lengths make several
+excerpts of one passage. A race, i.e. an audit with a time limit, may read further passages of a text.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ _GENERATED_FROM = 1_000_000  # index of the first generated text: far from the i
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Hold one excerpt: its cell (name and numbers of tokens), and the token ids of its context and continuation.
+    """Hold one excerpt of a text, as token ids.
 
-    passage: number of the passage in its text, from 1.
+    cell          the text's name, with the numbers of tokens of context and continuation
+    context       token ids of the context
+    continuation  token ids of the continuation
+    passage       number of the passage in its text, from 1
     """
 
     cell: TextCell
@@ -47,7 +51,7 @@ class Excerpt:
 def check_texts(names: Sequence[str]) -> None:
     """Raise ValueError for a name that is neither a text of the package nor a file, and for two texts of one name.
 
-    Files are named without folder and ending: `a/x.txt` and `b/x.md` have one name.
+    The report names a file without its folder and ending, so `a/x.txt` and `b/x.md` have one name.
     """
     for name in names:
         if name not in (*SHIPPED, *GENERATED) and not Path(name).exists():
@@ -97,12 +101,12 @@ def check_scored(texts: int, continuation: int, limited: bool) -> None:
 def further_excerpts(
     names: Sequence[str], contexts: Sequence[int], continuation: int, encode: Callable[[str], list[int]]
 ) -> list[Excerpt]:
-    """Return the next passages of the texts: the second of each text, then the third of each, and so on.
+    """Return the excerpts of the further passages: the second passage of each text, then the third of each, and so on.
 
     names, contexts, continuation  names of texts, context lengths, and number of scored tokens
     encode                         function that returns the token ids of a text
     A passage is as long as the longest context and the continuation together. It starts with the special tokens that
-    `encode` puts before every text, and gives one excerpt per context length. A text has at most MOST_PASSAGES
+    `encode` puts before every text. It gives one excerpt per context length. A text has at most MOST_PASSAGES
     passages, the first included, and no more than its tokens allow. Generated texts have no further passages.
     """
     found, head, length = [], encode(""), max(contexts) + continuation
@@ -121,10 +125,12 @@ def further_excerpts(
 def excerpts(
     names: Sequence[str], contexts: Sequence[int], continuation: int, encode: Callable[[str], list[int]]
 ) -> list[Excerpt]:
-    """Return the excerpt at the beginning of each text, one per context length.
+    """Return the excerpts at the beginning of each text, one per context length.
 
-    encode: function that returns the token ids of a text. Raises ValueError for a text shorter than context and
-    continuation, and for names that `check_texts` refuses.
+    names, contexts, continuation  names of texts, context lengths, and number of scored tokens
+    encode                         function that returns the token ids of a text
+    Raises ValueError for a text shorter than the longest context and the continuation together, and for names that
+    `check_texts` refuses.
     """
     check_texts(names)
     found = []

@@ -1,7 +1,9 @@
 """Measure the attention-output error of a method against exact attention, on the real queries of a model.
 
-An error is ||answers - exact|| / ||exact|| of the attention output. A trace holds what one layer's attention was given
-on a few samples; a sample is a context with a question and its right answer.
+An error is ||output - exact|| / ||exact||: `output` is the attention output under the method, `exact` that of exact
+attention for the same queries. A sample is a context with a question and its right answer. A trace is one layer's
+queries, keys and values on a few samples. A rank is a process that holds some heads of a model sharded by tensor
+parallelism.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from kvfloor.hf.recording import Recorded, Recorder
 class Trace:
     """Hold one layer's recorded queries, keys and values on a few samples.
 
-    A row is one kv head on one sample; g is the size of the GQA group, n the number of tokens, padding included, and d
-    and dv are the widths of a key and a value.
+    A row is one kv head on one sample, in the order of the samples and then of the heads. g is the size of the GQA
+    group, n the number of tokens, padding included, and d and dv are the widths of a key and a value.
 
     layer     number of the layer, as the model counts it
     q         (rows, g, n, d), queries
@@ -88,7 +90,10 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
 
 
 def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
-    """Return what was recorded of one layer with the heads of all ranks, on the CPU; `mine` has those of this rank."""
+    """Join one layer's queries, keys and values of all ranks along their heads, and return them on the CPU.
+
+    mine: the recording of this rank's heads. Every rank must make this call.
+    """
     parts = ranks.gather("traces.record()", tuple(x.cpu() for x in (mine.q, mine.k, mine.v)))
     if len(parts) == 1:
         return replace(mine, **dict(zip("qkv", parts[0], strict=True)))
@@ -99,9 +104,9 @@ def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
 def replay(trace: Trace, method: Method) -> Tensor:
     """Return a method's attention outputs for the last `asked` queries of a trace: (rows, g, asked, dv), float32.
 
-    The context's tokens are appended first, and the method's state is told that the prompt ends (`seal`) before these
-    queries. The method's budget must be in tokens per kv head. A row is one kv head on one sample; g is the size of the
-    GQA group, and dv the width of a value.
+    The trace's tokens are fed to a new state of the method: first the context's, then the call of `seal`, which tells
+    the state that the prompt ends, then the last `asked` tokens. The method's budget must be in tokens per kv head.
+    A row is one kv head on one sample; g is the size of the GQA group, and dv the width of a value.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
@@ -116,8 +121,8 @@ def replay(trace: Trace, method: Method) -> Tensor:
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
     """Return a method's relative l2 error of the attention output, per layer and kv head: [layer][kv head].
 
-    `traces` has one entry per layer; the method's budget must be in tokens per kv head. Norms run over the samples, the
-    heads of the GQA group, the question's and answer's tokens and the head width.
+    `traces` has one entry per layer. The method's budget must be in tokens per kv head. A norm is over all samples, the
+    query heads of the GQA group, the tokens of question and answer, and the width of a value.
     """
     table = []
     for trace in traces:

@@ -40,9 +40,10 @@ from kvfloor.models import load
 class _Opened:
     """Hold what all settings share on one place: the exact cache's logits on a text, or the samples of a cell.
 
-    reference  on a text: the continuation's token ids with the exact cache's logits, in pieces; else None
-    prompt     on a text: object that feeds the context to the cache of each setting; else None
-    prepared   on a cell: its samples as token ids; else None
+    reference  on a text: the continuation in pieces of c tokens, each as (token ids (c,), the exact cache's logits
+               (c, vocabulary)); None on a cell
+    prompt     on a text: object that feeds the context to the cache of each setting; None on a cell
+    prepared   on a cell: its samples as token ids; None on a text
     """
 
     place: Place
@@ -97,7 +98,7 @@ class Worker:
         self._opened: _Opened | None = None
 
     def tokens(self, place: Place) -> int:
-        """Return the number of tokens that one setting reads on a place, as a measure of the time that it takes.
+        """Return the number of tokens that one setting reads on a place, from which its time is estimated.
 
         On a text these are context and continuation, on a cell the contexts of all samples.
         """
@@ -128,7 +129,8 @@ class Worker:
         """Compute what all settings share on a place, and keep it until another place is opened.
 
         On a text these are the exact cache's logits, on a cell the samples' token ids and the recorded queries, keys
-        and values of the first few samples. The samples of a further round are made here, as few rounds are measured.
+        and values of the first few samples. The samples of a further round are generated only here, as few further
+        rounds are ever measured.
         """
         if self._opened is not None and self._opened.place == place:
             return
@@ -170,7 +172,7 @@ class Worker:
         return Measured(row, tuple(head_floors(row.cell, opened.prepared.traces)) if floors else ())
 
     def _found(self, place: Place) -> Excerpt | Work:
-        """Return the excerpt, or the cell with its samples, of a place; make the samples of a further round."""
+        """Return the excerpt of a text, or a cell with its samples. Those of a further round are generated here."""
         if isinstance(place, Cell) and place.round > 1:
             return self._round_of(place)
         return self._places[place]
@@ -179,7 +181,8 @@ class Worker:
 def in_turns(passages: Sequence[Excerpt], rounds: Sequence[Cell]) -> tuple[Place, ...]:
     """Return further places of a race in their order: second passages, second rounds, third passages, third rounds, ...
 
-    passages, rounds: the further passages of the texts, and the cells with the further rounds of their samples.
+    passages  the excerpts of further passages of the texts
+    rounds    the cells with a further round of samples, one entry per round
     """
     numbered: list[tuple[int, Place]] = [(one.passage, one.cell) for one in passages]
     numbered += [(one.round, one) for one in rounds]
@@ -189,7 +192,7 @@ def in_turns(passages: Sequence[Excerpt], rounds: Sequence[Cell]) -> tuple[Place
 def _require_positions(model: Any, question: AuditRequest, longest: int) -> None:
     """Raise ValueError if the audit's longest input, of `longest` tokens, exceeds the model's trained positions.
 
-    `question` holds the arguments of the audit; with `allow_beyond` among them nothing is raised.
+    `question` holds the arguments of the audit; if its `allow_beyond` is True, nothing is raised.
     """
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(most, int) and longest > most and not question.allow_beyond:
