@@ -42,7 +42,8 @@ class Clock:
     def expect(self, exact_seconds: float, tokens: int, settings: int, pieces: int, must: bool = True) -> None:
         """Estimate the time of all texts from the exact cache's time on the first one, and announce the estimate.
 
-        The estimate also sets `per_token` and `reserved`.
+        A setting is assumed to take SLOWER (2) times as long as the exact cache. The estimate also sets `per_token` and
+        `reserved`.
 
         exact_seconds  seconds that the exact cache's predictions on the first text took
         tokens         number of tokens of one text
@@ -66,7 +67,9 @@ class Clock:
             )
 
     def fits(self, name: str | None, tokens: int) -> bool:
-        """Return True if a text or cell of `tokens` tokens fits into the time left; else add `name` to `left_out`.
+        """Return True if all settings can be measured on a text or cell of `tokens` tokens in the time left.
+
+        If they cannot, `name` is added to `left_out`.
 
         name: what the report calls the text or cell; None for an optional text, which is not reported when left out.
         """

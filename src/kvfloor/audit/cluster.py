@@ -82,10 +82,10 @@ class Remote:
         return self._worker.measure(place, setting, exact)
 
     def look_closer(self, rows: list[Row], texts: list[TextRow], answer: Recommendation) -> Closer:
-        """Measure and return what explains the result: attention errors and floors by kv head, and example answers.
+        """Measure errors of the attention output and floors by kv head, and example answers, and return them.
 
-        The errors are those of the attention output. A floor is a lower bound on the bytes that any method needs for
-        the head.
+        A floor is a lower bound on the bytes that any method needs for the head. The example answers are those of
+        `exact` and of the recommended setting to the same prompts.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -109,7 +109,7 @@ class Cluster:
         folder    not used: every worker finds the model on its own machine
         known     the identity of the audit
         track     function that is called with a line of text before a long step
-        Raises ValueError if Ray is missing or the cluster is too small.
+        Raises ValueError if Ray is missing, or if the cluster is too small or cannot be reached.
         """
         del folder  # every worker finds the model on its own node
         self._ray = _ray()
@@ -135,10 +135,10 @@ class Cluster:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure attention errors and floors by kv head, and example answers, on one worker, and return them.
+        """Have one worker measure errors of the attention output and floors by kv head, and example answers.
 
-        The errors are those of the attention output. A floor is a lower bound on the bytes that any method needs for
-        the head.
+        They are returned. A floor is a lower bound on the bytes that any method needs for the head. The example answers
+        are those of `exact` and of the recommended setting to the same prompts.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
@@ -207,9 +207,10 @@ class Cluster:
     def _finished(self) -> tuple[Any, Pair | None, Any]:
         """Wait until a worker finishes or dies, and return (worker, its measurement, its result).
 
-        The measurement is None if the worker was loading the model. The result is None if the worker died; a new worker
-        is then started in its place. Raises the worker's own exception, and ValueError if 3 workers (MOST_DEATHS) died
-        on one measurement, or while they were loading the model.
+        The result is a `Measured`, i.e. a row. If the worker was loading the model, the measurement is None and the
+        result is a `Grid`, the audit's places and settings. If the worker died, the result is None, and a new worker is
+        started in its place. Raises the worker's own exception, and ValueError if 3 workers (MOST_DEATHS) died on one
+        measurement, or while they were loading the model.
         """
         (future, *_), _ = self._ray.wait(list(self._jobs), num_returns=1)
         worker, pair = self._jobs.pop(future)

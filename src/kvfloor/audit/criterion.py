@@ -43,8 +43,8 @@ class Standard:
     confidence  probability with which the whole recommendation is right, in (0.5, 1)
     methods     number of methods that share the allowed error 1 - confidence
     kl_limit    largest tolerated divergence, nats per token; None if no text was read
-    racing      True if the settings were judged after every text and round of samples, and undecided ones could have
-                more
+    racing      True if the settings were judged after every text and round of samples, and undecided ones could be
+                measured on more of both
     """
 
     margin: float
@@ -96,11 +96,11 @@ class Standard:
         return "falls" if self.verdict(row) == "falls" else "holds"
 
     def judge_texts(self, rows: Sequence[TextRow]) -> tuple[Divergence, Verdict]:
-        """Return (divergence, verdict) of a setting; the divergence has its confidence interval.
+        """Return (divergence, verdict) of a setting: its mean KL with a confidence interval, and the verdict on it.
 
-        "holds": the interval lies below `kl_limit`. "falls": a test shows that the divergence exceeds `kl_limit`.
-        "open": neither. The interval's level is `cell_confidence`. In a race it is higher, as part of the allowed error
-        is kept for later looks. `rows` are the setting's rows of the texts, in the order of reading.
+        "holds": the upper end of the interval is at most `kl_limit`. "falls": a test shows that the divergence exceeds
+        `kl_limit`. "open": neither. The interval's level is `cell_confidence`. In a race it is higher, as part of the
+        allowed error is kept for later looks. `rows` are the setting's rows of the texts, in the order of reading.
         """
         assert self.kl_limit is not None
         level = self.cell_confidence
@@ -122,7 +122,7 @@ class Standard:
         """Return the smallest number of samples per row with which a loss of `margin` can be excluded.
 
         The number is enough in the best case only: the setting is right on the same samples as the exact cache. In a
-        race it is enough at the first look.
+        race it is the number for the first look.
         """
         z = NormalDist().inv_cdf((1 + self._level(self.cell_confidence, 1)) / 2)
         return math.ceil(z * z * (1 - margin) / margin)

@@ -1,4 +1,4 @@
-"""Explain a recommendation in plain words: its reason, the first task to break, and the limits of the numbers.
+"""Explain a recommendation in words: its reason, the tasks on which settings lose quality, the limits of the numbers.
 
 A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
 after the compression). "Exact" is the cache that keeps every token. A loss is exact's score minus the setting's. A
@@ -25,12 +25,12 @@ def why(answer: Recommendation) -> str:
 
 
 def what_breaks(answer: Recommendation) -> tuple[str, ...]:
-    """Return sentences on where the settings of `answer` lose quality: on the task that breaks first, then by method.
+    """Return sentences on where the settings of `answer` lose quality: one on the weakest task, then one per method.
 
-    Each setting that certainly loses quality on tasks has a weakest cell. The task to which most of these cells belong
-    breaks first. The sentence on it is left out if no setting certainly loses. A method's sentence names its safe
-    setting of smallest budget. It also names its setting of largest budget that is not shown to hold, with the weakest
-    cell or the divergence of that one.
+    The weakest task has the weakest cells of the most settings, counted over the settings that certainly lose quality
+    on tasks. Its sentence is left out if there are no such settings. A method's sentence names its safe setting of
+    smallest budget. It also names its setting of largest budget that is not shown to hold, with the weakest cell or the
+    divergence of that one.
     """
     falling = Counter(
         one.weakest.task for one in answer.judged if one.weakest and (one.verdict, one.decided_by) == ("falls", "tasks")
@@ -82,7 +82,7 @@ def closest_setting(answer: Recommendation) -> Judged | None:
 
 
 def next_smaller(answer: Recommendation, chosen: Judged) -> Judged | None:
-    """Return the verdict on the setting of `answer` with the most bytes below those of `chosen`; None without one."""
+    """Return the verdict on the setting with the next fewer bytes than `chosen`; None if there is none in `answer`."""
     return next((one for one in reversed(answer.judged) if one.state_bytes < chosen.state_bytes), None)
 
 
@@ -198,10 +198,10 @@ def _why_none(answer: Recommendation) -> str:
 
 
 def _along_budgets(settings: list[Judged], standard: Standard) -> str:
-    """Name one method's smallest safe setting, and its largest setting that is not shown to hold, in one sentence.
+    """Name one method's safe setting of smallest budget, and that of largest budget that is not shown to hold.
 
-    `settings` are the verdicts on the method's settings (the method with each budget), from the largest budget down;
-    `standard` is what they were judged by.
+    Both are in one sentence. `settings` are the verdicts on the method's settings (the method with each budget), from
+    the largest budget down; `standard` is what they were judged by.
     """
     believed = [one.setting for one in settings if one.believed]
     broken = next((one for one in settings if one.verdict != "holds"), None)

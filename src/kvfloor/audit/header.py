@@ -43,7 +43,7 @@ class Header:
     began         time at which the last start began, seconds since 1970
     seconds       time that earlier starts took
     racing        True if settings that clearly lose stop early, and undecided ones have further passages and samples
-    minutes       time limit of the last start that came to its end; None: no limit
+    minutes       time limit, in minutes, of the last start that came to its end; None: no limit
     ended         True if a start came to its end, instead of being stopped
     notes         sentences for the report, such as what was left out
     schema        version of the file's format
@@ -77,7 +77,7 @@ class Header:
 
     @property
     def methods(self) -> list[BudgetedMethod]:
-        """Return the settings, each as a method that was parsed from its text, with its two marks."""
+        """Return the settings: each with its parsed method, and if it is a baseline and if it was asked for."""
         return [BudgetedMethod(parse(text), baseline, asked) for text, baseline, asked in self.settings]
 
     def write(self, folder: Path) -> None:

@@ -6,11 +6,11 @@ method with its budget; it is good for a head if the relative error of the head'
 or after the compression). Floors are measured on one sample of a cell, or on a text.
 
 A group is one token, or several with nearly the same key. A query reads a group if its attention weight on the group is
-so large that the group's value can be recovered from the attention output. Each floor here is a read floor: a lower
-bound on the bytes that any method must hold if, with probability 0.9 (P), its attention output for each query of a
-given set has an additive error of at most 0.25 (ETA), for the worst values in [-1, 1]. One such set is all queries
-whose norm is at most the largest recorded one. A head is compressible if these can read at most a quarter
-(COMPRESSIBLE) as many groups as the context has tokens.
+so large that the group's value can be recovered from the attention output. Each floor here is a read floor for a set of
+queries: the fewest bytes that a method can hold if, for each of these queries, its attention output has an additive
+error of at most 0.25 (ETA) with probability 0.9 (P), whatever the values in [-1, 1] are. One such set is all queries
+whose norm is at most the largest recorded one. A head is compressible if the queries of this set can read at most a
+quarter (COMPRESSIBLE) as many groups as the context has tokens.
 """
 
 from __future__ import annotations

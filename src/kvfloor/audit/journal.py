@@ -49,7 +49,7 @@ class Journal:
 
     rows    the row of each pair of place and setting
     floors  the floors of the kv heads on each cell that `exact` was measured on
-    header  the description of the audit that the folder holds; None: it holds none
+    header  the description of the audit that the folder holds; None: it holds none, or was not read yet
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,7 +118,7 @@ class Journal:
         self._take((*measured.floors, row))
 
     def finish(self, kept: Collection[Pair], minutes: float | None, notes: Sequence[str]) -> None:
-        """Keep only the rows of the pairs `kept`, and write the files anew; `audit.json` then says that the audit ended.
+        """Keep only the rows of the pairs `kept`, write the files anew, and note in `audit.json` that the audit ended.
 
         minutes  the audit's time limit; None: no limit
         notes    sentences for the report
@@ -127,7 +127,7 @@ class Journal:
         self.sort(ended=True, minutes=minutes, notes=tuple(notes))
 
     def sort(self, **changes: Any) -> None:
-        """Write the files anew in the order of the report, and `audit.json` with the fields in `changes` replaced."""
+        """Write the files anew in the order of the report; in `audit.json`, replace the fields that `changes` names."""
         header = replace(self.about, seconds=self.seconds, **changes)
         self.rows = {pair: self.rows[pair] for pair in header.grid.all_pairs if pair in self.rows}
         self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}
@@ -175,12 +175,12 @@ class Journal:
 
 
 def is_explained(folder: Path) -> bool:
-    """Return True if the folder has the files that explain the result: errors by head, floors and examples."""
+    """Return True if an audit's folder has the files of EXPLANATIONS: errors by head, floors and example answers."""
     return (folder / EXPLANATIONS[-1]).exists()
 
 
 def read_part(folder: Path, name: str) -> tuple[list[Any], int]:
-    """Read the records of one of a journal's files, and return (records, bytes of the file's whole lines).
+    """Read the records of one of a journal's files, and return (records, size of its complete lines in bytes).
 
     name: `nats.jsonl`, `rows.jsonl` or `floors.jsonl`. A last line that was cut off while it was written is left out.
     """

@@ -160,8 +160,8 @@ class Bench:
     """Measure settings on one model, which `kvfloor.hf.prepare` made ready for compressed caches, with its tokenizer.
 
     seed          seed of the random draws of methods
-    extra_tokens  number of tokens that are decoded beyond the length of the right answer: an answer that goes on is
-                  wrong
+    extra_tokens  number of tokens that are decoded beyond the length of the right answer: an answer that goes on after
+                  the right words is wrong
     """
 
     def __init__(

@@ -38,7 +38,7 @@ _TOKENS_AT_ONCE = 64
 
 
 class TextCell(NamedTuple):
-    """Identify a text by its name, with its numbers of tokens of context and of scored continuation."""
+    """Identify a text by its name, its number of tokens of context, and its number of scored tokens."""
 
     text: str
     context: int
@@ -237,7 +237,7 @@ def looks(rows: Iterable[TextRow]) -> int:
 class TextSummary:
     """Hold one setting's figures over all texts: its bytes, and its divergence from the exact cache.
 
-    Bytes are means over the texts of the bytes at the end of the context, but for the peak.
+    Bytes are those at the end of the context, as means over the texts; the peak alone is a maximum.
 
     setting             the setting as text, e.g. `h2o@256`
     configuration       the setting without its budget, e.g. `h2o`

@@ -42,7 +42,7 @@ class ErrorMap:
     method                the setting as text, e.g. `h2o@256`
     text                  the text's name
     context               number of tokens of context that were recorded; fewer than the audit's context if that was too
-                          long
+                          long to be recorded
     continuation          number of tokens after the context whose queries were answered; the method goes on compressing
                           during these
     state_bytes           bytes of the setting's whole cache at the end of the audit's context

@@ -72,7 +72,7 @@ class Work:
 
 
 def settings(methods: Iterable[str], budgets: Sequence[str]) -> list[BudgetedMethod]:
-    """Return the settings of an audit: every method under every budget. The baselines come first; no setting is twice.
+    """Return the settings of an audit: every method under every budget, the baselines first, none of them twice.
 
     methods  texts of methods, e.g. `h2o`. One with a budget, e.g. `h2o@256`, runs under that budget alone; one that
              takes no budget runs once

@@ -110,10 +110,10 @@ class Worker:
     def look_closer(
         self, rows: Sequence[Row], texts: Sequence[TextRow], answer: Recommendation, track: Callable[[str], None]
     ) -> Closer:
-        """Measure and return what explains the result: attention errors and floors by kv head, and example answers.
+        """Measure errors of the attention output and floors by kv head, and example answers, and return them.
 
-        The errors are those of the attention output. A floor is a lower bound on the bytes that any method needs for
-        the head.
+        A floor is a lower bound on the bytes that any method needs for the head. The example answers are those of
+        `exact` and of the recommended setting to the same prompts.
 
         rows, texts  the measured rows of the cells, and those of the texts
         answer       the recommendation that follows from these rows
