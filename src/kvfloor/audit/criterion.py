@@ -57,9 +57,10 @@ class Standard:
     def cell_confidence(self) -> float:
         """Return the level of the two-sided confidence intervals by which one setting is judged.
 
-        Only one end of an interval decides "holds": on a cell the lower end of (score - exact's score), on texts the
-        upper end of the divergence. The allowed error 1 - confidence is divided equally among the methods, so this end
-        may be wrong with probability (1 - confidence) / methods. Example: 0.95 and 5 methods give the level 0.98.
+        The level is 1 - 2 (1 - confidence) / methods. Only one end of an interval decides "holds": on a cell the lower
+        end of (score - exact's score), on texts the upper end of the divergence. The allowed error 1 - confidence is
+        divided equally among the methods, so this end may be wrong with probability (1 - confidence) / methods.
+        Example: confidence 0.95 and 5 methods give the level 0.98.
         """
         return 1 - 2 * (1 - self.confidence) / max(1, self.methods)
 

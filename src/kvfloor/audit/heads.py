@@ -7,10 +7,10 @@ or after the compression). Floors are measured on one sample of a cell, or on a 
 
 A group is one token, or several with nearly the same key. A query reads a group if its attention weight on the group is
 so large that the group's value can be recovered from the attention output. Each floor here is a read floor for a set of
-queries: the fewest bytes that a method can hold if, for each of these queries, its attention output has an additive
-error of at most 0.25 (ETA) with probability 0.9 (P), whatever the values in [-1, 1] are. One such set is all queries
-whose norm is at most the largest recorded one. A head is compressible if the queries of this set can read at most a
-quarter (COMPRESSIBLE) as many groups as the context has tokens.
+queries: a number of bytes that every method must hold if, for each of these queries, its attention output has an
+additive error of at most 0.25 (ETA) with probability 0.9 (P), whatever the values in [-1, 1] are. One such set is all
+queries whose norm is at most the largest recorded one. A head is compressible if the queries of this set can read at
+most a quarter (COMPRESSIBLE) as many groups as the context has tokens.
 """
 
 from __future__ import annotations

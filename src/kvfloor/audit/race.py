@@ -1,4 +1,4 @@
-"""Choose the measurements of an audit with a time limit: settings that clearly lose stop early, undecided get more.
+"""Choose the measurements of an audit with a time limit: stop settings that clearly lose, measure undecided ones more.
 
 A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A
 measurement is a pair of place and setting; its result is a row. A setting's divergence is its mean KL to the exact
@@ -182,8 +182,8 @@ def close_calls_on(cell: Cell, rows: Sequence[AnyRow], standard: Standard) -> li
     """Return the close calls on a cell: settings in doubt there that could still change the recommendation.
 
     A setting is in doubt on a cell if a loss above the margin is not excluded, and no loss is certain. If texts were
-    read, it must also have lost more answers on the cell than it gained. Then more samples may show a loss, and a
-    setting with a shown loss is not recommended.
+    read, it must also have lost more answers on the cell than it gained. Then more samples may show a loss, and no
+    setting with a certain loss is recommended.
 
     cell      the cell, with the samples of any round
     rows      the measured rows of the texts and cells, one per setting, cell and round

@@ -1,9 +1,9 @@
 """Read texts under every setting of an audit (method with budget), and compare the predictions with the exact cache's.
 
 An excerpt is the context and the continuation that an audit reads of a text; the scored tokens are those of the
-continuation. The reference is transformers' own cache with the model's own attention, without kvfloor. So kvfloor's
-`exact` is measured against it like any other method. The reference's logits are computed once per excerpt and used for
-all settings.
+continuation. The exact cache keeps every token. Here it is transformers' own cache with the model's own attention,
+without kvfloor, and called the reference. So kvfloor's method `exact` is compared with it like any other method. The
+reference's logits are computed once per excerpt and used for all settings.
 """
 
 from __future__ import annotations

@@ -144,9 +144,10 @@ def recommend(
                  lose stopped early and undecided ones had further passages and samples. Then a setting need not have
                  read every text or run on every cell, and the intervals allow for a judgement after every text and
                  every round of samples. One that holds but was not run on every cell is undecided
-    With texts, a setting is safe if it and every larger budget of its method are shown to diverge by less than
-    `kl_limit`, and no cell shows a loss. Without texts it is safe if it and every larger budget of its method are shown
-    to lose less than `margin` on every cell; then no setting is recommended if exact itself scores below
+
+    If texts were read, a setting is safe if it and every larger budget of its method are shown to diverge by less than
+    `kl_limit`, and no cell shows a loss. If no text was read, it is safe if it and every larger budget of its method
+    are shown to lose less than `margin` on every cell; no setting is recommended if exact itself scores below
     WEAK_EXACT_SCORE on every cell. The default margin of 15 points suits a short audit: with n = 40 samples per cell
     and eight methods, a setting that loses no sample to exact is shown to lose less than 14 points. A tighter margin
     needs more samples.
@@ -288,7 +289,7 @@ def _strength(row: Row, standard: Standard) -> tuple[int, float, float, Cell]:
 
 
 def _verdict(on_texts: Verdict | None, weakest: Row | None, standard: Standard) -> tuple[Verdict, str]:
-    """Return the worse of a setting's two verdicts, on texts and on tasks, and "texts" or "tasks" for its source.
+    """Return (verdict, source): the worse of a setting's verdicts on texts and on tasks, and "texts" or "tasks".
 
     If both are equally bad, the source is "texts".
 

@@ -38,10 +38,10 @@ def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, wha
 
 
 def read_growing(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> tuple[list[R], int]:
-    """Read a file to which lines are appended one by one, and return (its objects, bytes of its complete lines).
+    """Read a file to which lines are appended one by one; return (its objects, size of its complete lines in bytes).
 
-    The second entry is a size in bytes. A last line without a line end was cut off while it was written: it is neither
-    read nor counted. For a missing file the result is ([], 0).
+    A last line without a line end was cut off while it was written: it is neither read nor counted. For a missing file
+    the result is ([], 0).
 
     kind        dataclass of the objects
     most_bytes  largest size of the file that is read

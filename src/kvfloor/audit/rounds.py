@@ -3,7 +3,7 @@
 A setting is a method with its budget. A cell is a task at a context length under a protocol (question asked before or
 after the compression). Round 1 of a cell has its first n samples, round 2 the next n, and so on. An audit with a time
 limit is a race: undecided settings are measured on further rounds. The file `rows.jsonl` has one row per setting, cell
-and round; whatever judges or shows rows takes the joined ones.
+and round; verdicts and reports use the joined rows.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def joined(rows: Iterable[Row], racing: bool = False) -> list[Row]:
 
     Outcomes stand in the order of the rounds. A setting is compared with the exact cache, which keeps every token, on
     the setting's own rounds. The exact cache's own row has all rounds that any setting had. Bytes at the end of the
-    context and bytes read are means over the samples, rounded up; the peak is the largest. Times to read the context,
-    lengths of answers and shares of parts are means, the time to decode a token is the median of the rounds' medians.
-    Errors of the attention output are those of the first round.
+    context are means over the samples, rounded up; the peak of the bytes is the largest. Bytes read per token, times to
+    read the context, lengths of answers and shares of parts are means. The time to decode a token is the median of the
+    rounds' medians. Errors of the attention output are those of the first round.
     Raises ValueError if a setting has a round of a cell twice, or has no first round of it.
     """
     groups: dict[tuple[Cell, str], list[Row]] = {}

@@ -55,12 +55,14 @@ class Answer:
 
     rows            the rows of the cells, one per setting and cell, with the samples of all rounds
     texts           the rows of the texts, one per setting and text
-    heads           for each kv head its floor, i.e. a lower bound on the bytes that any method needs, and its cheapest
-                    good setting, i.e. one whose error of the head's attention output is small on every cell and text
-    recommendation  the recommended setting, and the verdict on every other one
-    closer          errors of the attention output by head on the first text, and example answers
+    heads           for each kv head its floor, a lower bound on the bytes that any method needs, and its cheapest good
+                    setting; a setting is good for a head if the relative error of the head's attention output is at
+                    most 0.1 on every cell and text
+    recommendation  the recommended setting, and the verdict on every setting that could be recommended
+    closer          errors of the attention output and floors by head on the first text, and example answers
     report          path of the HTML page, which `kvfloor.report.render` writes later
-    shortfalls      one line for each row that misses a condition of `--require`
+    shortfalls      one line for each result in which a condition of `--require` does not hold, and for each left-out
+                    cell on which it cannot be checked
     meta            the source of the results: model, command, versions, machine
     left_out        the exact cache's row of each cell that was left out
     """

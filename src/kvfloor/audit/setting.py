@@ -42,8 +42,8 @@ class BudgetedMethod:
     def name(self) -> str:
         """Return the names of the method's parts without arguments, e.g. `h2o` or `sinks+less|pages`.
 
-        First comes the eviction policy or the whole method, after `+` the part that summarises evicted tokens, and
-        after `|` the part that selects which kept tokens a query reads.
+        First comes the eviction policy, or the method if it is not made of parts. After `+` comes the part that
+        summarises evicted tokens, after `|` the part that selects which kept tokens a query reads.
         """
         policy, summary, selector = self.method.parts
         name = part_name(policy or self.method)

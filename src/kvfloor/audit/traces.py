@@ -104,9 +104,9 @@ def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
 def replay(trace: Trace, method: Method) -> Tensor:
     """Return a method's attention outputs for the last `asked` queries of a trace: (rows, g, asked, dv), float32.
 
-    The trace's tokens are fed to a new state of the method: first the context's, then the call of `seal`, which tells
-    the state that the prompt ends, then the last `asked` tokens. The method's budget must be in tokens per kv head.
-    A row is one kv head on one sample; g is the size of the GQA group, and dv the width of a value.
+    A new state of the method gets the context's tokens. Then it is told that the prompt ends (`seal`), and gets the
+    last `asked` tokens. The method's budget must be in tokens per kv head. A row is one kv head on one sample; g is the
+    size of the GQA group, and dv the width of a value.
     """
     rows, _, d = trace.k.shape
     places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]

@@ -142,7 +142,7 @@ class Worker:
             self._opened = _Opened(place, prepared=self._bench.prepare(found))
 
     def measure(self, place: Place, setting: str, exact: AnyRow | None) -> Measured:
-        """Measure a setting on a place, which is opened first if necessary, and return its row.
+        """Measure a setting, given as text, on a place, and return its row. The place is opened first if necessary.
 
         exact: the row of the setting `exact` on this place; None while `exact` itself is measured. With the row of
         `exact` on a cell come the floors of the kv heads, i.e. lower bounds on the bytes that any method needs; there
