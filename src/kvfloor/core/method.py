@@ -1,4 +1,4 @@
-"""Define methods: the frozen configuration of a cache, its promises, and the text that names it.
+"""Define cache methods: a method is the frozen configuration of a KV cache, with its promises and a text that names it.
 
 A state is the memory that a method keeps of its streams, opened for a spec (sizes, dtype and constants). A row is one
 (batch item, kv head) stream. A whole token is one whose own key and value are kept. A block is the tokens of a row
@@ -80,7 +80,7 @@ class Guarantee:
 
 
 class Parts(NamedTuple):
-    """Hold the policy, summary and selector that a method is composed of; None where it has no such part."""
+    """Hold the policy, summary and selector that a method is composed of; None for a part that it does not have."""
 
     policy: Policy | None = None
     summary: Summary | None = None
@@ -88,9 +88,10 @@ class Parts(NamedTuple):
 
 
 class _Usual:
-    """Hold the default of an attribute of `Method`, as a descriptor: instances have it, the class itself has not.
+    """Hold the default value of a `Method` attribute: the instances have it, the class itself does not.
 
-    If the class had it too, a dataclass would take it for the default of a subclass's own field of that name.
+    This is a descriptor. If the class had the value too, a dataclass would take it for the default of a subclass's own
+    field of that name.
     """
 
     def __init__(self, value: Any) -> None:
@@ -177,10 +178,10 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return a copy of this method with the least sample count, rank or the like for an error up to `epsilon`.
+        """Return a copy of this method with the least sample count, rank or the like for an error of at most `epsilon`.
 
-        The error may be larger with probability `delta`. A method with no such number returns itself. The caller,
-        `budget_for`, checks the guarantee of the returned method.
+        The error may be larger with probability `delta`. A method with no such number returns itself. The result need
+        not keep to the error: the caller, `budget_for`, checks its guarantee.
         """
         del epsilon, delta, spec
         return self

@@ -279,9 +279,9 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Return the allowed dtype, shape and range of each tensor of saved slots: tensor name -> `Field`.
+        """Return the allowed dtype, shape and range of the saved tensors with one entry per token: name -> `Field`.
 
-        Every tensor has one entry per held token. The policy's columns are in a nested dictionary, under "columns".
+        The tokens are the held ones. The policy's columns are in a nested dictionary, under "columns".
         """
         spec, tokens = self.spec, "tokens"
         wide = {"k": spec.d, "v": spec.dv}
