@@ -183,8 +183,10 @@ class Blocked(State[M]):
 
         q is (rows, g, t, d), k (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q.
         count  (rows,) number of these tokens, the same in every row; the rest is padding, whose answers are empty
-        seen   number of tokens that every row saw before; if count is 1, that of any row
-        Because the rows go in step, the tokens can be cut at block ends by slices, without an index per row.
+        seen   number of tokens that every row saw before. If count is 1 rows may differ, as one token is never cut;
+               then `seen` is the number of row 0
+        The tokens are cut at block ends by slices, without an index per row, because all rows reach their block ends
+        together.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -213,8 +215,8 @@ class Blocked(State[M]):
         """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
         The answers are a `Partial` (rows, g, a); None without q. k is (rows, a, d), v (rows, a, dv). The tokens of a
-        row must lie within one block, unless `_close` would do nothing at the block ends inside them. It is called
-        afterwards for the rows whose block is then complete.
+        row must lie within one block, unless `_close` would do nothing at the block ends inside them. Afterwards
+        `_close` is called for the rows whose block is complete.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -231,9 +233,9 @@ class Blocked(State[M]):
         return part
 
     def _circle(self, place: Tensor, below: int) -> Circle:
-        """Return the RoPE cosines and sines (..., pairs) of the ranks `place` (...), in the compute dtype.
+        """Return the RoPE cosines and sines of the ranks `place` (...), both (..., pairs) in the compute dtype.
 
-        pairs is the number of rotated pairs of a key's entries. All ranks are below `below`.
+        pairs is the number of pairs of a key's entries that are rotated. All ranks are below `below`.
         """
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
@@ -310,10 +312,10 @@ class Blocked(State[M]):
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """Return causal attention over all slots, less those that a selector without an index hides: a `Partial`.
+        """Return causal attention over all slots, without those that a selector hides: a `Partial` (rows, g*a).
 
-        `flat` (rows, g*a, d) holds the queries of the a newest tokens of each row; the result is (rows, g*a). These
-        tokens are in the slots already, behind before[r] older tokens in row r.
+        `flat` (rows, g*a, d) holds the queries of the a newest tokens of each row. These tokens are in the slots
+        already, behind before[r] older tokens in row r. The selector is one that keeps no index.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -362,9 +364,10 @@ class Blocked(State[M]):
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
 
     def unread(self, q: Tensor) -> Tensor | None:
-        """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
+        """Return a mask, True for the slots that queries q (rows, m, d) do not read; None if they read every slot.
 
-        The queries come without new tokens, and unrotated. The mask is bool (rows or 1, m or 1, s) over the s slots.
+        The queries come without new tokens, and not yet rotated. The mask is bool (rows or 1, m or 1, s) over the s
+        slots.
         """
         return self._left_unread(self._newest(q))
 
@@ -378,9 +381,10 @@ class Blocked(State[M]):
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
+        """Return a mask, True for the slots that queries q (rows, m, d) do not read; None if they read every slot.
 
-        The queries are rotated already if the spec has a rotation. The mask is bool (rows or 1, m or 1, s).
+        The queries come without new tokens, and are rotated already if the spec has a rotation. The mask is bool (rows
+        or 1, m or 1, s) over the s slots.
         """
         view = self.slots.view()
         if self.selection is not None:

@@ -85,7 +85,7 @@ class Bounded(Method):
             )
 
     def _least_budget(self, budget: int, pinned: int) -> int:
-        """Return the smallest budget >= `budget` that leaves room for one unprotected token.
+        """Return the smallest budget >= `budget` that leaves at least one token unprotected.
 
         pinned: number of tokens that `State.pin` protects. The budget is raised step by step, because under a larger
         budget the policy may protect more of the newest tokens.
@@ -176,9 +176,9 @@ class Bounded(Method):
 class BoundedState(Watching):
     """Keep the held tokens in budget + block slots per row, allocated once.
 
-    More slots are added in a dense prefill, which keeps every token until the seal (end of the prompt), and for spared
-    tokens. Spared tokens are kept and not counted in the budget: all tokens of the prompt, or all after it, if the
-    policy names that part (`Policy.spares`).
+    More slots are added where more tokens are kept: in a dense prefill, which keeps every token until the seal (end of
+    the prompt), and for spared tokens. Spared tokens are kept and not counted in the budget: all tokens of the prompt,
+    or all after it, as the policy says (`Policy.spares`).
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:

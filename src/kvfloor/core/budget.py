@@ -108,7 +108,10 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget in tokens that the method accepts, i.e. one with room beside its protected tokens."""
+    """Return the smallest budget in tokens that the method accepts.
+
+    For example, the budget of a method with a policy must exceed the number of protected tokens.
+    """
     high = 1
     while not _accepts(method, high):
         high *= 2

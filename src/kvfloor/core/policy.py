@@ -132,7 +132,7 @@ class Queries:
     def last(self) -> tuple[Queries, Tensor]:
         """Return the last given query of each row, as `Queries` with b = 1, and that query's index (r, 1) in the block.
 
-        Every row must have a given query.
+        Every row must have at least one given query.
         """
         order = torch.arange(1, self.made.shape[1] + 1, device=self.made.device)
         place = (self.made * order).amax(1, keepdim=True) - 1
@@ -145,8 +145,8 @@ class Queries:
 class PolicyMemory(Memory, ABC):
     """Store what a policy remembers of each row beyond its numbers per slot (columns).
 
-    All tensors have rows as first axis. `spec` has the sizes, dtype and constants of the state of which this memory is
-    a part.
+    All tensors have rows as first axis. `spec` has the sizes, dtype and constants of the state that this memory belongs
+    to.
     """
 
     spec: Spec
@@ -203,7 +203,7 @@ class Policy(ABC):
     def spares(self) -> Literal["nothing", "prompt", "answer"]:
         """Return the part of the stream that is kept whole and not counted in the budget.
 
-        "nothing": no part; "prompt": the tokens before the seal (end of the prompt); "answer": the tokens after it.
+        "nothing": no tokens; "prompt": all tokens before the seal (end of the prompt); "answer": all tokens after it.
         """
         return "nothing"
 
@@ -227,7 +227,8 @@ class Policy(ABC):
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
         """Return the policy's empty memory for the rows of `spec`, or None if it keeps only columns (numbers per slot).
 
-        shared: tensors, by name, that are fixed by method and spec alone; the policy's own (method `shared`) are in it.
+        shared: tensors, by name, that are fixed by method and spec alone; those that the policy's method `shared`
+        returns are among them.
         """
         del spec, shared
         return None

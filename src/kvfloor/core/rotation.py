@@ -1,4 +1,4 @@
-"""Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position.
+"""Rotate keys and queries by RoPE, by a token's rank among the held tokens or by its position in the stream.
 
 The rank is the token's index among the held tokens of its row, the oldest at 0. A place is the whole number that a
 rotation angle is proportional to: a rank, or a position in the stream. A pair is two entries of a key or query that are

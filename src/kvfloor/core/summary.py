@@ -54,7 +54,7 @@ class SummaryState(Memory, ABC):
         """
 
     def on_queries(self, q: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that came with or without tokens; zeros where a row has no query.
+        """Record queries q (rows, g, a, d) that are answered; entries that are padding are zeros.
 
         A summary needs them only if its error bound assumes something about queries.
         """
@@ -126,8 +126,9 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     row      (e,) row of each token, ascending
     columns  (e, ...) each, such as the keys
     at       (1,) row of the lot; its columns are (1, c, ...) for the c tokens of the row
-    A lot is contiguous, aligned like every other lot of c tokens, and holds no other row's numbers. So any result
-    computed from a lot has the same bits whichever rows are in the call, on any BLAS and any instruction set.
+    A lot is contiguous, has the same memory alignment as every other lot of c tokens, and holds no other row's numbers.
+    So any result computed from a lot has the same bits whichever rows are in the call, on any BLAS and any instruction
+    set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     pieces = [column.split(counts.tolist()) for column in columns]

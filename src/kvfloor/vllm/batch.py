@@ -21,15 +21,15 @@ PADDING = 0
 class Plan:
     """Hold the plan of one forward, the same for all layers.
 
-    begun   blocks (n,) int64 of requests whose first tokens are in this forward; the blocks must be cleared, as they
-            still hold the bytes of earlier requests
-    over    blocks (n,) int64 of requests whose prompt is found to have ended: this is the first forward whose tokens
-            all follow the prompt. The end is marked before these tokens are appended
+    begun    blocks (n,) int64 of requests whose first tokens are in this forward; the blocks must be cleared, as they
+             still hold the bytes of earlier requests
+    over     blocks (n,) int64 of requests whose prompt ended before this forward, and is not marked as ended yet; the
+             end must be marked before the tokens of this forward are appended
     singles  blocks (n,) int64 of requests with one token in this forward
-    seen    (n,) int64, number of earlier tokens of each request in `singles`
-    places  (n,) int64, index in the forward of the token of each request in `singles`
-    chunks  (block, start, stop) of each request with several tokens: those with start <= index in the forward < stop
-    report  True if a log line about the tokens that requests hold is due
+    seen     (n,) int64, number of earlier tokens of each request in `singles`
+    places   (n,) int64, index in the forward of the token of each request in `singles`
+    chunks   (block, start, stop) of each request with several tokens: those with start <= index in the forward < stop
+    report   True if a log line about the tokens that requests hold is due
     """
 
     begun: Tensor
