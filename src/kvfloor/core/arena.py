@@ -51,11 +51,14 @@ class Arena(Memory):
 
     @property
     def _own(self) -> tuple[str, ...]:
-        """Return the names of the attributes of this object that are tensors with one entry per item."""
+        """Return the names of those attributes of this object that are flat tensors, with one entry per place."""
         raise NotImplementedError
 
     def _arrays(self) -> list[tuple[Memory, str, Tensor]]:
-        """Return every flat tensor, i.e. one entry per place, as (object that owns it, attribute name, tensor)."""
+        """Return every flat tensor as (object that it is an attribute of, attribute name, tensor).
+
+        The object is this arena, or a part of it that has flat tensors too.
+        """
         return [(self, name, getattr(self, name)) for name in self._own]
 
     def _moved(self) -> None:
@@ -157,7 +160,7 @@ class Arena(Memory):
     def _export(self, owner: Memory) -> dict[str, Any]:
         """Return {attribute name: entries of all items} for the flat tensors that are attributes of the object `owner`.
 
-        Entries of empty places are left out.
+        Each is (items, ...). Entries of empty places are left out.
         """
         live = self.live()
         return {name: x[live] for of, name, x in self._arrays() if of is owner}

@@ -1,13 +1,14 @@
 """Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream.
 
-A state is a method's memory of its streams. A row is one (batch item, kv head) stream; its clock `seen` counts its
-tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block is
-the tokens since the last block end. A slot is the place of one held token.
+A state is a cache method's memory of its streams. A row is one (batch item, kv head) stream; its clock `seen` counts
+its tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block
+is the tokens since the last block end. A slot is the place of one held token.
 A selector picks the held tokens that a query reads; some selectors keep an index of the held keys. A summary is a
 compressed form of evicted tokens. A `Partial` is a result of attention: the mean of values and the log-mass
 (log-sum-exp of logits).
 A token's rank is its index among the held tokens of its row, the oldest at 0. If the spec (the state's sizes and
-constants) has a rotation, keys and queries are rotated (RoPE) to ranks, not to positions in the stream.
+constants) has a rotation, keys and queries are rotated to ranks: by RoPE with the rank in place of the position in the
+stream.
 In shapes, r are rows (some rows only, where an argument `rows` selects them), g query heads per kv head, a new tokens,
 m queries, s slots, d and dv the widths of a key and a value. take[r] and count[r] are numbers of tokens of row r.
 """
@@ -92,8 +93,9 @@ class Blocked(State[M]):
         return False
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that were just answered, if evictions or an error bound depend on queries.
+        """Record queries q (rows, g, a, d) that were just answered; the default does nothing.
 
+        A variant overrides it if its evictions or error bound depend on queries.
         before  (rows,) tokens that a row held before the queries' own tokens were appended
         take    (rows,) a row's real queries are its first take[r]; the rest is padding
         """
@@ -101,8 +103,8 @@ class Blocked(State[M]):
     def _on_query(self, q: Tensor, seen: int) -> None:
         """Record the queries q (rows, g, 1, d) of a decode step that just gave every row one token.
 
-        This does nothing unless a variant's evictions or error bound depend on queries. seen: number of tokens that
-        every row saw before the step.
+        The default does nothing. A variant overrides it if its evictions or error bound depend on queries. seen: number
+        of tokens that every row saw before the step.
         """
 
     # ---- written once --------------------------------------------------------------------------------------
@@ -153,8 +155,9 @@ class Blocked(State[M]):
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         """Append the first count[r] of the t tokens of row r; return the answers to their queries q (rows, g, t, d).
 
-        k is (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q. The tokens are cut
-        at the ends of each row's blocks. After each piece `_close` is called for the rows whose block is complete.
+        k is (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q. The tokens are
+        appended in pieces that do not cross a block end of their row. After each piece `_close` is called for the rows
+        whose block is complete.
         """
         seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
@@ -401,10 +404,7 @@ class Blocked(State[M]):
 
     @property
     def slot_bytes_read(self) -> int:
-        """Return the bytes of the slots' keys and values, and of the selector's index, that one query per row reads.
-
-        The bytes are summed over all rows.
-        """
+        """Return the bytes of keys, values and selector's index that one query per row reads, summed over all rows."""
         if self.selection is not None:
             return self.selection.bytes_read(self.slots.held)
         return self._selector.bytes_read(self.slots.held, self.spec)

@@ -113,9 +113,10 @@ class Bounded(Method):
 
     @property
     def prompt_queries(self) -> int | None:
-        """Return how many of the prompt's newest queries decide what is kept, if evictions wait for the prompt's end.
+        """Return how many of the prompt's newest queries influence which tokens are kept at the prompt's end.
 
-        0: no query decides; None: all of the prompt's queries do.
+        0: no query does; None: all of the prompt's queries do. This is for a dense prefill, where no token is evicted
+        earlier.
         """
         policy = self.policy
         if policy.wants_weights or policy.wants_keys or not isinstance(self.summary, Drop):
@@ -289,7 +290,8 @@ class BoundedState(Watching):
     def _limit(self) -> Tensor:
         """Return the most tokens (rows,) that each row may hold after an eviction: its budget plus its spared tokens.
 
-        Spared tokens are all tokens of the prompt, or all after it, if the policy names that part (`Policy.spares`).
+        Spared tokens are all tokens of the prompt, or all after it, as the policy says (`Policy.spares`); many policies
+        spare none.
         """
         if self.prompt is None:
             return self.budget

@@ -6,8 +6,8 @@ from __future__ import annotations
 class BrokenState(RuntimeError):
     """Report that a call broke off while it changed a state or a cache, which therefore refuses every further call.
 
-    A call changes many tensors one after the other, so an exception in the middle (out of memory, Ctrl-C, a failing
-    kernel or callback) leaves a mixture of old and new that would answer wrongly.
+    A call changes many tensors one after the other. So an exception in the middle (out of memory, Ctrl-C, a failing
+    kernel or callback) leaves a mixture of old and new tensors, and answers computed from it would be wrong.
     """
 
 

@@ -76,9 +76,9 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     layers   number of layers in the cache; each has one state for `spec`
     length   the context in tokens, needed for shares
     g        the GQA group: query heads per kv head (some policies keep queries)
-    A budget in tokens stays as it is. A budget in bytes counts all that the states allocate: scores, positions and
-    spare slots too. Raises ValueError for a method that no budget bounds, for a share without a length, and for bytes
-    too few for the smallest budget.
+    A budget in tokens stays as it is. A budget in bytes has to cover all that the states of all layers allocate:
+    scores, positions and spare slots too. Raises ValueError for a method that no budget bounds, for a share without a
+    length, and for bytes too few for the smallest budget.
     """
     budget = method.budget
     if not isinstance(budget, str):

@@ -106,9 +106,9 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
 def read(path: str | Path, most_bytes: int, what: str) -> bytes:
     """Read a file that holds a message, and return its bytes.
 
-    The first bytes are tested, and the rest is read only if a message can begin with them. what: the kind of file, for
-    errors. Raises CorruptState or OlderVersion for a beginning that no message of this format has, and ValueError for a
-    file that cannot be read or has more than `most_bytes` bytes.
+    The rest of the file is read only if its first bytes can begin a message. what: the kind of file, for errors. Raises
+    CorruptState or OlderVersion if the file does not begin like a message of this format, and ValueError for a file
+    that cannot be read or has more than `most_bytes` bytes.
     """
     with open_regular(path, what) as (stream, size):
         start = read_exactly(stream, min(size, _DIGEST.stop), path, what)

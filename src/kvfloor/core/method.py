@@ -33,8 +33,8 @@ Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one n
 class Traits:
     """Record what a method promises and what it does not; `kvfloor check` tests each promise that a method makes.
 
-    reference       the kind of attention that is approximated: "softmax", "unmasked" (evicted tokens keep logit 0), or
-                    "tensor" (softmax over pairs of tokens)
+    reference       the kind of attention that is approximated: "softmax", "unmasked" (evicted tokens stay in the
+                    softmax, with logit 0), or "tensor" (softmax over pairs of tokens)
     normalised      answers are convex combinations of the given values (they stay in their hull)
     value_linear    answers are linear in the values, for fixed keys and queries
     lossy_values    values are stored with an error even while no token was dropped

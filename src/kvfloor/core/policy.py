@@ -1,11 +1,13 @@
 """Define the interface of an eviction policy, which the method `Bounded` calls.
 
-A state is a cache of some rows; a row is one (batch item, kv head) stream, and a slot the place of one held token. A
-column is a policy's number per slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place
-at its end. The seal is the end of the prompt. To spare a part of the stream is to keep it whole and not count it in the
-budget.
+`Bounded` keeps at most a budget of tokens per row. A state is a cache of some rows; a row is one (batch item, kv head)
+stream, and a slot the place of one held token. A column is a policy's number per slot, e.g. a score. A policy learns by
+updating its columns or its memory (further tensors). A block is `block` consecutive tokens of a row; evictions take
+place at its end. The seal is the end of the prompt. To spare a part of the stream is to keep it whole and not count it
+in the budget.
 A token's position is its index in its row's stream; its rank is its index among the tokens that the row holds now, the
-oldest at 0. If the spec (the state's sizes and constants) has a rotation, keys and queries are rotated (RoPE) by ranks.
+oldest at 0. If the spec (the state's sizes and constants) has a rotation, keys and queries are rotated by RoPE with the
+rank in place of the position.
 In shapes, r are the rows of a call, s slots, b tokens of a block, g query heads per kv head (GQA group), d and dv the
 widths of a key and a value.
 """

@@ -277,7 +277,7 @@ class Pool:
         return out
 
     def _stepped(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> Tensor:
-        """Append tokens and answer their queries, for requests whose prompts have either all ended or all not ended.
+        """Append tokens and answer their queries, for requests that are all within or all past their prompts.
 
         ids    (n,) the requests' blocks
         q      (n, H, g, t, d) -> outputs (n, H, g, t, dv)
@@ -355,10 +355,10 @@ class Pool:
     # ---- states ----------------------------------------------------------------------------------------------------
 
     def _parts(self, ids: Tensor) -> Iterator[Tensor]:
-        """Split requests into groups that one state can hold: yield the indices of each group's blocks in `ids` (n,).
+        """Split the requests of the blocks `ids` (n,) into groups that one state can hold, by index.
 
-        A state marks the end of the prompt for all its rows at once. So in a group either all prompts have ended or
-        none has. A group has at most AT_ONCE requests.
+        Yields the indices of each group's blocks into `ids`. A state marks the end of the prompt for all its rows at
+        once. So in a group either all prompts have ended or none has. A group has at most AT_ONCE requests.
         """
         sealed = (self._views["sealed"][ids, 0] != 0).cpu()
         for alike in (sealed, ~sealed):

@@ -64,9 +64,10 @@ class Rotation:
         return tuple(x.index_select(0, at).view(*place.shape, -1) for x in (cos, sin))  # pyright: ignore[reportReturnType]
 
     def _computed(self, place: Tensor, dtype: torch.dtype) -> Circle:
-        """Compute the cosines and sines (..., pairs) of places (...) in float64, and round them to `dtype`.
+        """Compute the cosines and sines (..., pairs) of the angles at each place (...), and round them to `dtype`.
 
-        The bits of the result are then the same whether torch vectorises the computation or not.
+        They are computed in float64, so that the bits of the result do not depend on how torch vectorises the
+        computation.
         """
         frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
         angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)

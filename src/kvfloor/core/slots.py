@@ -3,7 +3,8 @@
 A row is one (batch item, kv head) stream. A slot is the place of one held token; a row's slots are numbered from 0 and
 lie in its stretch, a range of the flat tensors. A column is a tensor that an eviction policy keeps, with one number per
 slot, such as a score of the slot's token. The rank of a token is its index among the tokens that its row holds, the
-oldest at 0. If the spec (sizes and constants) has a rotation, keys are rotated (RoPE) to ranks.
+oldest at 0. If the spec (sizes and constants of the cache) has a rotation, keys are rotated to ranks: by RoPE with the
+rank in place of the position in the stream.
 Letters in shapes: r is the number of rows of a call, s or width that of slots per row, a that of new tokens, e that of
 tokens chosen in any rows; d and dv are the widths of a key and a value.
 """

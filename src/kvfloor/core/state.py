@@ -197,7 +197,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Raise ValueError if the method does not accept the tokens: the first take[r] of each row r."""
+        """Raise ValueError if the method does not accept the tokens: the first take[r] of each row r.
+
+        The default accepts all tokens.
+        """
 
     def _select_rows(self, index: Tensor) -> None:
         """Keep only the rows at `index` (r,), in this order; `select_rows` has checked that these rows exist."""
@@ -430,7 +433,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Return the state as bytes, a message from which `Method.from_bytes` restores it.
 
         The message has all that is needed to answer queries and to append tokens, except the tensors in `shared`: they
-        are fixed by method and spec, and are made anew. Of the method it has the text only.
+        are fixed by method and spec, and are made anew. The method is stored as its text only.
         """
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 

@@ -54,7 +54,7 @@ class SummaryState(Memory, ABC):
         """
 
     def on_queries(self, q: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that are answered; entries that are padding are zeros.
+        """Record queries q (rows, g, a, d) that the state is given, with or without new tokens; padding is set to 0.
 
         A summary needs them only if its error bound assumes something about queries.
         """
@@ -97,10 +97,10 @@ class Summary(ABC):
         return None
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Summary:
-        """Return this summary at the smallest size for which its error bound (`guarantee`) is at most `epsilon`.
+        """Return a copy of this summary with the smallest size for which its error bound is at most `epsilon`.
 
-        delta  probability with which an answer may exceed the bound
-        A summary without a size to choose returns itself.
+        delta: probability with which an answer may exceed the bound. The bound is that of `guarantee`. A summary
+        without a size to choose returns itself.
         """
         del epsilon, delta, spec
         return self

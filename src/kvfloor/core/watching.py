@@ -158,7 +158,7 @@ class Watching(Blocked["Bounded"]):
         return max(0, left - policy.newest_queries) // self.block * self.block
 
     def _show_open_blocks(self) -> None:
-        """Pass to the policy the keys and queries that came since each row's last block end."""
+        """Pass to the policy the queries since each row's last block end, and the newest tokens' keys."""
         every = torch.arange(self.spec.rows)
         self._show_keys(every)
         for fill in (self.seen % self.block).unique().tolist():

@@ -2,10 +2,10 @@
 
 A method is the configuration of a bounded cache: which tokens it evicts, and its budget. A state is the cache of one
 request in one layer, and a pool reads and writes the states of all requests of one layer.
-A forward is one run of the model over the new tokens of several requests. vLLM asks three classes: a backend names the
-others and the memory, a builder plans each forward once for all layers, and an implementation computes one layer's
-attention. In shapes, T are the tokens of a forward, n requests, t tokens of one request, H kv heads, g query heads per
-kv head, d the width of a key and of a value.
+A forward is one run of the model over the new tokens of several requests. vLLM uses three classes: a backend names the
+other two and the memory that a layer needs, a builder plans each forward once for all layers, and an implementation
+computes one layer's attention. In shapes, T are the tokens of a forward, n requests, t tokens of one request, H kv
+heads, g query heads per kv head, d the width of a key and of a value.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class BoundedImpl(AttentionImpl[Plan]):
         kv_sharing_target_layer_name: str | None = None,
         **others: Any,
     ) -> None:
-        """Compute the sizes of the layer's states, and store them for the backend, which tells vLLM the layer's memory.
+        """Compute the sizes of the layer's states, and store them for `BoundedBackend.customize_spec`.
 
         The arguments are vLLM's. Raises ValueError for an engine, a model or a method that cannot be served.
         """
