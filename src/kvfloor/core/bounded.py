@@ -115,8 +115,8 @@ class Bounded(Method):
     def prompt_queries(self) -> int | None:
         """Return how many of the prompt's newest queries influence which tokens are kept at the prompt's end.
 
-        0: no query does; None: all of the prompt's queries do. This is for a dense prefill, where no token is evicted
-        earlier.
+        0: no query does; None: all of the prompt's queries may. The answer is for a dense prefill, which evicts no
+        token before the prompt's end.
         """
         policy = self.policy
         if policy.wants_weights or policy.wants_keys or not isinstance(self.summary, Drop):

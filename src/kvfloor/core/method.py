@@ -235,7 +235,8 @@ def _numbers(fields: Any) -> int:
 def standard_law(method: Method, place: str) -> Method:
     """Return `method` if it computes standard attention, over single tokens; raise ValueError for tensor attention.
 
-    Tensor attention is softmax over pairs of tokens. place: the caller that needs standard attention, for the error.
+    Tensor attention is softmax over pairs of tokens. place: name of the caller that needs standard attention, for the
+    error.
     """
     if method.traits.reference == "tensor":
         raise ValueError(

@@ -71,6 +71,7 @@ class Planner:
         blocks     (n,) block of each request
         prompting  (n,) bool, True where the request's first token in this forward belongs to the prompt
         report     True if a log line is due; stored in the plan
+        Requests without a token in this forward, and those in block 0, which are padding, are left out of the plan.
         """
         starts, blocks = starts.to("cpu", torch.int64), blocks.to("cpu", torch.int64)
         new = starts[1:] - starts[:-1]

@@ -13,7 +13,7 @@ class LogTimer:
     """Tell when the next log line is due."""
 
     def __init__(self, seconds: float) -> None:
-        """Set the seconds until the first log line is due, and from each line to the next; infinite: no line is."""
+        """Set the seconds until the first log line and between two lines; infinite: no line is ever due."""
         self._seconds, self._next = seconds, time.monotonic() + seconds
 
     def due(self) -> bool:

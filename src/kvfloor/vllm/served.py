@@ -1,9 +1,9 @@
 """Compute the size of one request's KV cache in one layer, from the user's method and vLLM's configuration.
 
 A method is the configuration of a compressed KV cache, and a state the cache of one request in one layer. vLLM gives
-each state a block of memory. It asks for the size of the block by a layer's number of kv heads and width of a key
-alone, without the configuration. So each layer, when it is made, puts its sizes into a table, and they are looked up
-there.
+each state a block of memory. To learn the size of the block, it calls the backend with a layer's number of kv heads and
+width of a key alone, without its configuration. So each layer, when it is made, puts its sizes into a table, and the
+backend looks them up there.
 """
 
 from __future__ import annotations
