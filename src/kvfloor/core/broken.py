@@ -12,9 +12,9 @@ class BrokenState(RuntimeError):
 
 
 def broken_state(call: str) -> BrokenState:
-    """Return the error to raise where a state is used after its call `call`, e.g. "append", broke off.
+    """Return the error to raise when a state is used after its method `call`, e.g. "append", broke off.
 
-    The error is raised also while that call still runs: a callback of the call, or another thread, has used the state.
+    The same error is raised if that method still runs while one of its callbacks, or another thread, uses the state.
     """
     return BrokenState(
         f"{call} broke off halfway (or has not returned yet), so this state is neither the old one nor the new one and "

@@ -156,7 +156,7 @@ class Method(ABC):
         return None
 
     def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return a copy of this method just large enough that the error is at most `epsilon`, by theorem.
+        """Return a copy of this method with the least memory for which a theorem bounds its error by `epsilon`.
 
         The bound may fail with probability `delta`. The argument that fixes the memory, such as a sample count or a
         rank, gets its least sufficient value. Values that the theorem assumes, such as a bound on the number of tokens,

@@ -280,8 +280,8 @@ class Guarded(Policy):
 
     sinks   number of first tokens that are never evicted; trained models give these much attention
     recent  number of newest tokens that are never evicted; None: 16, or a quarter of a budget below 64
-    With sinks=0, recent=0, and an eviction after every token (`block` of `Bounded` = 1), the rule is the one that the
-    policy's paper states.
+    Subclasses add the rule for the other tokens. With sinks=0, recent=0, and an eviction after every token (`block` of
+    `Bounded` = 1), a subclass follows the rule of its paper.
     """
 
     sinks: int = 4

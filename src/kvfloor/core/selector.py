@@ -87,8 +87,8 @@ class SelectorState(Memory, ABC):
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
         """Choose the slots that each query of q (r, m, d) reads among the slots of its row that it sees.
 
-        visible  (r, m): query j of row i sees slots 0 .. visible[i, j] - 1; only tokens that came after the last
-                 eviction may be hidden from it
+        visible  (r, m): query j of row i sees slots 0 .. visible[i, j] - 1. These include all tokens that remained
+                 after the last eviction
         rows     (r,): the queries' rows in the state; None: all
         A query that sees any slot reads at least one. The call changes nothing, and a query's choice does not depend on
         the other queries.
