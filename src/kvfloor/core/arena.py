@@ -1,9 +1,10 @@
 """Store many growing lists, such as each row's held tokens, in a few flat tensors: an arena.
 
-A row is one (batch item, kv head) stream. A place is an index into the flat tensors. Each list owns a range of
-consecutive places, its stretch, and its items fill the front of the stretch. A list's capacity is the length of its
-stretch; a place is empty if no item is in it. In shapes, r is the number of rows of a call: those that an argument
-`rows` or `index` selects, or all.
+A row is one (batch item, kv head) stream. A place is an index into the first axis of the flat tensors. Each list owns a
+range of consecutive places, its stretch, and its items fill the front of the stretch. A list's capacity is the length
+of its stretch; a place is empty if no item is in it. The spec has the sizes, dtype and constants of the cache that the
+arena is a part of. In shapes, r is the number of rows of a call: those that an argument `rows` or `index` selects, or
+all.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from kvfloor.core.spec import Spec
 
 
 def grown(size: Any) -> Any:
-    """Return the capacity to which a full list of capacity `size` (int or tensor) grows: a quarter more, rounded up.
+    """Return the capacity to which a full list of capacity `size` grows: a quarter more, rounded up.
 
-    So each item is copied four times on average, however many are added, and at most a fifth of the capacity is empty.
+    `size` is an int or an int tensor. With this growth each item is copied four times on average, however many are
+    added, and at most a fifth of the capacity is empty.
     """
     return size + (size + 3) // 4
 
@@ -30,8 +32,8 @@ class Arena(Memory):
 
     For example, the held tokens of a row are a list, and a token is an item. Each item has one entry in each flat
     tensor, i.e. each tensor (places, ...) that `_arrays` returns. Rows may differ in capacity, so that a smaller budget
-    takes less memory. Counts and offsets live on the CPU, so that control flow never waits for a device. A place
-    without an item holds the number `fill`, or what a dropped item left there. A saved state contains neither.
+    takes less memory. Counts and offsets live on the CPU, so that control flow never waits for a device. An empty place
+    holds the number `fill`, or what a dropped item left there; a saved state leaves empty places out.
     """
 
     lists: int = 1
@@ -49,28 +51,31 @@ class Arena(Memory):
 
     @property
     def _own(self) -> tuple[str, ...]:
-        """Return the names of the attributes of this object that are tensors with one entry per item."""
+        """Return the names of those attributes of this object that are flat tensors, with one entry per place."""
         raise NotImplementedError
 
     def _arrays(self) -> list[tuple[Memory, str, Tensor]]:
-        """Return every tensor with one entry per item, as (object that owns it, attribute name, tensor)."""
+        """Return every flat tensor as (object that it is an attribute of, attribute name, tensor).
+
+        The object is this arena, or a part of it that has flat tensors too.
+        """
         return [(self, name, getattr(self, name)) for name in self._own]
 
     def _moved(self) -> None:
-        """Update attributes that are further names of a flat tensor, after that was replaced, e.g. by `resize`."""
+        """Update the attributes that alias a flat tensor, after the tensor was replaced, e.g. by `resize`."""
 
     @property
     def _places(self) -> int:
-        """Return the number of places of all lists, with or without an item."""
+        """Return the total number of places of all lists, empty ones included."""
         return int(self.capacity.sum()) * self.lists
 
     def _empty(self, like: Tensor) -> Tensor:
-        """Return a flat tensor of empty places for all lists, with the entry shape and the dtype of `like`."""
+        """Return a new flat tensor of empty places for all lists, with the entry shape and the dtype of `like`."""
         return like.new_full((self._places, *like.shape[1:]), self.fill)
 
     @property
     def level(self) -> int | None:
-        """Return the number of items per list if all rows have the same number and capacity; otherwise None."""
+        """Return the number of items per list if all rows have the same number and the same capacity, else None."""
         counts = self.held.tolist()
         return counts[0] if self.stride and min(counts) == max(counts) else None
 
@@ -79,8 +84,8 @@ class Arena(Memory):
     def places(self, rows: Tensor | None, width: int) -> Tensor:
         """Return the first `width` places of every list of `rows` (None: all), as indices (r, lists, width).
 
-        The indices are into the flat tensors. If `width` exceeds the length of a list's stretch, the list's indices
-        run on into the next stretch. Indices beyond the arena are replaced by the arena's last place.
+        The indices are into the flat tensors. If `width` exceeds the length of a list's stretch, the list's indices run
+        on into the next stretch. Indices beyond the arena's last place are replaced by that place.
         """
         offset, capacity = (x if rows is None else x[rows] for x in (self.offset, self.capacity))
         start = offset.unsqueeze(1) + torch.arange(self.lists) * capacity.unsqueeze(1)
@@ -100,8 +105,9 @@ class Arena(Memory):
     def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
         """View places start .. stop - 1 of every list in the flat tensor x: (rows * lists, stop - start, ...).
 
-        The stretches of all lists must have the same length, `stride` places (None: their present length). The view is
-        one torch operation, because in decoding an operation's overhead exceeds its work.
+        Places are counted from the start of each list's stretch. All stretches must have the same length, `stride`
+        places (None: their present length). The view is one torch operation, because in decoding an operation's
+        overhead exceeds its work.
         """
         stride, (slot, *inner) = stride or self.stride, x.stride()
         shape = (self.spec.rows * self.lists, stop - start, *x.shape[1:])
@@ -140,9 +146,10 @@ class Arena(Memory):
         self._moved()
 
     def bytes_by_row(self, rows: int) -> Tensor:
-        """Return the bytes of each row, (rows,): those of its own stretches, and an equal share of all other bytes.
+        """Return the bytes of memory of each row, (rows,).
 
-        The argument `rows` is the number of rows.
+        The bytes of the flat tensors are split among the rows by capacity, all other bytes equally. The argument `rows`
+        is the number of rows.
         """
         arena_bytes = sum(x.untyped_storage().nbytes() for _, _, x in self._arrays())
         owned = arena_bytes * self.capacity.to(torch.float64) / max(1, int(self.capacity.sum()))
@@ -153,15 +160,15 @@ class Arena(Memory):
     def _export(self, owner: Memory) -> dict[str, Any]:
         """Return {attribute name: entries of all items} for the flat tensors that are attributes of the object `owner`.
 
-        Empty places are left out.
+        Each is (items, ...). Entries of empty places are left out.
         """
         live = self.live()
         return {name: x[live] for of, name, x in self._arrays() if of is owner}
 
     def export(self) -> dict[str, Any]:
-        """Return what a saved state keeps of this arena: the counts, the capacities and the entries of all items.
+        """Return what a saved state keeps of this arena, by name: the counts, the capacities and all items' entries.
 
-        Empty places are left out, so the left-over numbers of dropped items are never saved.
+        Empty places are left out, so what dropped items left there is never saved.
         """
         return {"held": self.held, "capacity": self.capacity, **self._export(self)}
 
@@ -178,7 +185,7 @@ class Arena(Memory):
         self._moved()
 
     def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
-        """Return the saved entries for one flat tensor, the attribute `name` of the object `owner`.
+        """Return the saved entries of one flat tensor, the attribute `name` of the object `owner`.
 
         `fields` is what `export` returned. Returns None if `export` leaves this attribute out.
         """

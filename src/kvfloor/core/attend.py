@@ -1,8 +1,8 @@
 """Compute softmax attention and its log-mass (log-sum-exp of the logits), eagerly or by torch's fused CPU kernel.
 
 In shapes, q is (rows, m, d), k (rows, s, d), v (rows, s, dv): m queries and s tokens per row, where a row is one (batch
-item, kv head) stream. A logit is scale q.k, after the softcap if there is one; the log-mass of a query is the
-log-sum-exp of its logits. The compute dtype is float64 for float64 inputs, float32 for all others.
+item, kv head) stream. A logit is scale q.k; a softcap c replaces it by c tanh(scale q.k / c). The log-mass of a query
+is the log-sum-exp of its logits. The compute dtype is float64 for float64 inputs, float32 for all others.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float 
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs have k's dtype where
-    torch's fused kernel applies, otherwise the compute dtype. The kernel is called by the public function
-    `scaled_dot_product_attention`, because with few keys the overhead of `attend` is a third of the time.
+    torch's fused kernel applies, otherwise the compute dtype. The kernel is called through torch's
+    `scaled_dot_product_attention` and not through `attend`, because with few keys the overhead of `attend` is a third
+    of the time.
     """
     if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
@@ -73,10 +74,11 @@ def attend_causal(
 ) -> tuple[Tensor, Tensor]:
     """Compute causal attention: query i of q (rows, g, a, d) sees keys 0 .. i of k (rows, a, d).
 
-    a is the number of tokens, g the GQA group, i.e. query heads per kv head; v is (rows, a, dv). Returns outputs
-    (rows, g, a, dv) and log-masses (rows, g, a), in the compute dtype. softcap c replaces scale q.k by
-    c tanh(scale q.k / c); None: no cap. backend: "auto" takes the fused kernel, which skips the hidden keys instead of
-    masking them, wherever it applies; "flash" requires it, else ValueError; "eager" never takes it.
+    a is the number of tokens, g the GQA group, i.e. query heads per kv head; v is (rows, a, dv). Returns outputs (rows,
+    g, a, dv) and log-masses (rows, g, a), in the compute dtype.
+    softcap  c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
+    backend  "auto": torch's fused CPU kernel wherever it applies (`fused`), which skips hidden keys instead of masking
+             them; "flash": the kernel, or ValueError where it does not apply; "eager": never the kernel
     """
     rows, g, a, _d = q.shape
     if backend != "eager" and fused(q, k, v, softcap):

@@ -1,13 +1,14 @@
 """Define a state that evicts or compresses after every `block`-th token of a row, however calls split the stream.
 
-A state is a method's memory of its streams. A row is one (batch item, kv head) stream; its clock `seen` counts its
-tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block is
-the tokens since the last block end. A slot is the place of one held token.
+A state is a cache method's memory of its streams. A row is one (batch item, kv head) stream; its clock `seen` counts
+its tokens. A block is `block` consecutive tokens of a row; a block end comes after the last of them, and the open block
+is the tokens since the last block end. A slot is the place of one held token.
 A selector picks the held tokens that a query reads; some selectors keep an index of the held keys. A summary is a
 compressed form of evicted tokens. A `Partial` is a result of attention: the mean of values and the log-mass
 (log-sum-exp of logits).
 A token's rank is its index among the held tokens of its row, the oldest at 0. If the spec (the state's sizes and
-constants) has a rotation, keys and queries are rotated (RoPE) to ranks, not to positions in the stream.
+constants) has a rotation, keys and queries are rotated to ranks: by RoPE with the rank in place of the position in the
+stream.
 In shapes, r are rows (some rows only, where an argument `rows` selects them), g query heads per kv head, a new tokens,
 m queries, s slots, d and dv the widths of a key and a value. take[r] and count[r] are numbers of tokens of row r.
 """
@@ -92,8 +93,9 @@ class Blocked(State[M]):
         return False
 
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that were just answered, if evictions or an error bound depend on queries.
+        """Record queries q (rows, g, a, d) that were just answered; the default does nothing.
 
+        A variant overrides it if its evictions or error bound depend on queries.
         before  (rows,) tokens that a row held before the queries' own tokens were appended
         take    (rows,) a row's real queries are its first take[r]; the rest is padding
         """
@@ -101,8 +103,8 @@ class Blocked(State[M]):
     def _on_query(self, q: Tensor, seen: int) -> None:
         """Record the queries q (rows, g, 1, d) of a decode step that just gave every row one token.
 
-        This does nothing unless a variant's evictions or error bound depend on queries. seen: number of tokens that
-        every row saw before the step.
+        The default does nothing. A variant overrides it if its evictions or error bound depend on queries. seen: number
+        of tokens that every row saw before the step.
         """
 
     # ---- written once --------------------------------------------------------------------------------------
@@ -153,8 +155,9 @@ class Blocked(State[M]):
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
         """Append the first count[r] of the t tokens of row r; return the answers to their queries q (rows, g, t, d).
 
-        k is (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q. The tokens are cut
-        at the ends of each row's blocks. After each piece `_close` is called for the rows whose block is complete.
+        k is (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q. The tokens are
+        appended in pieces that do not cross a block end of their row. After each piece `_close` is called for the rows
+        whose block is complete.
         """
         seen, counts = self.seen.tolist(), count.tolist()  # comparing lists is faster than comparing small tensors
         if min(counts) == max(counts) and (counts[0] == 1 or min(seen) == max(seen)):
@@ -183,8 +186,10 @@ class Blocked(State[M]):
 
         q is (rows, g, t, d), k (rows, t, d), v (rows, t, dv). The answers are a `Partial` (rows, g, t); None without q.
         count  (rows,) number of these tokens, the same in every row; the rest is padding, whose answers are empty
-        seen   number of tokens that every row saw before; if count is 1, that of any row
-        Because the rows go in step, the tokens can be cut at block ends by slices, without an index per row.
+        seen   number of tokens that every row saw before. If count is 1 rows may differ, as one token is never cut;
+               then `seen` is the number of row 0
+        The tokens are cut at block ends by slices, without an index per row, because all rows reach their block ends
+        together.
         """
         parts: list[Partial] = []
         t, done = int(count[0]), 0
@@ -213,8 +218,8 @@ class Blocked(State[M]):
         """Append the first take[r] tokens of row r and return the answers to their queries q (rows, g, a, d).
 
         The answers are a `Partial` (rows, g, a); None without q. k is (rows, a, d), v (rows, a, dv). The tokens of a
-        row must lie within one block, unless `_close` would do nothing at the block ends inside them. It is called
-        afterwards for the rows whose block is then complete.
+        row must lie within one block, unless `_close` would do nothing at the block ends inside them. Afterwards
+        `_close` is called for the rows whose block is complete.
         """
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
@@ -231,9 +236,9 @@ class Blocked(State[M]):
         return part
 
     def _circle(self, place: Tensor, below: int) -> Circle:
-        """Return the RoPE cosines and sines (..., pairs) of the ranks `place` (...), in the compute dtype.
+        """Return the RoPE cosines and sines of the ranks `place` (...), both (..., pairs) in the compute dtype.
 
-        pairs is the number of rotated pairs of a key's entries. All ranks are below `below`.
+        pairs is the number of pairs of a key's entries that are rotated. All ranks are below `below`.
         """
         assert self.spec.rotation is not None
         return self.spec.rotation.circle(place, self.spec.compute_dtype, below)
@@ -310,10 +315,10 @@ class Blocked(State[M]):
         return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
-        """Return causal attention over all slots, less those that a selector without an index hides: a `Partial`.
+        """Return causal attention over all slots, without those that a selector hides: a `Partial` (rows, g*a).
 
-        `flat` (rows, g*a, d) holds the queries of the a newest tokens of each row; the result is (rows, g*a). These
-        tokens are in the slots already, behind before[r] older tokens in row r.
+        `flat` (rows, g*a, d) holds the queries of the a newest tokens of each row. These tokens are in the slots
+        already, behind before[r] older tokens in row r. The selector is one that keeps no index.
         """
         m = flat.shape[1]
         view = self.slots.view()
@@ -362,9 +367,10 @@ class Blocked(State[M]):
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
 
     def unread(self, q: Tensor) -> Tensor | None:
-        """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
+        """Return a mask, True for the slots that queries q (rows, m, d) do not read; None if they read every slot.
 
-        The queries come without new tokens, and unrotated. The mask is bool (rows or 1, m or 1, s) over the s slots.
+        The queries come without new tokens, and not yet rotated. The mask is bool (rows or 1, m or 1, s) over the s
+        slots.
         """
         return self._left_unread(self._newest(q))
 
@@ -378,9 +384,10 @@ class Blocked(State[M]):
         return self._turned(q.unsqueeze(1), place, below=max(1, int(held.max()))).squeeze(1)
 
     def _left_unread(self, q: Tensor) -> Tensor | None:
-        """Return a mask, True for the slots that queries q (rows, m, d) skip; None if they read every slot.
+        """Return a mask, True for the slots that queries q (rows, m, d) do not read; None if they read every slot.
 
-        The queries are rotated already if the spec has a rotation. The mask is bool (rows or 1, m or 1, s).
+        The queries come without new tokens, and are rotated already if the spec has a rotation. The mask is bool (rows
+        or 1, m or 1, s) over the s slots.
         """
         view = self.slots.view()
         if self.selection is not None:
@@ -397,10 +404,7 @@ class Blocked(State[M]):
 
     @property
     def slot_bytes_read(self) -> int:
-        """Return the bytes of the slots' keys and values, and of the selector's index, that one query per row reads.
-
-        The bytes are summed over all rows.
-        """
+        """Return the bytes of keys, values and selector's index that one query per row reads, summed over all rows."""
         if self.selection is not None:
             return self.selection.bytes_read(self.slots.held)
         return self._selector.bytes_read(self.slots.held, self.spec)

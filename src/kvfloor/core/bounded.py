@@ -85,7 +85,7 @@ class Bounded(Method):
             )
 
     def _least_budget(self, budget: int, pinned: int) -> int:
-        """Return the smallest budget >= `budget` that leaves room for one unprotected token.
+        """Return the smallest budget >= `budget` that leaves at least one token unprotected.
 
         pinned: number of tokens that `State.pin` protects. The budget is raised step by step, because under a larger
         budget the policy may protect more of the newest tokens.
@@ -113,9 +113,10 @@ class Bounded(Method):
 
     @property
     def prompt_queries(self) -> int | None:
-        """Return how many of the prompt's newest queries decide what is kept, if evictions wait for the prompt's end.
+        """Return how many of the prompt's newest queries influence which tokens are kept at the prompt's end.
 
-        0: no query decides; None: all of the prompt's queries do.
+        0: no query does; None: all of the prompt's queries may. The answer is for a dense prefill, which evicts no
+        token before the prompt's end.
         """
         policy = self.policy
         if policy.wants_weights or policy.wants_keys or not isinstance(self.summary, Drop):
@@ -176,9 +177,9 @@ class Bounded(Method):
 class BoundedState(Watching):
     """Keep the held tokens in budget + block slots per row, allocated once.
 
-    More slots are added in a dense prefill, which keeps every token until the seal (end of the prompt), and for spared
-    tokens. Spared tokens are kept and not counted in the budget: all tokens of the prompt, or all after it, if the
-    policy names that part (`Policy.spares`).
+    More slots are added where more tokens are kept: in a dense prefill, which keeps every token until the seal (end of
+    the prompt), and for spared tokens. Spared tokens are kept and not counted in the budget: all tokens of the prompt,
+    or all after it, as the policy says (`Policy.spares`).
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -289,7 +290,8 @@ class BoundedState(Watching):
     def _limit(self) -> Tensor:
         """Return the most tokens (rows,) that each row may hold after an eviction: its budget plus its spared tokens.
 
-        Spared tokens are all tokens of the prompt, or all after it, if the policy names that part (`Policy.spares`).
+        Spared tokens are all tokens of the prompt, or all after it, as the policy says (`Policy.spares`); many policies
+        spare none.
         """
         if self.prompt is None:
             return self.budget

@@ -76,9 +76,9 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     layers   number of layers in the cache; each has one state for `spec`
     length   the context in tokens, needed for shares
     g        the GQA group: query heads per kv head (some policies keep queries)
-    A budget in tokens stays as it is. A budget in bytes counts all that the states allocate: scores, positions and
-    spare slots too. Raises ValueError for a method that no budget bounds, for a share without a length, and for bytes
-    too few for the smallest budget.
+    A budget in tokens stays as it is. A budget in bytes has to cover all that the states of all layers allocate:
+    scores, positions and spare slots too. Raises ValueError for a method that no budget bounds, for a share without a
+    length, and for bytes too few for the smallest budget.
     """
     budget = method.budget
     if not isinstance(budget, str):
@@ -108,7 +108,10 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
 
 
 def least_budget(method: Method) -> int:
-    """Return the smallest budget in tokens that the method accepts, i.e. one with room beside its protected tokens."""
+    """Return the smallest budget in tokens that the method accepts.
+
+    For example, the budget of a method with a policy must exceed the number of protected tokens.
+    """
     high = 1
     while not _accepts(method, high):
         high *= 2

@@ -37,7 +37,7 @@ class Field:
 
     @classmethod
     def like(cls, x: Tensor) -> Field:
-        """Return the field for a tensor attribute whose allowed values its class does not declare.
+        """Return the default field for a tensor attribute whose allowed values its class does not declare.
 
         x is the attribute's value in a newly opened part, which holds no token. A saved tensor must have the dtype and
         shape of x. An axis of size 0 in x grows with the stream, and may have any size. Integers are counts or

@@ -1,9 +1,11 @@
-"""Lay out a state as a block of bytes of fixed size, which may lie in memory that someone else owns.
+"""Lay out a cache state as a block of bytes of fixed size, which may lie in memory that someone else owns.
 
-A serving engine allocates one block of bytes for each request and layer, and frees it when the request ends. So the
-state of a request has to live in such a block: every tensor and number of the state is a field, at a fixed offset.
-A row is one (batch item, kv head) stream. The state of one request has H rows, one per kv head. A state of n requests
-has n H rows, request after request.
+A state is a KV cache's memory: the tokens that it holds, and its counters. A serving engine allocates one block of
+bytes for each request and layer, and frees it when the request ends. So the state of a request has to live in such a
+block: every tensor and number of the state is a field, at a fixed offset.
+A part is an object among the attributes of a state or of another part, such as the store of held tokens. A row is one
+(batch item, kv head) stream. The state of one request has H rows, one per kv head. A state of n requests has n H rows,
+request after request.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _DERIVED = ("capacity", "offset")  # of an arena: every opened state has them, s
 class BlockField:
     """Describe one field of a block: where it lies, and which attribute of the state it holds.
 
-    path    names of the attribute and of the parts around it, from the state down, such as ("slots", "k")
+    path    names of the attributes that lead from the state to this one, such as ("slots", "k")
     dtype   of the entries
     shape   of the attribute in the state of one request; () for a number
     offset  bytes from the block's start
@@ -54,11 +56,11 @@ class BlockField:
 
 @dataclass(frozen=True)
 class Layout:
-    """Hold the fields of a block.
+    """Hold the position and type of everything in a block.
 
-    fields  in the order of their offsets
-    nbytes  bytes of the block
-    paths   path of each attribute that the fields hold -> name of its field; two attributes may share one field
+    fields  the fields, in the order of their offsets
+    nbytes  size of the block in bytes
+    paths   path of each attribute that the block holds -> name of its field; two attributes may share one field
     """
 
     fields: tuple[BlockField, ...]
@@ -67,9 +69,10 @@ class Layout:
 
     @classmethod
     def of(cls, state: State) -> Layout:
-        """Return the layout of states like this one, which is that of one request and has its final size (`reserve`).
+        """Return the layout of blocks for states like `state`, a state of one request.
 
-        Two attributes that share their memory are one field.
+        `state` must have allocated all memory that it will ever need (`State.reserve`). Two attributes that share their
+        memory are one field.
         """
         fields: list[BlockField] = []
         end, stored, paths = 0, dict[int, str](), dict[tuple[str, ...], str]()
@@ -89,14 +92,18 @@ class Layout:
 
     @property
     def padding(self) -> int:
-        """Return the bytes of the block that belong to no field; all others are counted by the state's `nbytes`."""
+        """Return the number of bytes of the block that belong to no field, because fields are aligned.
+
+        All other bytes are counted by the state's `nbytes` too.
+        """
         return self.nbytes - sum(field.nbytes for field in self.fields)
 
     def views(self, blocks: Tensor) -> dict[str, Tensor]:
-        """View each field of all blocks as one tensor (blocks, *shape), without a copy; field name -> tensor.
+        """Return a view of each field in all blocks: field name -> tensor (blocks, *shape), with the field's shape.
 
-        blocks: (blocks, bytes) uint8. Each block's bytes lie together; the blocks may lie apart. Raises ValueError for
-        blocks that are smaller than the layout, of another dtype, or not aligned to 8 bytes.
+        blocks: (blocks, bytes) uint8. Each block's bytes lie together; the blocks may lie apart. The shape of a number
+        is (1,). Raises ValueError for blocks that are smaller than the layout, of another dtype, or not aligned to 8
+        bytes.
         """
         if blocks.dtype != torch.uint8 or blocks.ndim != 2 or blocks.shape[1] < self.nbytes or blocks.stride(1) != 1:
             raise ValueError(
@@ -112,10 +119,11 @@ class Layout:
         return found
 
     def load(self, views: dict[str, Tensor], ids: Tensor, state: State) -> None:
-        """Copy the blocks `ids` (n,) into `state`, a state of n requests with the sizes that `Layout.of` saw.
+        """Copy the contents of the blocks `ids` (n,) into `state`, which is a state of n requests.
 
-        views: what `views` returned. Raises ValueError if the blocks differ in a number, as a state has it only once:
-        for example if the prompt is over in some of them only.
+        views: what the method `views` returned. Apart from its number of requests, `state` has the sizes of the state
+        that the layout was made from. Raises ValueError if the blocks differ in a number, because a state has one value
+        of it for all requests: for example, if the prompt has ended in some of the requests only.
         """
         for field in self.fields:
             owner, name = _owner(state, field.path)
@@ -129,10 +137,13 @@ class Layout:
                 target.copy_(source.view(target.shape))
 
     def bind(self, views: dict[str, Tensor], block: int, state: State) -> None:
-        """Make `state`, a state of one request, live in a block: its tensors become views of the block's bytes.
+        """Replace the tensors of `state`, a state of one request, by views of the fields of one block.
 
-        What the state changes in place changes the block, without a copy; `store` writes what it replaced. Numbers, and
-        tensors that a state keeps on another device than the block, are copied. views: what `views` returned.
+        views  what the method `views` returned
+        block  index of the block
+        A change of the state in place then changes the block. Numbers are copied from the block, and so are tensors
+        that the state keeps on another device than the block's. `store` writes these back, and attributes that the
+        state has replaced.
         """
         for path, field in self.paths.items():
             owner, name = _owner(state, path)
@@ -147,10 +158,10 @@ class Layout:
                 now.copy_(source)
 
     def store(self, state: State, views: dict[str, Tensor], ids: Tensor) -> None:
-        """Copy `state`, a state of n requests, into the blocks `ids` (n,), each at most once.
+        """Copy `state`, a state of n requests, into the blocks `ids` (n,), which are different.
 
-        views: what `views` returned. Raises ValueError, with no byte written, if an attribute has outgrown its field
-        or was None when the layout was made, and so has no field.
+        views: what the method `views` returned. Raises ValueError, with no byte written, if an attribute has outgrown
+        its field, or has no field because it was None when the layout was made.
         """
         n = len(ids)
         if any(path not in self.paths for path, _ in _attributes(state)):
@@ -171,7 +182,10 @@ class Layout:
 
 
 def _attributes(part: Memory, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield (path, value) for each tensor and number in `part` and the parts inside it."""
+    """Yield (path, value) for each tensor and number in `part` and the parts inside it.
+
+    path: names of the attributes that lead to the value; the argument `path` is its beginning.
+    """
     for name, value in vars(part).items():
         if name in PUBLIC or value is None:
             continue
@@ -184,7 +198,10 @@ def _attributes(part: Memory, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 
 def _owner(state: State, path: tuple[str, ...]) -> tuple[Any, str]:
-    """Return the part of the state that has the attribute at the end of `path`, and the attribute's name."""
+    """Return the object that has the attribute at the end of `path`, and that attribute's name.
+
+    path: names of the attributes that lead from `state` to that one.
+    """
     part: Any = state
     for name in path[:-1]:
         part = getattr(part, name)

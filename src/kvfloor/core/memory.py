@@ -89,7 +89,8 @@ class Memory:
     def export(self) -> dict[str, Any]:
         """Return the attributes that a saved state keeps of this part, by name.
 
-        The values are tensors, numbers, None, or nested dicts of them, one dict for each part inside this one.
+        The values are tensors, numbers, None, or nested dicts of them, one dict for each part inside this one. The
+        attributes named in PUBLIC are left out.
         """
         return {name: _export(value, name) for name, value in vars(self).items() if name not in PUBLIC}
 
@@ -165,11 +166,11 @@ class Memory:
 
 
 def joined(parts: Sequence[Any], where: str = "") -> Any:
-    """Return the exported fields of one state with the rows of all `parts`, part after part.
+    """Join saved states of one method along their rows: return the fields of one state with the rows of all `parts`.
 
-    parts: what `export` returned for states of one method that saw equally long streams in other rows. All tensors have
-    rows, or items listed row by row, as their first axis; numbers are the same in all parts. where: path of the
-    fields, for the error. Raises ValueError for parts that differ in anything but their rows.
+    parts: what `export` returned for the states, whose streams must be equally long; their rows come in the order of
+    `parts`. All tensors have rows, or items listed row by row, as their first axis; numbers are the same in all parts.
+    where: path of the fields, for the error. Raises ValueError for parts that differ in anything but their rows.
     """
     first = parts[0]
     if isinstance(first, dict) and all(isinstance(part, dict) and part.keys() == first.keys() for part in parts):

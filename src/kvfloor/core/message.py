@@ -1,11 +1,12 @@
-"""Pack a state or a whole cache as bytes, called a message: the content of a saved file.
+"""Pack a cache state, or a whole cache, as bytes: a message, which is also the content of a saved file.
 
-In lower-bound proofs Alice, who saw the tokens, sends a message to Bob, who answers the queries; the proofs count its
-bytes. Fields are the saved attributes of a state, as nested dicts of tensors and JSON values; a path is the names of a
-field and of the dicts around it, joined by slashes. A message is a safetensors file, whose own header ends before the
-tensors. The header's metadata have one entry, named "kvfloor". Its text begins with the digest, i.e. the SHA-256 of
-every other byte of the file, in 64 hex digits. A JSON object follows, which holds the format (a number), the entries
-that the caller of `pack` gives, and under "fields" all fields that are not tensors. A tensor is named by its path.
+The name comes from lower-bound proofs, in which Alice, who saw the tokens, sends a message to Bob, who answers the
+queries; the proofs count its bytes. Fields are the saved attributes of a state, as nested dicts of tensors and JSON
+values. A path is the names of a field and of the dicts around it, joined by slashes.
+A message is a safetensors file: a header, then the tensors, each named by its path. The header's metadata have one
+entry, named "kvfloor". Its text begins with the digest, i.e. the SHA-256 of every other byte of the file, in 64 hex
+digits. A JSON object follows, which holds the format (a number), the entries that the caller of `pack` gives, and under
+"fields" all fields that are not tensors.
 Nothing is unpickled. A message that is truncated, changed in any bit or of another format is refused before anything is
 allocated from it. The digest detects damage, not forgery. Equal content makes equal bytes.
 """
@@ -58,7 +59,8 @@ def pack(header: dict[str, Any], fields: dict[str, Any]) -> bytes:
     """Return the bytes of a message that holds `header` and `fields` (nested dicts of tensors and JSON values).
 
     `header` is a JSON-ready dict of the caller's entries, such as {"method": ..., "spec": ...}. Raises TypeError for a
-    dtype that no message holds, and ValueError if everything except the tensors takes more than HEADER_LIMIT_BYTES.
+    tensor whose dtype messages do not support, and ValueError if everything except the tensors takes more than
+    HEADER_LIMIT_BYTES.
     """
     tensors: dict[str, Tensor] = {}
     plain = _split(fields, "", tensors)
@@ -104,9 +106,9 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[dict[str, Any], dict[s
 def read(path: str | Path, most_bytes: int, what: str) -> bytes:
     """Read a file that holds a message, and return its bytes.
 
-    The first bytes are tested, and the rest is read only if a message can begin with them. what: the kind of file, for
-    errors. Raises CorruptState or OlderVersion for a beginning that no message of this format has, and ValueError for a
-    file that cannot be read or has more than `most_bytes` bytes.
+    The rest of the file is read only if its first bytes can begin a message. what: the kind of file, for errors. Raises
+    CorruptState or OlderVersion if the file does not begin like a message of this format, and ValueError for a file
+    that cannot be read or has more than `most_bytes` bytes.
     """
     with open_regular(path, what) as (stream, size):
         start = read_exactly(stream, min(size, _DIGEST.stop), path, what)
@@ -145,8 +147,8 @@ _FORGED = (
 def _header_end(start: bytes, size: int) -> int:
     """Return the offset in bytes at which a message's safetensors header ends and its tensors begin.
 
-    start: the first bytes of the message; size: its number of bytes. Raises CorruptState if no message begins with
-    these bytes or the header is longer than allowed, and OlderVersion for a message of format 1.
+    start: the first bytes of the message; size: the number of all its bytes. Raises CorruptState if no message begins
+    with these bytes or the header is longer than allowed, and OlderVersion for a message of format 1.
     """
     if size < _DIGEST.stop:
         raise CorruptState(f"a message has at least {_DIGEST.stop} bytes, this one {size}: truncated, or no message")
@@ -163,7 +165,7 @@ def _header_end(start: bytes, size: int) -> int:
 
 
 def _digest(data: bytes) -> bytes:
-    """Return the SHA-256 of all bytes of the message `data` but its digest, as 64 hex digits."""
+    """Return the SHA-256 of all bytes of the message `data` except the digest itself, as 64 hex digits."""
     rest = memoryview(data)
     digest = hashlib.sha256(rest[: _DIGEST.start])
     digest.update(rest[_DIGEST.stop :])
@@ -171,10 +173,10 @@ def _digest(data: bytes) -> bytes:
 
 
 def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return nested fields without their tensors, and put each tensor into `tensors`, keyed by its path.
+    """Return the nested `fields` without their tensors, and put each tensor into `tensors`, keyed by its path.
 
-    `path` begins the path of every tensor. Each tensor becomes dense, in storage of its own. Raises TypeError for a
-    dtype that no message holds.
+    `path` is the prefix of these paths, for the dicts around `fields`. Each tensor becomes dense, in storage of its
+    own. Raises TypeError for a dtype that messages do not support.
     """
     plain: dict[str, Any] = {}
     for name, value in fields.items():
@@ -195,10 +197,10 @@ def _split(fields: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> dic
 
 
 def _place(fields: dict[str, Any], path: str, tensor: Tensor) -> None:
-    """Put a tensor back into nested fields at its path, the inverse of `_split`.
+    """Put a tensor into nested fields at its path, the inverse of `_split`.
 
-    Raises CorruptState if the path is used already, if a parent on it is no dict, for a dtype that
-    no message holds, and for a bool tensor with bytes other than 0 and 1.
+    Raises CorruptState if the path is used already, if a name before the path's last one belongs to no dict, for a
+    dtype that messages do not support, and for a bool tensor with bytes other than 0 and 1.
     """
     if tensor.dtype not in _DTYPES:
         raise CorruptState(f"field {path} is a {tensor.dtype} tensor")

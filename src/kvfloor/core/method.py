@@ -1,4 +1,4 @@
-"""Define methods: the frozen configuration of a cache, its promises, and the text that names it.
+"""Define cache methods: a method is the frozen configuration of a KV cache, with its promises and a text that names it.
 
 A state is the memory that a method keeps of its streams, opened for a spec (sizes, dtype and constants). A row is one
 (batch item, kv head) stream. A whole token is one whose own key and value are kept. A block is the tokens of a row
@@ -33,8 +33,8 @@ Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one n
 class Traits:
     """Record what a method promises and what it does not; `kvfloor check` tests each promise that a method makes.
 
-    reference       the kind of attention that is approximated: "softmax", "unmasked" (evicted tokens keep logit 0), or
-                    "tensor" (softmax over pairs of tokens)
+    reference       the kind of attention that is approximated: "softmax", "unmasked" (evicted tokens stay in the
+                    softmax, with logit 0), or "tensor" (softmax over pairs of tokens)
     normalised      answers are convex combinations of the given values (they stay in their hull)
     value_linear    answers are linear in the values, for fixed keys and queries
     lossy_values    values are stored with an error even while no token was dropped
@@ -80,7 +80,7 @@ class Guarantee:
 
 
 class Parts(NamedTuple):
-    """Hold the policy, summary and selector that a method is composed of; None where it has no such part."""
+    """Hold the policy, summary and selector that a method is composed of; None for a part that it does not have."""
 
     policy: Policy | None = None
     summary: Summary | None = None
@@ -88,9 +88,10 @@ class Parts(NamedTuple):
 
 
 class _Usual:
-    """Hold the default of an attribute of `Method`, as a descriptor: instances have it, the class itself has not.
+    """Hold the default value of a `Method` attribute: the instances have it, the class itself does not.
 
-    If the class had it too, a dataclass would take it for the default of a subclass's own field of that name.
+    This is a descriptor. If the class had the value too, a dataclass would take it for the default of a subclass's own
+    field of that name.
     """
 
     def __init__(self, value: Any) -> None:
@@ -155,7 +156,7 @@ class Method(ABC):
         return None
 
     def budget_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return a copy of this method just large enough that the error is at most `epsilon`, by theorem.
+        """Return a copy of this method with the least memory for which a theorem bounds its error by `epsilon`.
 
         The bound may fail with probability `delta`. The argument that fixes the memory, such as a sample count or a
         rank, gets its least sufficient value. Values that the theorem assumes, such as a bound on the number of tokens,
@@ -177,10 +178,10 @@ class Method(ABC):
         return sized
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Method:
-        """Return a copy of this method with the least sample count, rank or the like for an error up to `epsilon`.
+        """Return a copy of this method with the least sample count, rank or the like for an error of at most `epsilon`.
 
-        The error may be larger with probability `delta`. A method with no such number returns itself. The caller,
-        `budget_for`, checks the guarantee of the returned method.
+        The error may be larger with probability `delta`. A method with no such number returns itself. The result need
+        not keep to the error: the caller, `budget_for`, checks its guarantee.
         """
         del epsilon, delta, spec
         return self
@@ -234,7 +235,8 @@ def _numbers(fields: Any) -> int:
 def standard_law(method: Method, place: str) -> Method:
     """Return `method` if it computes standard attention, over single tokens; raise ValueError for tensor attention.
 
-    Tensor attention is softmax over pairs of tokens. place: the caller that needs standard attention, for the error.
+    Tensor attention is softmax over pairs of tokens. place: name of the caller that needs standard attention, for the
+    error.
     """
     if method.traits.reference == "tensor":
         raise ValueError(

@@ -1,7 +1,8 @@
 """Define the result of attention over a set of tokens, mean and log-mass, and the merge of two such results.
 
 In shapes, rows are (batch item, kv head) streams, m queries and s tokens per row, g query heads per kv head, a new
-tokens, d and dv the widths of a key and a value. A logit is scale q.k, after the softcap if there is one.
+tokens, d and dv the widths of a key and a value. A logit is scale q.k, after the softcap if there is one. The spec of a
+cache has its sizes and constants, among them scale and softcap.
 """
 
 from __future__ import annotations

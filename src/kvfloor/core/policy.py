@@ -1,11 +1,13 @@
 """Define the interface of an eviction policy, which the method `Bounded` calls.
 
-A state is a cache of some rows; a row is one (batch item, kv head) stream, and a slot the place of one held token. A
-column is a policy's number per slot, e.g. a score. A block is `block` consecutive tokens of a row; evictions take place
-at its end. The seal is the end of the prompt. To spare a part of the stream is to keep it whole and not count it in the
-budget.
+`Bounded` keeps at most a budget of tokens per row. A state is a cache of some rows; a row is one (batch item, kv head)
+stream, and a slot the place of one held token. A column is a policy's number per slot, e.g. a score. A policy learns by
+updating its columns or its memory (further tensors). A block is `block` consecutive tokens of a row; evictions take
+place at its end. The seal is the end of the prompt. To spare a part of the stream is to keep it whole and not count it
+in the budget.
 A token's position is its index in its row's stream; its rank is its index among the tokens that the row holds now, the
-oldest at 0. If the spec (the state's sizes and constants) has a rotation, keys and queries are rotated (RoPE) by ranks.
+oldest at 0. If the spec (the state's sizes and constants) has a rotation, keys and queries are rotated by RoPE with the
+rank in place of the position.
 In shapes, r are the rows of a call, s slots, b tokens of a block, g query heads per kv head (GQA group), d and dv the
 widths of a key and a value.
 """
@@ -132,7 +134,7 @@ class Queries:
     def last(self) -> tuple[Queries, Tensor]:
         """Return the last given query of each row, as `Queries` with b = 1, and that query's index (r, 1) in the block.
 
-        Every row must have a given query.
+        Every row must have at least one given query.
         """
         order = torch.arange(1, self.made.shape[1] + 1, device=self.made.device)
         place = (self.made * order).amax(1, keepdim=True) - 1
@@ -145,8 +147,8 @@ class Queries:
 class PolicyMemory(Memory, ABC):
     """Store what a policy remembers of each row beyond its numbers per slot (columns).
 
-    All tensors have rows as first axis. `spec` has the sizes, dtype and constants of the state of which this memory is
-    a part.
+    All tensors have rows as first axis. `spec` has the sizes, dtype and constants of the state that this memory belongs
+    to.
     """
 
     spec: Spec
@@ -203,7 +205,7 @@ class Policy(ABC):
     def spares(self) -> Literal["nothing", "prompt", "answer"]:
         """Return the part of the stream that is kept whole and not counted in the budget.
 
-        "nothing": no part; "prompt": the tokens before the seal (end of the prompt); "answer": the tokens after it.
+        "nothing": no tokens; "prompt": all tokens before the seal (end of the prompt); "answer": all tokens after it.
         """
         return "nothing"
 
@@ -227,7 +229,8 @@ class Policy(ABC):
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> PolicyMemory | None:
         """Return the policy's empty memory for the rows of `spec`, or None if it keeps only columns (numbers per slot).
 
-        shared: tensors, by name, that are fixed by method and spec alone; the policy's own (method `shared`) are in it.
+        shared: tensors, by name, that are fixed by method and spec alone; those that the policy's method `shared`
+        returns are among them.
         """
         del spec, shared
         return None
@@ -277,8 +280,8 @@ class Guarded(Policy):
 
     sinks   number of first tokens that are never evicted; trained models give these much attention
     recent  number of newest tokens that are never evicted; None: 16, or a quarter of a budget below 64
-    With sinks=0, recent=0, and an eviction after every token (`block` of `Bounded` = 1), the rule is the one that the
-    policy's paper states.
+    Subclasses add the rule for the other tokens. With sinks=0, recent=0, and an eviction after every token (`block` of
+    `Bounded` = 1), a subclass follows the rule of its paper.
     """
 
     sinks: int = 4

@@ -1,9 +1,13 @@
-"""Keep the states of many requests of one layer in blocks of bytes that a serving engine owns.
+"""Keep the caches of many requests of one layer in blocks of bytes that a serving engine owns.
 
-A row is one (request, kv head) stream. The engine gives each request one block, which holds the request's state of this
-layer, and frees the block when the request ends; all blocks have one size. The requests of one call may have seen
-differently many tokens. A slot is the place of one held token. In shapes, n are the requests of a call, H kv heads,
-g query heads per kv head (GQA group), t tokens, d and dv the widths of a key and a value.
+A method is the configuration of a compressed KV cache, a spec its sizes, dtype and constants. A state is the cache
+itself: the tokens that it holds, and its counters. The engine gives each request one block of bytes per layer, which
+holds the request's state of that layer, and frees the block when the request ends. All blocks have one size. "Block"
+alone always means a block of bytes. A token block is a fixed number of consecutive tokens of a request; methods evict
+tokens where one ends.
+A row is one (request, kv head) stream. A slot is the place of one held token. The requests of one call may have
+different numbers of tokens. In shapes, n are the requests of a call, H kv heads, g query heads per kv head (GQA group),
+t tokens, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -29,16 +33,17 @@ from kvfloor.core.state import State
 from kvfloor.core.watching import Watching
 
 AT_ONCE = 8
-"""Most requests whose blocks are copied out together: so many blocks per layer take memory beside the engine's."""
+"""Most requests whose states `step` copies out of their blocks at a time; each layer keeps memory for the copy."""
 
 
 def opened(method: Method, spec: Spec, g: int, tokens: int | None = None) -> State:
-    """Open an empty state whose memory has its final size: that of one request.
+    """Open an empty state for one request, and allocate all memory that it will ever need.
 
-    spec    the sizes; one row per kv head of the request
+    spec    sizes, dtype and constants; one row per kv head of the request
     g       query heads per kv head
-    tokens  most tokens of a request, which `exact` needs to reserve memory; None: not known
-    Raises ValueError for a method whose memory grows with the stream, and for budgets that differ between rows.
+    tokens  most tokens of a request; the method `exact`, which keeps every token, needs it. None: not known
+    Raises ValueError for a method whose memory would grow with the stream, for `exact` if `tokens` is None, and for
+    budgets that differ between kv heads.
     """
     if isinstance(method, Bounded) and isinstance(method.budget, tuple):
         raise ValueError(f"{method} gives heads different budgets; in blocks of one size, give one number of tokens")
@@ -48,25 +53,33 @@ def opened(method: Method, spec: Spec, g: int, tokens: int | None = None) -> Sta
 
 
 def block_bytes(method: Method, spec: Spec, g: int, tokens: int | None = None) -> int:
-    """Return the bytes of the block that holds one request's state of one layer.
+    """Return the size in bytes of a block, which holds one request's state of one layer.
 
-    The arguments and errors are those of `opened`.
+    spec    sizes, dtype and constants; one row per kv head of a request
+    g       query heads per kv head
+    tokens  most tokens of a request; the method `exact`, which keeps every token, needs it. None: not known
+    Raises ValueError for a method whose memory would grow with the stream, for `exact` if `tokens` is None, and for
+    budgets that differ between kv heads.
     """
     return Layout.of(opened(method, spec, g, tokens)).nbytes
 
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """Hold what a step of one token of each of n requests needs to know of them; the same in all layers.
+    """Hold the block indices and token counts for a decode step, which gives one new token to each of n requests.
 
-    ids       (n,) their blocks, on the CPU
-    index     the same for indexing, on the blocks' device: a slice if the blocks follow one another
-    rows      (n,) the same as a tensor on the blocks' device
-    seen      (n,) tokens that each request saw before the step; `held` are those that each kv head kept
-    fill      (n,) number of these tokens in the open block of tokens
-    width     most tokens that a head holds with the new one
-    visible   bool (n, 1, 1, width), True for slots that hold a token; None: all do
-    complete  (c,) blocks of the requests whose block of tokens the step completes; None: there are none
+    They are the same in all layers. Counts are those before the step.
+
+    ids       (n,) index of each request's block, on the CPU
+    index     the same indices on the blocks' device, or a slice if they are consecutive
+    rows      (n,) the same indices as a tensor on the blocks' device
+    seen      (n,) tokens appended to each request so far
+    held      (n,) tokens that each kv head of the request holds
+    fill      (n,) tokens in the request's last token block, if that is not complete; else 0
+    width     largest number of tokens that a kv head holds once the new token is added
+    visible   bool (n, 1, 1, width), True for slots that hold a token then; None: all slots do
+    complete  (c,) indices, on the CPU, of the blocks of those requests whose token block the new token completes; None:
+              there are none
     """
 
     ids: Tensor
@@ -81,9 +94,13 @@ class DecodeBatch:
 
     @classmethod
     def of(cls, ids: Tensor, seen: Tensor, held: Tensor, block: int, device: torch.device) -> DecodeBatch:
-        """Return the batch for requests with these clocks; ids, seen and held (n,) are on the CPU.
+        """Make the batch from the requests' block indices and their token counts before the step.
 
-        block: number of tokens from one block end to the next
+        ids     (n,) index of each request's block, on the CPU
+        seen    (n,) tokens appended to each request so far, on the CPU
+        held    (n,) tokens that each of its kv heads holds, on the CPU
+        block   number of tokens in a token block
+        device  that of the blocks
         """
         named, counts, fill = ids.tolist(), held.tolist(), seen % block
         width = max(counts) + 1
@@ -101,11 +118,11 @@ class DecodeBatch:
 class Pool:
     """Read and write the states in the blocks of one layer.
 
-    A block is empty until `clear` puts an empty state into it. If an exception ends a call in the middle, the blocks of
-    this call refuse all further calls, with BrokenState, until they are cleared; the other blocks are as they were.
-    Blocks are named by their indices, `ids` (n,) int64, in which none occurs twice.
+    Before a block is first used, `clear` must write an empty state into it. If an exception interrupts a call while it
+    changes blocks, later calls on these blocks raise BrokenState, until `clear`, `put` or `copy` overwrites the blocks.
+    Other blocks are not affected. Calls name blocks by their indices: `ids` (n,) int64, without repeats.
 
-    layout  the fields of a block
+    layout  offset, shape and dtype of each tensor and number in a block
     """
 
     @torch.inference_mode(False)
@@ -113,13 +130,14 @@ class Pool:
     def __init__(self, method: Method, spec: Spec, g: int, blocks: Tensor, tokens: int | None = None) -> None:
         """Build the pool over the engine's memory; no byte of it is read or written.
 
-        method  the method, with its budget in tokens
-        spec    the sizes; one row per kv head of a request. Its row ids, which seed random draws, are the same for all
-                requests, so that no request depends on its neighbours
+        method  the configuration of the cache, with its budget in tokens per kv head
+        spec    sizes, dtype and constants; one row per kv head of a request. Its row ids, which seed random draws, are
+                the same for all requests, so that no request depends on its neighbours
         g       query heads per kv head
         blocks  (blocks, bytes) uint8: the engine's memory. A block's bytes lie together; the blocks may lie apart
-        tokens  most tokens of a request, which `exact` needs; None: not known
-        Raises ValueError as `block_bytes` does, and for blocks that are too small or not aligned.
+        tokens  most tokens of a request; the method `exact`, which keeps every token, needs it. None: not known
+        Raises ValueError for a method whose memory would grow with the stream, for budgets that differ between kv
+        heads, and for blocks that are too small or not aligned to 8 bytes.
         """
         self.method, self.spec, self.g, self._tokens = method, spec, g, tokens
         empty = opened(method, spec, g, tokens)
@@ -142,23 +160,24 @@ class Pool:
 
     @torch.inference_mode()
     def clear(self, ids: Tensor) -> None:
-        """Put an empty state into these blocks. All of their bytes are written, so that nothing of old is left."""
+        """Overwrite these blocks by empty states. No byte of the old states is left."""
         ids = self._known(ids, torn=True)
         self._blocks[ids, : self.layout.nbytes] = self._empty
         self._torn.difference_update(ids.tolist())
 
     @torch.inference_mode()
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy the states in the blocks `source` (n,) to the blocks `target` (n,), as a fork of requests needs it."""
+        """Copy the state in block source[i] into block target[i] for each i, to fork requests; both are (n,)."""
         source, target = self._known(source), self._known(target, torn=True)
         with self._writing(target):
             self._blocks[target, : self.layout.nbytes] = self._blocks[source, : self.layout.nbytes]
 
     @torch.inference_mode()
     def take(self, ids: Tensor) -> State:
-        """Return a copy of the state in these blocks: one state of n H rows, which no longer depends on the blocks.
+        """Return a copy of the states in these blocks as one state of n H rows, request after request.
 
-        Raises ValueError if the prompt is over in some of the blocks only.
+        Later changes of the blocks do not change the copy. Raises ValueError if the prompt has ended in some of the
+        requests but not in all.
         """
         ids = self._known(ids)
         taken = self._loaded(ids)
@@ -167,7 +186,7 @@ class Pool:
 
     @torch.inference_mode()
     def put(self, ids: Tensor, state: State) -> None:
-        """Write a state of n H rows, such as `take` returned, into these blocks.
+        """Write a state of n H rows, request after request, into these n blocks; the inverse of `take`.
 
         Raises ValueError for a state of another method or size.
         """
@@ -182,22 +201,26 @@ class Pool:
 
     @torch.inference_mode()
     def seen(self, ids: Tensor) -> Tensor:
-        """Return the number of tokens that each of these requests has taken in, (n,) int64."""
+        """Return the number of tokens appended to each of these requests so far, (n,) int64."""
         return self._views["seen"][self._known(ids), 0]
 
     @torch.inference_mode()
     def held(self, ids: Tensor) -> Tensor:
-        """Return the number of whole tokens that each kv head of these requests keeps, (n, H) int64."""
+        """Return the number of tokens whose key and value each kv head of these requests holds, (n, H) int64.
+
+        It is 0 for methods that keep no keys and values.
+        """
         held = self._views.get("slots.held")
         ids = self._known(ids)
         return self._views["seen"][ids] * 0 if held is None else held[ids]
 
     @torch.inference_mode()
     def batch(self, ids: Tensor, seen: Tensor | None = None) -> DecodeBatch:
-        """Prepare a step of one token of each of these requests, for the pools of all layers: their clocks agree.
+        """Prepare a decode step of one new token for each of these requests, for the pools of all layers.
 
-        seen: (n,) tokens that each request has taken in, on the CPU; None: they are read from the blocks. Given, no
-        device is waited for.
+        One batch serves all layers, because a request has the same token counts in all of them.
+        seen: (n,) tokens appended to each request so far, on the CPU. None: the counts are read from the blocks, which
+        waits for their device.
         """
         ids = self._known(ids)
         clock = self.seen(ids).cpu() if seen is None else seen.to(torch.int64)
@@ -212,7 +235,11 @@ class Pool:
 
     @torch.inference_mode()
     def seal(self, ids: Tensor) -> None:
-        """Mark the end of the prompt of these requests. It has no effect on a request whose prompt is over already."""
+        """Mark the end of the prompt of these requests.
+
+        Methods that evict or compress at the end of the prompt do so now. The call changes nothing in a request whose
+        prompt was marked as ended already.
+        """
         ids = self._known(ids)
         ids = ids[(self._views["sealed"][ids, 0] == 0).cpu()]
         with self._writing(ids):
@@ -232,11 +259,12 @@ class Pool:
     ) -> Tensor:
         """Append tokens and answer their queries causally: token i of a request attends to its tokens up to itself.
 
-        ids    (n,) the requests' blocks; or, for one token of each, what `batch` returned for them
+        ids    (n,) the requests' blocks; or, for one token of each request, the `DecodeBatch` that `batch` returned for
+               them
         q      (n, H, g, t, d) -> outputs (n, H, g, t, dv) in the spec's dtype, 0 for padding
         k, v   (n, H, t, d), (n, H, t, dv)
-        count  (n,) number of each request's real tokens, which are its first; the rest is padding. None: all are real
-        Raises ValueError for bad input, with the blocks as they were.
+        count  (n,) number of each request's real tokens, which come first; the others are padding. None: all are real
+        Raises ValueError for bad input, with the blocks unchanged.
         """
         batch = ids if isinstance(ids, DecodeBatch) else None
         ids = self._known(ids.ids if isinstance(ids, DecodeBatch) else ids)
@@ -249,9 +277,14 @@ class Pool:
         return out
 
     def _stepped(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> Tensor:
-        """Do `step` for requests whose prompts are all over, or all not over.
+        """Append tokens and answer their queries, for requests that are all within or all past their prompts.
 
-        One request is served where its block lies, several by a state that is copied out and in.
+        ids    (n,) the requests' blocks
+        q      (n, H, g, t, d) -> outputs (n, H, g, t, dv)
+        k, v   (n, H, t, d), (n, H, t, dv)
+        count  (n,) number of each request's real tokens, which come first; None: all are real
+        A single request's state is changed in its block. The states of several requests are copied out of their blocks,
+        changed together as one state, and copied back.
         """
         n, _, g, t, d = q.shape
         present = None
@@ -265,9 +298,11 @@ class Pool:
         return out.view(n, self.spec.rows, g, t, self.spec.dv)
 
     def _decode(self, batch: DecodeBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Do `step` for one token of each request, in place and without a loop over requests, but at block ends.
+        """Append one token to each request and answer its queries q (n, H, g, 1, d): outputs (n, H, g, 1, dv).
 
-        Every query attends to all held tokens of its row and to nothing else. q (n, H, g, 1, d) -> (n, H, g, 1, dv).
+        k is (n, H, 1, d), v (n, H, 1, dv). Every query attends to all held tokens of its row and to nothing else. The
+        blocks are changed in place, for all requests at once. Afterwards the requests whose token block is complete are
+        handled one by one (`_close`).
         """
         views, at, asked = self._views, batch.held, q.squeeze(3)
         if q.device.type == "cpu" and not torch.equal(views["seen"][batch.index, 0], batch.seen):
@@ -288,9 +323,9 @@ class Pool:
         return out.unsqueeze(3)
 
     def _close(self, ids: Tensor) -> None:
-        """Handle the end of a block of tokens in these requests, for example by evicting tokens.
+        """Handle the end of a token block in the requests of these blocks, for example by evicting tokens.
 
-        The requests are handled one by one, each where its block lies: on average one in `block` steps.
+        The requests are handled one by one, each state in its block. A request comes here once per token block.
         """
         for block in ids.split(1):
             state = self._bound(block)
@@ -300,7 +335,7 @@ class Pool:
             self.layout.store(state, self._views, block)
 
     def _attended(self, batch: DecodeBatch, q: Tensor) -> Tensor:
-        """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too."""
+        """Return attention outputs (n, H, g, dv) of q (n, H, g, d) over all held tokens, the newest included."""
         n, heads, g, _d = q.shape
         keys = self._slots("slots.k")[:, :, : batch.width]
         values = keys if self.spec.tied else self._slots("slots.v")[:, :, : batch.width]
@@ -314,15 +349,16 @@ class Pool:
         return out.view(n, heads, g, self.spec.dv).to(self.spec.dtype)
 
     def _slots(self, name: str) -> Tensor:
-        """View a field with one entry per slot as (blocks, H, slots, ...)."""
+        """Return a view (blocks, H, slots, ...) of the field `name`, which has one entry per slot, as "slots.k" has."""
         return self._views[name].unflatten(1, (self.spec.rows, -1))
 
     # ---- states ----------------------------------------------------------------------------------------------------
 
     def _parts(self, ids: Tensor) -> Iterator[Tensor]:
-        """Yield indices into `ids` (n,) of blocks that one state can hold together, at most AT_ONCE at a time.
+        """Split the requests of the blocks `ids` (n,) into groups that one state can hold, by index.
 
-        A state is sealed as a whole. So the prompts of its requests are all over, or none is.
+        Yields the indices of each group's blocks into `ids`. A state marks the end of the prompt for all its rows at
+        once. So in a group either all prompts have ended or none has. A group has at most AT_ONCE requests.
         """
         sealed = (self._views["sealed"][ids, 0] != 0).cpu()
         for alike in (sealed, ~sealed):
@@ -333,9 +369,10 @@ class Pool:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _bound(self, ids: Tensor) -> State:
-        """Return a state of one request that lives in the one block of `ids` (1,), until the next call of this method.
+        """Return a state of one request whose tensors are views of the block that `ids` (1,) names.
 
-        A call on the state changes the block, and `layout.store` must follow.
+        A call on the state changes the block in place. `layout.store` must follow, as numbers and replaced tensors of
+        the state are not views. The state is valid until the next call of this method, which moves it to another block.
         """
         if self._lens is None or self._lens.broken:
             self._lens = opened(self.method, self.spec, self.g, self._tokens)
@@ -343,7 +380,10 @@ class Pool:
         return self._lens
 
     def _loaded(self, ids: Tensor) -> State:
-        """Return a state of n H rows with the content of these blocks; a later call of this method overwrites it."""
+        """Copy the states out of these blocks, and return them as one state of n H rows, request after request.
+
+        The next call of this method may overwrite the returned state.
+        """
         state, n = self._working, len(ids)
         if state is None or state.broken or state.spec.rows != n * self.spec.rows:
             places = None if self.spec.places is None else tuple(self.spec.places) * n
@@ -355,7 +395,10 @@ class Pool:
 
     @contextmanager
     def _writing(self, ids: Tensor) -> Iterator[None]:
-        """Mark these blocks as torn while the caller changes them, and for good if an exception ends the change."""
+        """Mark these blocks as half-written while the body of the `with` statement changes them.
+
+        If an exception ends the body, the mark stays, and later calls on the blocks raise BrokenState.
+        """
         touched = ids.tolist()
         self._torn.update(touched)
         yield
@@ -364,7 +407,11 @@ class Pool:
     # ---- input -----------------------------------------------------------------------------------------------------
 
     def _known(self, ids: Tensor, torn: bool = False) -> Tensor:
-        """Return the indices of blocks on the CPU, checked. torn: True if the blocks may be torn."""
+        """Check the block indices `ids`, and return them as int64 on the CPU.
+
+        Raises ValueError unless they are a non-empty 1-d tensor of different indices of existing blocks. Raises
+        BrokenState for a block that an interrupted call left half-written, unless `torn` is True.
+        """
         ids = torch.as_tensor(ids).to("cpu")
         if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
             raise ValueError(f"blocks are named by a non-empty 1-d int64 tensor, got {ids.dtype} {tuple(ids.shape)}")
@@ -377,7 +424,11 @@ class Pool:
         return ids.to(torch.int64)
 
     def _require(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
-        """Raise ValueError unless the tokens have the right shapes and finite entries, and fit into their blocks."""
+        """Raise ValueError if the arguments of `step` have a wrong shape or dtype, or do not fit into their blocks.
+
+        ids (n,) are the requests' blocks. The entries must also be finite; this is checked here for one token per
+        request only, as the states check longer input themselves.
+        """
         n, spec, t = len(ids), self.spec, k.shape[2] if k.ndim == 4 else -1
         wanted = {
             "q": (n, spec.rows, self.g, t, spec.d),

@@ -1,4 +1,4 @@
-"""Rotate keys and queries by RoPE according to a token's rank among the held tokens, instead of its stream position.
+"""Rotate keys and queries by RoPE, by a token's rank among the held tokens or by its position in the stream.
 
 The rank is the token's index among the held tokens of its row, the oldest at 0. A place is the whole number that a
 rotation angle is proportional to: a rank, or a position in the stream. A pair is two entries of a key or query that are
@@ -64,9 +64,10 @@ class Rotation:
         return tuple(x.index_select(0, at).view(*place.shape, -1) for x in (cos, sin))  # pyright: ignore[reportReturnType]
 
     def _computed(self, place: Tensor, dtype: torch.dtype) -> Circle:
-        """Compute the cosines and sines (..., pairs) of places (...) in float64, and round them to `dtype`.
+        """Compute the cosines and sines (..., pairs) of the angles at each place (...), and round them to `dtype`.
 
-        The bits of the result are then the same whether torch vectorises the computation or not.
+        They are computed in float64, so that the bits of the result do not depend on how torch vectorises the
+        computation.
         """
         frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
         angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)

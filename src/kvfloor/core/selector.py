@@ -26,7 +26,7 @@ from kvfloor.core.spec import Spec
 class Chosen:
     """Hold the slots that each query reads: index (r, m, c) int64, at most c different slots for each of m queries.
 
-    dead (r, m, c), bool, is True for entries of index that are padding.
+    dead (r, m, c), bool, is True for entries of index that are padding and name no slot.
     """
 
     index: Tensor
@@ -43,9 +43,9 @@ class SelectorState(Memory, ABC):
     """Store a selector's index of the held tokens, which is updated whenever tokens enter or leave the slots.
 
     `spec` has the sizes, dtype and constants that the index was opened for. Rows are the first axis of every tensor; a
-    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. Slots are compared by
-    scores in float64, and by slot number where scores are equal, so that the choice for a query does not depend on how
-    many queries or rows a call has.
+    subclass with other tensors defines its own `select_rows`, which keeps some of the rows. To choose slots, a subclass
+    ranks them by scores in float64, and slots of equal score by slot number. So the choice for a query does not depend
+    on how many queries or rows a call has.
     """
 
     spec: Spec
@@ -75,7 +75,7 @@ class SelectorState(Memory, ABC):
         """Adapt the index after rows got more or fewer slots (`slots.capacity`); the held tokens have not changed."""
 
     def reserve(self, g: int) -> None:
-        """Take all memory that the index will need for g query heads per kv head; the default needs no more."""
+        """Allocate all memory that the index will need for g query heads per kv head; the default needs no more."""
 
     def close(self, slots: Slots, rows: Tensor | None) -> None:
         """Update the index of these rows (None: all) at the end of a block of tokens, after the block's evictions."""
@@ -87,19 +87,19 @@ class SelectorState(Memory, ABC):
     def choose(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> Chosen:
         """Choose the slots that each query of q (r, m, d) reads among the slots of its row that it sees.
 
-        visible  (r, m): query j of row i sees slots 0 .. visible[i, j] - 1; only tokens that came after the last
-                 eviction may be hidden from it
+        visible  (r, m): query j of row i sees slots 0 .. visible[i, j] - 1. These include all tokens that remained
+                 after the last eviction
         rows     (r,): the queries' rows in the state; None: all
         A query that sees any slot reads at least one. The call changes nothing, and a query's choice does not depend on
         the other queries.
         """
 
     def follow(self, q: Tensor, slots: Slots, visible: Tensor, position: Tensor) -> Chosen:
-        """Choose the slots that queries q (rows, g, a, d), which came with new tokens, read: `Chosen` with m = g * a.
+        """Choose the slots to read for queries q (rows, g, a, d) of newly appended tokens: a `Chosen` with m = g * a.
 
-        visible   (rows, a) number of slots that a query sees, that of its own token included
-        position  (rows, a) index of the query's own token in the stream, or -1 where the row has no such token
-        Unlike `choose`, the call may store a choice in the index, which the queries of the next tokens then share.
+        visible   (rows, a) number of slots that a token's queries see, that of the token itself included
+        position  (rows, a) index of the token in the stream, or -1 where the row has no such token
+        Unlike `choose`, the call may store a choice in the index, so that the queries of later tokens use it too.
         """
         del position
         return self.choose(q.flatten(1, 2), slots, visible.repeat(1, q.shape[1]))
@@ -152,10 +152,10 @@ class Indexed(Selector):
         """
 
     def block(self) -> int | None:
-        """Return how many tokens of a row come between two updates of the index (`SelectorState.close`).
+        """Return the number of a row's tokens between two updates of the index (`SelectorState.close`).
 
-        None: any number. The method `Exact` uses this number. The method `Bounded` updates the index at the end of each
-        of its own blocks.
+        None: any number will do. The method `Exact` uses this number. The method `Bounded` updates the index at the end
+        of each of its own blocks instead.
         """
         return None
 

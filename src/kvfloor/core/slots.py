@@ -3,7 +3,8 @@
 A row is one (batch item, kv head) stream. A slot is the place of one held token; a row's slots are numbered from 0 and
 lie in its stretch, a range of the flat tensors. A column is a tensor that an eviction policy keeps, with one number per
 slot, such as a score of the slot's token. The rank of a token is its index among the tokens that its row holds, the
-oldest at 0. If the spec (sizes and constants) has a rotation, keys are rotated (RoPE) to ranks.
+oldest at 0. If the spec (sizes and constants of the cache) has a rotation, keys are rotated to ranks: by RoPE with the
+rank in place of the position in the stream.
 Letters in shapes: r is the number of rows of a call, s or width that of slots per row, a that of new tokens, e that of
 tokens chosen in any rows; d and dv are the widths of a key and a value.
 """
@@ -27,7 +28,8 @@ from kvfloor.core.spec import Spec
 class View:
     """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    live is True for slots that hold a token; None: all do. `fetch` is a function that returns position.
+    position is the arrival index of each slot's token. live is True for slots that hold a token; None: all do. `fetch`
+    is a function without arguments that returns position.
     """
 
     k: Tensor
@@ -44,14 +46,14 @@ class View:
 class Slots(Arena):
     """Store the held tokens of every row, packed at the front of the row's stretch of the arena.
 
-    A row's slots carry no order; `position` is the arrival index of each token. Rows may differ in capacity, so that a
-    smaller budget takes less memory, and in the number of tokens (`held`). `columns` are per-slot numbers that a policy
-    keeps, zero where a slot holds no token.
+    The order of tokens in a row's slots means nothing; `position` is the arrival index of each token. Rows may differ
+    in capacity, so that a smaller budget takes less memory, and in the number of tokens (`held`). `columns` are numbers
+    per slot that a policy keeps, zero where a slot holds no token.
 
-    If the spec has a rotation, `k` has the rotated keys, which queries read. An eviction changes the ranks of the
-    tokens behind the evicted ones. Then `k` is computed anew from `bare`, the unrotated keys, so that rounding errors
-    do not add up. `bare` is kept only if tokens can leave the slots (argument `lose`) or the values are the keys
-    (`spec.tied`).
+    If the spec has a rotation, `k` has the rotated keys, which queries are multiplied with. An eviction changes the
+    ranks of the tokens that came after the evicted ones. Then `k` is computed anew from `bare`, the unrotated keys, so
+    that rounding errors do not add up. `bare` is kept only if tokens can leave the slots (argument `lose`) or the
+    values are the keys (`spec.tied`).
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Slots(Arena):
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
         """Return the first `width` entries of each of `rows` (None: all) in a per-slot tensor x: (r, width, ...).
 
-        x is (slots of all rows, ...).
+        x has one entry for each slot of all rows: (slots of all rows, ...).
         """
         if self.stride:
             table = self._table(x, 0, min(width, self.stride))
@@ -118,10 +120,10 @@ class Slots(Arena):
         return x[self._index(rows, width)]
 
     def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Copy chosen entries of a tensor x (slots of all rows, ...): return (r, m, c, ...).
+        """Copy chosen entries of a per-slot tensor x (slots of all rows, ...): return (r, m, c, ...).
 
         rows  (r,) rows to read; None: all
-        slot  (r, m, c), int64: c slots of the row for each of its m queries
+        slot  (r, m, c), int64: numbers of c slots of the row for each of its m queries
         """
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
         index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
@@ -158,8 +160,8 @@ class Slots(Arena):
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
         """Append one token, which arrived at `position`, to every row: k (rows, 1, d), v (rows, 1, dv).
 
-        All rows must hold equally many tokens and have a free slot. bare (rows, 1, d): the keys before they were
-        rotated; used only if the spec has a rotation.
+        All rows must hold equally many tokens, have the same capacity, and have a free slot. bare (rows, 1, d): the
+        keys before they were rotated; used only if the spec has a rotation.
         """
         at = self.held.tolist()[0]
         self._table(self.k, at, at + 1).copy_(k)
@@ -171,7 +173,7 @@ class Slots(Arena):
         self.held = self.held + 1
 
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
-        """Write values (r, width) to the column `name`, a policy's numbers per slot, for `rows` (None: all).
+        """Write a policy's numbers per slot, values (r, width), to the column `name` for `rows` (None: all).
 
         Entries of slots without a token are left unchanged.
         """
@@ -207,9 +209,9 @@ class Slots(Arena):
             self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
 
     def _turn(self, rows: Tensor | None) -> None:
-        """Rotate the unrotated keys of `rows` (None: all) to the present ranks of their tokens, and store them in `k`.
+        """Rotate the unrotated keys of `rows` (None: all) to the present ranks of their tokens; store them in `k`.
 
-        Nothing is done if unrotated keys are not kept.
+        Do nothing if unrotated keys are not kept.
         """
         bare, rotation = self.bare, self.spec.rotation
         held = self.held if rows is None else self.held[rows]
@@ -232,8 +234,8 @@ class Slots(Arena):
     def find(self, row: Tensor, position: Tensor) -> Tensor:
         """Return a mask (rows, width), bool on the CPU, True for the slots that hold one of e given tokens.
 
-        Token i is given by its row, row[i], and its arrival index in that row, position[i]. Tokens that are not held
-        are ignored.
+        Token i is given by its row, row[i], and its arrival index in that row, position[i]; both tensors are (e,).
+        Tokens that are not held are ignored.
         """
         view = self.view()
         wanted = torch.zeros(self.spec.rows, int(position.max()) + 2, dtype=torch.bool)  # the last column stays False
@@ -278,9 +280,9 @@ class Slots(Arena):
         return sent
 
     def fields(self) -> dict[str, Any]:
-        """Return what a saved state must have of these slots: tensor name -> `Field` (its dtype, shape and range).
+        """Return the allowed dtype, shape and range of the saved tensors with one entry per token: name -> `Field`.
 
-        Every tensor has one entry per held token. The policy's columns are a dictionary of their own, under "columns".
+        The tokens are the held ones. The policy's columns are in a nested dictionary, under "columns".
         """
         spec, tokens = self.spec, "tokens"
         wide = {"k": spec.d, "v": spec.dv}
@@ -316,11 +318,11 @@ class Columns(Memory):
 
 
 def require_positions(fields: dict[str, Any], seen: Tensor) -> None:
-    """Raise ValueError if the slots of a saved state hold a token twice, or a token that its row has not seen.
+    """Raise ValueError if the slots of a saved state hold a token twice, or a token that its row has not had.
 
     fields  name -> saved tensor of the slots: "held" (rows,), the number of held tokens, and "position", the arrival
             indices of all held tokens, row by row
-    seen    (rows,) number of tokens that each row has seen: positions must be below it
+    seen    (rows,) number of tokens that each row has had so far: positions must be below it
     """
     row = torch.arange(len(seen)).repeat_interleave(fields["held"])
     position = fields["position"]

@@ -30,7 +30,7 @@ DTYPES = {
 class Spec:
     """Hold the sizes and constants that a state is opened for; none depends on the stream, so none counts as memory.
 
-    rows      independent streams held side by side (batch x kv head)
+    rows      number of independent streams (batch x kv head)
     d, dv     width of a key and of a value
     scale     the factor on q.k (the papers use 1, models d**-0.5)
     softcap   c, for logits c*tanh(logit/c); None: no cap
@@ -105,7 +105,7 @@ class Spec:
 
     @cached_property
     def device_type(self) -> str:
-        """Return the kind of the spec's device, such as "cpu"."""
+        """Return the type of the spec's device without its index, such as "cpu" or "cuda"."""
         return torch.device(self.device).type
 
     def ids(self) -> Tensor:

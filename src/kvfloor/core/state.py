@@ -1,15 +1,15 @@
-"""Define the state of a method, i.e. the memory of its streams of tokens.
+"""Define the state of a cache method, i.e. the memory of its streams of tokens.
 
 This module implements the checks of input, the padding, the token counts and the saving for all methods.
-A row is one (batch item, kv head) stream; its clock `seen` counts its tokens. A call's real tokens are those that are
-not padding; packed tokens have each row's real tokens first. To seal a state is to mark the end of the prompt, to pin
-tokens is to protect them from eviction, to forget tokens is to drop them on request. A token's position is its index in
-its row's stream; e tokens of any rows are named by two tensors (e,), their rows and their positions. A message is a
-saved state, as bytes.
+A method is the configuration of a KV cache; a policy is its rule of eviction, a summary its compressed form of evicted
+tokens. The spec has the sizes, dtype and constants of a state. A row is one (batch item, kv head) stream; its clock
+`seen` counts its tokens. A call's real tokens are those that are not padding; packed tokens have each row's real tokens
+first. To seal a state is to mark the end of the prompt, to pin tokens is to protect them from eviction, to forget
+tokens is to drop them on request. A token's position is its index in its row's stream; e tokens of any rows are named
+by two tensors (e,), their rows and their positions. A message is a saved state, as bytes.
 A `Partial` is the result of attention: the mean of values under the softmax weights, and the log of the softmax mass.
-Its compute dtype is float32, or float64 for float64 tokens. The spec has the sizes, dtype and constants of a state. A
-policy is a method's rule of eviction; a summary is its compressed form of evicted tokens. In shapes, g is the GQA group
-(query heads per kv head), d and dv are the widths of a key and a value, t tokens and m queries per row.
+Its compute dtype is float32, or float64 for float64 tokens. In shapes, g is the GQA group (query heads per kv head), d
+and dv are the widths of a key and a value, t tokens and m queries per row.
 """
 
 from __future__ import annotations
@@ -190,14 +190,17 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Handle the end of the prompt, for example by compressing the prompt."""
 
     def _require_group(self, g: int, attending: bool = False) -> None:
-        """Raise ValueError if the state stores queries and earlier ones came with another g, the queries per kv head.
+        """Raise ValueError if g, the number of queries per kv head, differs from that of the queries stored so far.
 
-        The default accepts any g, as it stores no queries. attending: True if the queries come by `attend`, without
+        The default accepts any g, as it stores no queries. attending: True for queries given by `attend`, i.e. without
         tokens of their own.
         """
 
     def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
-        """Raise ValueError if the method does not accept the tokens: the first take[r] of each row r."""
+        """Raise ValueError if the method does not accept the tokens: the first take[r] of each row r.
+
+        The default accepts all tokens.
+        """
 
     def _select_rows(self, index: Tensor) -> None:
         """Keep only the rows at `index` (r,), in this order; `select_rows` has checked that these rows exist."""
@@ -344,19 +347,22 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @whole
     def reserve(self, g: int, tokens: int | None = None) -> None:
-        """Take all memory that the state will ever need, so that its size is final; for a state without tokens.
+        """Allocate all memory that the state will ever need, so that its size is final; for a state without tokens.
 
         g       query heads per kv head (GQA group), as a state may store queries
         tokens  most tokens of a row, for methods that keep all of them; None: not known
-        Raises ValueError for a method whose memory grows with the stream, unless it keeps all tokens and `tokens` is
-        given.
+        Raises ValueError for a state that has tokens already, and for a method whose memory grows with the stream,
+        unless it keeps all tokens and `tokens` is given.
         """
         if bool(self.seen.any()):
             raise ValueError(f"reserve memory before the first token; rows have seen {self.seen.tolist()}")
         self._reserve(g, tokens)
 
     def _reserve(self, g: int, tokens: int | None) -> None:
-        """Take all memory that the state will need for queries of g heads and `tokens` tokens (None: not known)."""
+        """Allocate all memory that the state will need for g query heads per kv head and `tokens` tokens per row.
+
+        tokens None: the number is not known. Raises ValueError for a method whose memory grows with the stream.
+        """
         del g, tokens
         if not self.method.traits.constant_memory:
             raise ValueError(
@@ -386,7 +392,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def held(self) -> Tensor:
-        """Return the number of whole tokens kept per row (rows,), int64."""
+        """Return the number of tokens per row whose own key and value are kept, (rows,) int64."""
         return torch.zeros_like(self.seen)
 
     @property
@@ -414,7 +420,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
 
     @property
     def broken(self) -> bool:
-        """Return True if a call broke off halfway, so that this state refuses every other call."""
+        """Return True if a call broke off halfway, so that every other call on this state raises BrokenState."""
         return self._underway is not None
 
     def export(self) -> dict[str, Any]:
@@ -426,8 +432,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def to_bytes(self) -> bytes:
         """Return the state as bytes, a message from which `Method.from_bytes` restores it.
 
-        The message has everything that is needed to answer queries and to append tokens, except the method and the
-        tensors in `shared`, which are fixed by method and spec and made anew.
+        The message has all that is needed to answer queries and to append tokens, except the tensors in `shared`: they
+        are fixed by method and spec, and are made anew. The method is stored as its text only.
         """
         return message.pack({"method": str(self.method), "spec": self.spec.as_dict()}, self.export())
 
@@ -476,7 +482,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return x.detach() if x.requires_grad else x
 
     def _one_token(self, k: Tensor, v: Tensor, q: Tensor) -> bool:
-        """Return True if a fast check shows that k, v and q are valid and have one token of every row.
+        """Return True if a fast check shows that k, v and q are valid input with one token for every row.
 
         False means that the check is not sure: the input must then be checked in full.
         """
@@ -511,9 +517,10 @@ class State(Memory, Generic[M], metaclass=_Plain):
         return _pack(k, order), _pack(v, order), _pack(q, by_query), take, order
 
     def _arrange(self, k: Tensor, v: Tensor, q: Tensor | None, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Check that k, v, q and `present` fit together; return the real tokens per row (rows,), and a token order.
+        """Check that k, v, q and `present` fit together; return the number of real tokens per row, and an order.
 
-        The order (rows, t) lists each row's token indices, the real tokens first. It is None if all tokens are real.
+        The number is (rows,). The order (rows, t) lists the token indices of each row, those of real tokens first. It
+        is None if all tokens are real.
         """
         rows, t = k.shape[:2]
         if v.shape[1] != t:
@@ -567,7 +574,7 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def _one(k: Tensor, v: Tensor) -> bool:
-    """Return True if k and v are views of the same numbers, of the same shape and strides.
+    """Return True if k and v are views of the same memory, with the same shape and strides.
 
     Then one copy can serve as both.
     """
@@ -580,10 +587,10 @@ def _pack(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Tensor:
-    """Move each answer back from its packed place to the index that its token had in the call.
+    """Move each answer from its packed place, real tokens first, back to the index that its token had in the call.
 
     out    (rows, g, t, w): the answers to packed tokens, w numbers each
-    take   (rows,): the number of real tokens of each row; the entries of padding become `empty`, whatever was computed
+    take   (rows,): the number of real tokens of each row; the answers at padding are replaced by `empty`
     order  (rows, t): index in the call of each packed token; None: no token was moved, and `out` is returned
     """
     if order is None:

@@ -1,8 +1,9 @@
-"""Store a selector's index as lists of items, one or more per row, in flat tensors.
+"""Store a selector's index as lists of items, one or more lists per row, in flat tensors.
 
-A row is one (batch item, kv head) stream. A selector picks the held tokens that a query reads; its index is what it
-stores about the held keys, to find the keys of large logit. A place is an index into the flat tensors; each list grows
-in its own stretch, a range of places. In shapes, r are the rows of a call.
+A row is one (batch item, kv head) stream. A selector picks the held tokens that a query reads. A selector's index is
+what it stores about the held keys to find those of large logit: for example, an item for each token in sorted order, or
+for each group of tokens. A place is a position in the flat tensors; each list grows in its own stretch, a range of
+places. In shapes, r are the rows of a call.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kvfloor.core.spec import Spec
 
 
 class Stretches(Arena):
-    """Store the lists of a selector's index; an item of a list has one entry in each column.
+    """Store the lists of a selector's index; each item of a list has one entry in each column.
 
     A column is a named attribute: a flat tensor (places, ...) of any shape and dtype.
     """
@@ -32,9 +33,9 @@ class Stretches(Arena):
         lists: int = 1,
         fill: int = 0,
     ) -> None:
-        """Make `lists` empty lists per row, each with room for capacity[r] items in row r.
+        """Make `lists` empty lists per row, each with space for capacity[r] items in row r.
 
-        spec      the sizes and constants of the state that keeps the index; the tensors are on its device
+        spec      the sizes and constants of the cache that the index belongs to; the tensors are on its device
         capacity  (rows,)
         columns   column name -> (shape, dtype) of one item's entry
         fill      number that places without an item get
@@ -50,10 +51,10 @@ class Stretches(Arena):
         return tuple(name for name in own if name not in ("held", "capacity", "offset"))
 
     def across(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        """Return each list's first `width` entries of the column `name`, for `rows`: (r, lists, width, ...).
+        """Return the first `width` entries of each list in the column `name`: (r, lists, width, ...).
 
-        rows None: all rows. Entries behind a list's last item are arbitrary. The entries are copied only if capacities
-        differ or `rows` is given.
+        rows: (r,) the rows to return; None: all rows. Entries behind a list's last item are arbitrary. The entries are
+        copied only if capacities differ or `rows` is given.
         """
         column = getattr(self, name)
         if self.stride and rows is None:
@@ -63,8 +64,9 @@ class Stretches(Arena):
     def write(self, name: str, rows: Tensor, held: Tensor, items: Tensor) -> None:
         """Replace the lists of `rows` (r,) in the column `name` by `items` (r, lists, w, ...).
 
-        A new list of rows[i] consists of the first held[i] of its w entries in `items`. Where the old list was longer,
-        the places behind the new one get the number `fill`. The caller sets `self.held`, the lengths of the lists.
+        held (r,): each new list of row rows[i] has held[i] items, the first of the w entries in `items`. Where the old
+        list was longer, the places behind the new one get the number `fill`. The attribute `self.held`, the lengths of
+        all lists, is not changed: the caller sets it.
         """
         column = getattr(self, name)
         width = int(torch.maximum(held, self.held[rows]).max())

@@ -54,7 +54,7 @@ class SummaryState(Memory, ABC):
         """
 
     def on_queries(self, q: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that came with or without tokens; zeros where a row has no query.
+        """Record queries q (rows, g, a, d) that the state is given, with or without new tokens; padding is set to 0.
 
         A summary needs them only if its error bound assumes something about queries.
         """
@@ -97,10 +97,10 @@ class Summary(ABC):
         return None
 
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Summary:
-        """Return this summary at the smallest size for which its error bound (`guarantee`) is at most `epsilon`.
+        """Return a copy of this summary with the smallest size for which its error bound is at most `epsilon`.
 
-        delta  probability with which an answer may exceed the bound
-        A summary without a size to choose returns itself.
+        delta: probability with which an answer may exceed the bound. The bound is that of `guarantee`. A summary
+        without a size to choose returns itself.
         """
         del epsilon, delta, spec
         return self
@@ -126,8 +126,9 @@ def lots(row: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     row      (e,) row of each token, ascending
     columns  (e, ...) each, such as the keys
     at       (1,) row of the lot; its columns are (1, c, ...) for the c tokens of the row
-    A lot is contiguous, aligned like every other lot of c tokens, and holds no other row's numbers. So any result
-    computed from a lot has the same bits whichever rows are in the call, on any BLAS and any instruction set.
+    A lot is contiguous, has the same memory alignment as every other lot of c tokens, and holds no other row's numbers.
+    So any result computed from a lot has the same bits whichever rows are in the call, on any BLAS and any instruction
+    set.
     """
     at, counts = torch.unique_consecutive(row, return_counts=True)
     pieces = [column.split(counts.tolist()) for column in columns]

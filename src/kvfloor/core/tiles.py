@@ -53,7 +53,8 @@ def weights_by_tile(
     def logits(at: slice, among: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, logits) for each row of `among` that has keys in the slice `at`.
 
-        The logits are (1, m, c), for the row's m queries and its c keys in the slice.
+        The logits are (1, m, c), for the row's m queries and its c keys in the slice; -inf where a query does not see a
+        key.
         """
         behind = slice(max(at.start, clear), at.stop)
         hidden = hide(behind) if behind.start < behind.stop else None

@@ -2,9 +2,10 @@
 
 A row is one (batch item, kv head) stream, and a slot the place of one held token. A block is `block` consecutive tokens
 of a row, and the open block the tokens since the last block end. A selector picks the held tokens that a query reads; a
-summary is a compressed form of evicted tokens. A policy's memory (`PolicyMemory`) is what it keeps beside its numbers
-per slot. `Queries` holds the queries of a block, with the positions of their tokens. In shapes, r are the rows of a
-call, b tokens of a block, m queries, s slots, g query heads per kv head, a new tokens, d the width of a key.
+summary is a compressed form of evicted tokens. A policy decides which tokens are evicted, by numbers that it keeps per
+slot (columns) and by further tensors (its memory, `PolicyMemory`). To learn is to update these. `Queries` holds the
+queries of a block, with the positions of their tokens. In shapes, r are the rows of a call, b tokens of a block, m
+queries, s slots, g query heads per kv head, a new tokens, d the width of a key.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 class Watching(Blocked["Bounded"]):
     """Answer queries from slots and a summary, and let the policy learn from queries, attention weights and keys.
 
-    A policy learns at block ends, from the block's buffered queries in one matrix product of fixed shape. So its
-    decisions do not depend on how the stream was split into calls.
+    The queries of the open block are buffered. At the block's end the policy gets them all at once, and their attention
+    weights are computed by a matrix product of fixed shape. So its decisions do not depend on how the stream was split
+    into calls.
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
@@ -91,7 +93,7 @@ class Watching(Blocked["Bounded"]):
             self._buffer(q, seen % self.block)
 
     def _buffer(self, q: Tensor, start: int) -> None:
-        """Store every row's queries q (rows, g, a, d) in the buffer of the open block, from index `start` on."""
+        """Store all rows' queries q (rows, g, a, d) in the buffer of the open block, from index `start` on."""
         self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
         self.asked[:, start : start + q.shape[2]] = True
 
@@ -141,7 +143,7 @@ class Watching(Blocked["Bounded"]):
         selector picks the tokens that queries read; the policy needs attention weights or keys. In all other cases it
         depends on the queries that the policy needs:
             none                all `left` tokens
-            the newest n only   whole blocks of the tokens that come before the last n; 0 if the open block has tokens
+            the newest n only   as many whole blocks as fit before the last n tokens; 0 if the open block has tokens
             all                 0
         """
         policy = self.method.policy
@@ -156,16 +158,17 @@ class Watching(Blocked["Bounded"]):
         return max(0, left - policy.newest_queries) // self.block * self.block
 
     def _show_open_blocks(self) -> None:
-        """Pass to the policy the keys and queries that came since each row's last block end."""
+        """Pass to the policy the queries since each row's last block end, and the newest tokens' keys."""
         every = torch.arange(self.spec.rows)
         self._show_keys(every)
         for fill in (self.seen % self.block).unique().tolist():
             self._show_block(every[(self.seen % self.block) == fill], fill)
 
     def _show_keys(self, rows: Tensor) -> None:
-        """Pass the keys of the newest `block` tokens of these rows, read from the slots, to the policy's memory.
+        """Pass the keys of the newest `block` tokens of these rows to the method `on_keys` of the policy's memory.
 
-        They are passed to its method `on_keys`, before an eviction moves them.
+        The keys are read from the slots, where an eviction moves them. So call this before the eviction. Do nothing if
+        the policy does not learn from keys.
         """
         if self.memory is None or not self.method.policy.wants_keys:
             return
@@ -177,8 +180,8 @@ class Watching(Blocked["Bounded"]):
     def _show_block(self, rows: Tensor, fill: int) -> None:
         """Pass the queries of the last `fill` tokens of these rows, and their attention weights, to the policy.
 
-        The policy's calls are `on_queries` and `on_weights`. The last `fill` tokens are those since the last block end.
-        The weights of a query are over the tokens that were held when the query came.
+        This calls `on_queries` and `on_weights` of the policy. The last `fill` tokens are those since the last block
+        end. The weights of a query are over the tokens that were held when the query came.
         """
         rows = rows[self.asked[rows].any(1)]
         if self.queries is None or not len(rows):
@@ -216,9 +219,9 @@ class Watching(Blocked["Bounded"]):
             self.slots.put_column(name, every, values)
 
     def _observed(self, rows: Tensor | None, asked: Queries, visible: Tensor, width: int) -> dict[str, Tensor]:
-        """Pass attention weights to the policy; return its new numbers per slot, column name of `slots` -> (r, s).
+        """Compute attention weights, pass them to the policy, and return its new columns: name -> (r, s).
 
-        rows     the rows (r,) that the queries are of; None: all
+        rows     (r,) the rows that the queries are of; None: all
         asked    the queries (r, g, b, d) whose weights are computed, for one range of slots after another
         visible  (r, b) number of slots, from the row's first on, that each query sees
         width    s, the number of slots to return numbers for
@@ -238,10 +241,11 @@ class Watching(Blocked["Bounded"]):
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def _unread(self, rows: Tensor | None, q: Tensor, visible: Tensor, width: int) -> Callable[[slice], Tensor]:
-        """Return a function from a slice of slots to the mask of those that queries q (r, m, d) do not read.
+        """Return a function from a slice of slots to the mask of those slots that queries q (r, m, d) do not read.
 
-        The mask (r, m, slots) is True for slots that are not read. A query reads only slots below its entry of
-        `visible` (r, m), and among these only slots that the selector chose. Slices end at `width` at most.
+        The mask (r, m, slots of the slice) is True for slots that are not read. Query j of row i reads only slots below
+        visible[i, j], and among these only the slots that the selector chose. Slices end at `width` at most.
+        rows: (r,) the rows that the queries are of; None: all
         """
         if isinstance(self._selector, Everything):
             slot = torch.arange(width, device=q.device)

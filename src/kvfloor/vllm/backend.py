@@ -1,8 +1,11 @@
-"""Answer attention inside vLLM from states that live in the engine's own blocks of memory.
+"""Compute attention inside vLLM from bounded KV caches that live in the engine's own blocks of memory.
 
-vLLM asks three classes: a backend names the others and the memory, a builder plans each forward once for all layers,
-and an implementation answers one layer. In shapes, T are the tokens of a forward, n requests, t tokens of one request,
-H kv heads, g query heads per kv head, d the width of a key and of a value.
+A method is the configuration of a bounded cache: which tokens it evicts, and its budget. A state is the cache of one
+request in one layer, and a pool reads and writes the states of all requests of one layer.
+A forward is one run of the model over the new tokens of several requests. vLLM uses three classes: a backend names the
+other two and the memory that a layer needs, a builder plans each forward once for all layers, and an implementation
+computes one layer's attention. In shapes, T are the tokens of a forward, n requests, t tokens of one request, H kv
+heads, g query heads per kv head, d the width of a key and of a value.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ _logger = init_logger("vllm.kvfloor")
 
 
 class BoundedBackend(AttentionBackend):
-    """Name the parts of the backend to vLLM, and what it can serve."""
+    """Tell vLLM the other classes of this backend, the dtypes that it supports, and the memory that a layer needs."""
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -55,7 +58,10 @@ class BoundedBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Return the memory of a layer: one block per request, of as many bytes as its state takes."""
+        """Return the description of a layer's memory: one block per request, with as many bytes as its state takes.
+
+        spec: the description that vLLM made for the layer, which is replaced.
+        """
         return block_spec(spec)
 
 
@@ -67,7 +73,11 @@ class BoundedBuilder(AttentionMetadataBuilder[Plan]):
         self._planner, self._clock = Planner(), LogTimer(settings.log_seconds())
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Plan:
-        """Return the plan of a forward, from vLLM's numbers about its requests."""
+        """Return the plan of a forward: which requests begin, end their prompt, or get tokens.
+
+        common_attn_metadata: vLLM's data about the requests of the forward, such as their lengths and block indices.
+        The other arguments are not used.
+        """
         del common_prefix_len, fast_build
         given, n = common_attn_metadata, common_attn_metadata.num_reqs
         # The bound is exact, as there is no speculative decoding; it spares a transfer from the device.
@@ -97,7 +107,10 @@ class BoundedImpl(AttentionImpl[Plan]):
         kv_sharing_target_layer_name: str | None = None,
         **others: Any,
     ) -> None:
-        """Size the layer's states; raise ValueError for an engine, a model or a method that cannot be served."""
+        """Compute the sizes of the layer's states, and store them for `BoundedBackend.customize_spec`.
+
+        The arguments are vLLM's. Raises ValueError for an engine, a model or a method that cannot be served.
+        """
         config = get_current_vllm_config()
         require_servable(config)
         require_plain(
@@ -135,7 +148,7 @@ class BoundedImpl(AttentionImpl[Plan]):
 
         query          (T, H g, d); key, value: (T, H, d)
         kv_cache       (blocks, 1, 1, bytes) uint8, the engine's memory of this layer
-        attn_metadata  the plan; None in the engine's warm-up, which has no requests
+        attn_metadata  the plan that the builder made; None in the engine's warm-up, which has no requests
         Rows of `output` that belong to no request are left as they are.
         """
         if output_scale is not None or output_block_scale is not None:
@@ -165,7 +178,10 @@ class BoundedImpl(AttentionImpl[Plan]):
         return output
 
     def _pool_of(self, layer: Any, kv_cache: Tensor) -> Pool:
-        """Return the pool over the engine's memory of this layer, which is allocated after the layer was made."""
+        """Return the pool over `kv_cache`, the engine's memory of this layer; make it if that memory is new.
+
+        The engine allocates the memory only after it has made the layer.
+        """
         if self._pool is None or self._memory is not kv_cache:
             spec = self._served.at(extract_layer_index(layer.layer_name), kv_cache.device)
             blocks = kv_cache[:, 0, 0]
@@ -188,7 +204,10 @@ class RefusedLatent(AttentionBackend):
 
 
 def _announce(config: Any, served: Any) -> None:
-    """Log what the method costs, once per engine."""
+    """Log the method, its budget, and the bytes that each request takes per layer and in all layers.
+
+    config: vLLM's configuration (VllmConfig); served: the layer's entry (`Served`), with method and sizes.
+    """
     layers = config.model_config.get_num_layers(config.parallel_config)
     budget = served.method.budget
     _logger.info(

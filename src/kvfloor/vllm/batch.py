@@ -1,7 +1,7 @@
-"""Plan one forward of the engine: which requests begin, which end their prompt, which take in tokens.
+"""Plan one forward of the engine: which requests begin, which have ended their prompt, and which get tokens.
 
-A request is named by its block, i.e. the index of the engine's block of memory that holds its state. The engine
-reserves block 0 for padding.
+A forward is one run of the model over the new tokens of several requests. A request is named by its block, i.e. the
+index of the engine's block of memory that holds the request's KV cache. The engine reserves block 0 for padding.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ PADDING = 0
 
 @dataclass
 class Plan:
-    """Hold the plan of one forward, the same for all layers. Every request occurs once among singles and chunks.
+    """Hold the plan of one forward, the same for all layers.
 
-    begun      blocks (n,) int64 of requests whose first tokens these are: their blocks still hold what was there before
-    over       blocks (n,) int64 of requests whose prompt ended before these tokens, and not before earlier ones
-    singles    blocks (n,) int64 of requests with one token each
-    seen       (n,) int64, the number of tokens that each of these requests took in before
-    places     (n,) int64, the index of that token in the forward
-    chunks     (block, start, stop) of each other request: its tokens are those with start <= index < stop
-    report     True if a log line about what the requests hold is due
+    begun    blocks (n,) int64 of requests whose first tokens are in this forward; the blocks must be cleared, as they
+             still hold the bytes of earlier requests
+    over     blocks (n,) int64 of requests whose prompt ended before this forward, and is not marked as ended yet; the
+             end must be marked before the tokens of this forward are appended
+    singles  blocks (n,) int64 of requests with one token in this forward
+    seen     (n,) int64, number of earlier tokens of each request in `singles`
+    places   (n,) int64, index in the forward of the token of each request in `singles`
+    chunks   (block, start, stop) of each request with several tokens: those with start <= index in the forward < stop
+    report   True if a log line about the tokens that requests hold is due
     """
 
     begun: Tensor
@@ -40,19 +42,23 @@ class Plan:
     _step: DecodeBatch | None = field(default=None, repr=False)
 
     def step_of(self, pool: Pool) -> DecodeBatch:
-        """Return the step of one token of each request in `singles`, prepared once, by the first layer's pool."""
+        """Return the decode step of the requests in `singles`: their block indices and token counts.
+
+        The first call prepares it by means of `pool`, the states of one layer. Later calls, from other layers, return
+        the same object.
+        """
         if self._step is None:
             self._step = pool.batch(self.singles, self.seen)
         return self._step
 
     @property
     def blocks(self) -> Tensor:
-        """Return the blocks (n,) of all requests."""
+        """Return the block indices (n,) of all requests that have tokens in this forward."""
         return torch.cat([self.singles, torch.tensor([chunk[0] for chunk in self.chunks], dtype=torch.int64)])
 
 
 class Planner:
-    """Plan each forward from the engine's own numbers, and remember which prompts are over."""
+    """Make the plan of each forward from vLLM's data, and remember which requests have ended their prompt."""
 
     def __init__(self) -> None:
         self._over = torch.zeros(0, dtype=torch.bool)  # per block: the prompt of its request is over
@@ -60,11 +66,12 @@ class Planner:
     def plan(self, starts: Tensor, lengths: Tensor, blocks: Tensor, prompting: Tensor, report: bool = False) -> Plan:
         """Return the plan of a forward of n requests.
 
-        starts     (n + 1,) index of each request's first token in the forward, and the end of the last
-        lengths    (n,) tokens of each request, those of this forward included
+        starts     (n + 1,) index in the forward of each request's first token, and the end of the last request
+        lengths    (n,) tokens of each request so far, those of this forward included
         blocks     (n,) block of each request
-        prompting  (n,) bool, True where the first of these tokens belongs to the prompt
-        report     passed on to the plan
+        prompting  (n,) bool, True where the request's first token in this forward belongs to the prompt
+        report     True if a log line is due; stored in the plan
+        Requests without a token in this forward, and those in block 0, which are padding, are left out of the plan.
         """
         starts, blocks = starts.to("cpu", torch.int64), blocks.to("cpu", torch.int64)
         new = starts[1:] - starts[:-1]

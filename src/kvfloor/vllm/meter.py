@@ -1,4 +1,4 @@
-"""Write, every few seconds, a log line about the tokens that the running requests have seen and still hold."""
+"""Make the log line that tells, every few seconds, how many tokens the running requests have seen and still hold."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class LogTimer:
     """Tell when the next log line is due."""
 
     def __init__(self, seconds: float) -> None:
-        """Start with a line due after this many seconds; infinite: never."""
+        """Set the seconds until the first log line and between two lines; infinite: no line is ever due."""
         self._seconds, self._next = seconds, time.monotonic() + seconds
 
     def due(self) -> bool:
-        """Return True once the seconds are over, and start again."""
+        """Return True if a log line is due, and then start to wait for the next one; else return False."""
         now = time.monotonic()
         if now < self._next:
             return False
@@ -26,7 +26,10 @@ class LogTimer:
 
 
 def line(pool: Pool, blocks: Tensor) -> str:
-    """Return the log line about the requests in these blocks (n,) of one layer."""
+    """Return the log line about the requests whose KV caches are in these blocks (n,) of the layer of `pool`.
+
+    It gives the numbers of requests, of their tokens, and of held and evicted tokens per kv head.
+    """
     seen, held = int(pool.seen(blocks).sum()), float(pool.held(blocks).double().mean(1).sum())
     return (
         f"kvfloor: {len(blocks)} requests in this step, {seen:,} tokens seen, {held:,.0f} held per kv head of layer "

@@ -1,7 +1,8 @@
-"""Register kvfloor's attention with vLLM, if the environment asks for a method.
+"""Register kvfloor's attention with vLLM, if the environment variable KVFLOOR_METHOD names a method.
 
-vLLM finds `register` by the entry point group "vllm.general_plugins" and calls it in each of its processes, before it
-chooses an attention backend. A backend is vLLM's name for an implementation of attention with its memory.
+A method is the configuration of a bounded KV cache, as text such as "sinks(4)@1024". vLLM finds the function `register`
+by the entry point group "vllm.general_plugins" and calls it in each of its processes, before it chooses an attention
+backend. A backend is vLLM's name for an implementation of attention with its memory.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ LATENT = "kvfloor.vllm.backend.RefusedLatent"
 
 
 def register() -> None:
-    """Put kvfloor's backend in the place of vLLM's, if KVFLOOR_METHOD names a method; else do nothing.
+    """Register kvfloor's backend with vLLM if KVFLOOR_METHOD names a method; else do nothing.
 
-    On a CPU vLLM has one backend, which is replaced. On other devices kvfloor's is registered as CUSTOM, for the option
-    --attention-backend CUSTOM. Raises ValueError for text that is no method and for an untested release of vLLM.
+    On a CPU, where vLLM has one backend, kvfloor's replaces it. On other devices kvfloor's is registered as CUSTOM, for
+    the option --attention-backend CUSTOM. Raises ValueError if KVFLOOR_METHOD or KVFLOOR_LOG_SECONDS is malformed, and
+    for a release of vLLM that kvfloor was not tested with.
     """
     if not os.environ.get(settings.METHOD, "").strip():
         return

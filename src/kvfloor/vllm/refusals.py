@@ -1,7 +1,7 @@
-"""Refuse, when vLLM starts, the settings and models that a bounded cache cannot serve.
+"""Refuse, when vLLM starts, the settings and models that a bounded KV cache cannot serve.
 
-Every refusal is a ValueError of one line that says what was found and what to do. A run that gets past these checks
-is not refused in the middle of a request.
+A bounded cache keeps at most a fixed number of tokens per kv head. Every refusal is a ValueError of one line that says
+what was found and what to do. A run that gets past these checks is not refused in the middle of a request.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def require_servable(config: Any) -> None:
 def require_plain(**given: Any) -> None:
     """Raise ValueError if a layer's attention is not plain causal attention over keys and values of its own.
 
-    given: the arguments by which vLLM makes the layer's attention: alibi_slopes, sliding_window, kv_cache_dtype, and so
-    on; those that are not known here must be None
+    given: the arguments from which vLLM makes the layer's attention, by name: alibi_slopes, sliding_window,
+    kv_cache_dtype, attn_type, and so on. An argument that this function does not know must be None.
     """
     dtype = given.pop("kv_cache_dtype")
     if dtype != "auto":

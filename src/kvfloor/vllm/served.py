@@ -1,7 +1,9 @@
-"""Size the state of one request of one layer, from the method that was asked for and vLLM's configuration.
+"""Compute the size of one request's KV cache in one layer, from the user's method and vLLM's configuration.
 
-vLLM asks a backend for a layer's memory by the layer's sizes alone, without its configuration. So the sizes that the
-layers of the present engine were made with are kept in a table, from the layers' construction until then.
+A method is the configuration of a compressed KV cache, and a state the cache of one request in one layer. vLLM gives
+each state a block of memory. To learn the size of the block, it calls the backend with a layer's number of kv heads and
+width of a key alone, without its configuration. So each layer, when it is made, puts its sizes into a table, and the
+backend looks them up there.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from kvfloor.vllm import settings
 
 @dataclass(frozen=True)
 class Served:
-    """Hold what the state of one request of one layer is opened with.
+    """Hold the method and the sizes of the state of one request of one layer.
 
     method  the method, with its budget in tokens
-    spec    the sizes: one row per kv head of this process
+    spec    sizes, dtype and constants; one row per kv head of this process
     g       query heads per kv head
     tokens  most tokens of a request
-    first   index in the whole model of this process's first kv head
+    first   index of this process's first kv head among all kv heads of the layer; not 0 only under tensor parallelism
     nbytes  bytes of the block that holds the state
     """
 
@@ -40,10 +42,10 @@ class Served:
     nbytes: int
 
     def at(self, layer: int, device: torch.device) -> Spec:
-        """Return the spec of the layer with this index in the model, on the device of the engine's memory.
+        """Return the spec of the layer with index `layer` in the model, on the device of the engine's memory.
 
-        Its random draws are those of the first sequence of a batch in kvfloor's cache for transformers, for every
-        request. So no request depends on its neighbours.
+        Its row ids, which seed random draws, are the same for every request, so no request depends on its neighbours.
+        They are those of the first sequence of a batch in kvfloor's cache for transformers.
         """
         heads = range(self.first, self.first + self.spec.rows)
         return replace(
@@ -55,15 +57,16 @@ class Served:
 
 
 def size(config: Any, rank: int, heads: int, kv_heads: int, d: int, scale: float, softcap: float | None) -> Served:
-    """Return what a layer's states are opened with.
+    """Return the method and the sizes of a layer's states.
 
     config    vLLM's configuration (VllmConfig)
     rank      index of this process among those that share out each layer's heads (tensor parallelism)
     heads     query heads of this process; kv_heads: its kv heads
     d         width of a key and of a value
     scale     the factor on q.k; softcap: the cap on logits, or None
-    A budget in percent is a share of the longest request that the engine takes; one in bytes is for all layers of one
-    request. Raises ValueError for a method that cannot live in a block of fixed size.
+    The method is that of the environment variable KVFLOOR_METHOD. A budget in percent is a share of the longest request
+    that the engine takes; a budget in bytes is for one request in all layers. Raises ValueError for a method whose
+    state does not fit a block of fixed size.
     """
     method = settings.method_asked()
     assert method is not None  # the backend is registered only if a method was asked for
@@ -82,7 +85,10 @@ def size(config: Any, rank: int, heads: int, kv_heads: int, d: int, scale: float
 
 
 class ServedTable:
-    """Hold what the layers of the engine that is being built were made with, by kv heads and width of a key."""
+    """Store the method and sizes of each kind of layer of the engine that is being built.
+
+    A kind is a number of kv heads and a width of a key.
+    """
 
     def __init__(self) -> None:
         self._config: weakref.ref[Any] | None = None
@@ -91,8 +97,9 @@ class ServedTable:
     def add(self, config: Any, served: Served) -> bool:
         """Add a layer's entry; return True if it is the first of this engine.
 
-        config: the configuration of the engine that the layer belongs to. Raises ValueError if layers of equal kv heads
-        need blocks of different sizes.
+        config: the configuration of the engine that the layer belongs to. The first entry of an engine drops those of
+        the engine before. Raises ValueError if two layers with equal kv heads and key width need blocks of different
+        sizes.
         """
         first = self._config is None or self._config() is not config
         if first:
@@ -106,7 +113,7 @@ class ServedTable:
         return first
 
     def of(self, kv_heads: int, d: int) -> Served:
-        """Return the entry of layers of these sizes."""
+        """Return the entry of the layers with this number of kv heads and this width d of a key."""
         return self._by_size[kv_heads, d]
 
 

@@ -1,7 +1,7 @@
-"""Read what the user asked of the plug-in, from environment variables.
+"""Read from environment variables what the user asks of the plug-in.
 
-vLLM runs a plug-in in every process before that process has a configuration. So a method can only be asked for by an
-environment variable, which vLLM's worker processes inherit.
+A method is the configuration of a compressed KV cache. vLLM runs a plug-in in every process before that process has a
+configuration. So a method can only be asked for by an environment variable, which vLLM's worker processes inherit.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ TESTED = ("0.32.0",)
 
 
 def method_asked() -> Method | None:
-    """Return the method that the environment asks for; None if it asks for none.
+    """Return the method that the environment variable KVFLOOR_METHOD names; None if it is unset or empty.
 
-    Raises ValueError for text that is no method, and for tensor attention.
+    Raises ValueError for text that is no method, and for tensor attention, which is softmax over pairs of tokens.
     """
     text = os.environ.get(METHOD, "").strip()
     if not text:
@@ -40,9 +40,10 @@ def method_asked() -> Method | None:
 
 
 def require_tested(release: str) -> None:
-    """Raise ValueError unless the plug-in was tested with this release of vLLM, or the user takes the risk.
+    """Raise ValueError for a release of vLLM that the plug-in was not tested with, unless the user accepts the risk.
 
-    release: the version, such as "0.32.0"; a local part such as "+cpu" does not matter
+    release: the version, such as "0.32.0"; a local part such as "+cpu" does not matter. The user accepts the risk by
+    KVFLOOR_VLLM_UNTESTED=1.
     """
     if release.split("+")[0] not in TESTED and os.environ.get(UNTESTED) != "1":
         raise ValueError(
@@ -52,7 +53,11 @@ def require_tested(release: str) -> None:
 
 
 def log_seconds() -> float:
-    """Return the seconds between two log lines about the running requests; infinite for no lines."""
+    """Return the seconds between two log lines about the running requests; infinite for no lines.
+
+    They are those of the environment variable KVFLOOR_LOG_SECONDS, 10 if it is unset; 0 stands for no lines. Raises
+    ValueError if it is not a number >= 0.
+    """
     text = os.environ.get(SECONDS, "10")
     try:
         seconds = float(text)

@@ -1,4 +1,4 @@
-"""Tell vLLM how much memory a request takes: one block per layer, for its whole life."""
+"""Tell vLLM how much memory a request takes: one block per layer, from its first token to its end."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from kvfloor.vllm.served import TABLE
 
 
 def block_spec(spec: AttentionSpec) -> Any:
-    """Return the memory of a layer with bounded caches, in place of the memory `spec` that vLLM would give it.
+    """Return the description of a layer's memory for bounded KV caches, in place of vLLM's own description `spec`.
 
-    A vLLM block holds the keys and values of `block_size` tokens. Here it is one entry of as many bytes as a state
-    takes, which covers all tokens that a request may have. vLLM's spec for ring buffers gives a request one such
-    block until it ends, and takes no part in prefix caching. Raises ValueError for a layer that is no plain attention
-    over all tokens.
+    A bounded cache keeps at most a fixed number of tokens. In vLLM a block holds the keys and values of `block_size`
+    tokens. Here a block is as many bytes as the cache of one request takes, and its `block_size` is the largest number
+    of tokens of a request. So a request needs one block. The description is vLLM's for ring buffers
+    (CircularBufferSpec): it gives a request one block until the request ends, and takes no part in prefix caching.
+    Raises ValueError for a layer that is not plain attention over all tokens, or whose keys and values differ in width.
     """
     if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
         raise ValueError(
