@@ -155,7 +155,7 @@ class CompressedCache(Cache):
         """Return the number of token slots fed to layer `layer_idx` so far, pads and evicted tokens included.
 
         If the model changes its rotary angles at a certain length (Phi-3), the number is an int that raises ValueError
-        when generate() compares it with this length, before it would replace the cache.
+        when generate() compares it with this length and would then replace the cache.
         """
         seen = super().get_seq_length(layer_idx)
         return seen if self._rotation is None else self._rotation.seen(seen)
@@ -312,7 +312,7 @@ class CompressedCache(Cache):
             self.presence.select(indices)
 
     def crop(self, *args: Any) -> None:
-        """Raise ValueError, before any layer is changed: evicted tokens cannot come back, so there is no cropping."""
+        """Raise ValueError and change no layer: evicted tokens cannot come back, so the cache cannot be cropped."""
         self.compressed[0].crop(*args)
 
     def reset(self) -> None:
@@ -356,7 +356,10 @@ class CompressedCache(Cache):
         return outside_inference(load, cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
-        """Set `peak_nbytes` to `peak_bytes` if it is lower; `peak_bytes` is the peak of the cache that was saved."""
+        """Raise `peak_nbytes` to `peak_bytes`, the peak of the saved cache that this one continues, if it is lower now.
+
+        On a sharded model, each rank does so with its own share of the peak.
+        """
         rank, count = self.ranks.rank, self.ranks.count
         share = peak_bytes * (rank + 1) // count - peak_bytes * rank // count  # all ranks' shares sum to the peak
         self._meter.peak_bytes = max(self._meter.peak_bytes, share)

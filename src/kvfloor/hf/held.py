@@ -86,11 +86,11 @@ Shares = dict[tuple[object, ...], float]
 def bytes_at_16_bits(states: Sequence[State], g: Sequence[int], tokens: int, known: Shares) -> int:
     """Return the bytes that these states would hold if their dtype had 16 bits, after a prompt of `tokens` tokens.
 
-    g      query heads per kv head, one number per state
-    known  these ratios for sizes of states that were measured before, which are not measured again; new ones are added
     Keys, values and what else is stored in the state's dtype shrink; codes, positions and scores do not. Each state's
     bytes are multiplied by a ratio: the bytes of a state in bfloat16, divided by those of one in its own dtype, both
     after `tokens` tokens of all zeros.
+    g      query heads per kv head, one number per state
+    known  ratios that were measured before, which are not measured again; new ones are added
     """
     total = 0.0
     for state, group in zip(states, g, strict=True):

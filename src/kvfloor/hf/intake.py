@@ -192,8 +192,8 @@ def _most_asked(methods: Sequence[Method]) -> int | None:
     """Return the number of newest slots whose queries may influence what these methods keep; None: all slots.
 
     A method chooses tokens to keep after every block, i.e. a fixed number of new tokens, and looks at the w queries
-    before that point. The last block may end up to one block before the prompt does. So the result is w plus the
-    block, for the method that needs most; 0 if no method looks at queries.
+    before that point. The last block may end up to one block before the prompt does. So the result is w plus the length
+    of a block, for the method that needs most; 0 if no method looks at queries.
     """
     most = 0
     for method in methods:

@@ -1,7 +1,7 @@
 """Make a model use kvfloor's attention function, which works with a compressed cache and with every other cache.
 
-A compressed cache has compressed layers: each keeps a layer's keys and values by a kvfloor method, such as eviction,
-and itself computes their attention.
+A compressed cache has compressed layers: each stores the keys and values of a model's layer in compressed form, for
+example by evicting tokens, and computes that layer's attention itself.
 Nothing is patched. For each attention that a part of the model had selected, such as "sdpa", an attention function and
 a mask function are added to transformers' own registries. The model's configuration then names them instead of the
 earlier attention. With a compressed cache, the cache's layers compute the attention; with any other cache, the earlier
@@ -119,8 +119,8 @@ def _compressed(
     """Return the attention (B, n, H, dv) that a compressed layer computes for its own keys, and None for the weights.
 
     `key` leads to the layer by its mark. scaling: the factor on q.k, None for d**-0.5.
-    The caller `attention` excludes this function from torch.compile: compilation would trace the method's loop over
-    blocks of tokens once per block.
+    The caller `attention` excludes this function from torch.compile: compilation would trace the loop over blocks of
+    tokens, in which a compressed layer appends them, once per block.
     """
     layer = CompressedLayer.of(key)
     assert layer is not None

@@ -104,8 +104,8 @@ class Presence:
     def _positions(self, newly: Tensor, batch: int, seen: int) -> Tokens:
         """Convert (batch item, slot) pairs `newly` (e, 2) to batch item (e,) and position (e,) of the tokens there.
 
-        A position counts all tokens that the item ever stored, hidden since or not, and no pads. batch: number of batch
-        items; seen: slots fed so far, which include those in `newly`.
+        A position counts all tokens that were ever stored for the batch item, also those hidden since, but no pads.
+        batch: number of batch items; seen: slots fed so far, which include those in `newly`.
         """
         taken = torch.ones(batch, seen, dtype=torch.int64)
         taken[tuple(self.pads.unbind(1))] = 0
