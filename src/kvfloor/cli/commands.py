@@ -116,7 +116,7 @@ def _refuse(message: str, status: int = 2) -> NoReturn:
 
 
 def _is_rank() -> bool:
-    """Return True if this process is connected with others that share a model."""
+    """Return True if this process is connected with other processes over which a model is sharded."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -310,7 +310,12 @@ def audit(
 
 
 def _ranks(text: str) -> int:
-    """Return the number of ranks that --tp asks for. Raises ValueError where torchrun has started another number."""
+    """Return the number of processes that the value `text` of --tp asks for.
+
+    "auto" asks for as many as torchrun has started, or for one per GPU without torchrun. Raises ValueError for any
+    other text than auto or a number, for auto without torchrun and with fewer than two GPUs, and if torchrun has
+    started another number.
+    """
     import torch
 
     from kvfloor.audit.ranks import ranks_started

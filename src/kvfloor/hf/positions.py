@@ -154,9 +154,10 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 @dataclass
 class _Inputs:
-    """Record one layer's query, key and value (B, heads, d) of one token, at another position in each batch item.
+    """Hold the query, key and value (B, heads, d) of one token, fed at a different position in each batch item.
 
-    place           (B,) these positions
+    place           (B,) these positions in the stream
+    query, key      as one layer's attention received them, already rotated
     value           None where the value is the key
     positions_came  True if the model gave these positions to its attention function
     """
@@ -257,8 +258,8 @@ def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[
 def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
     """Return True if `rule` rotates the recorded query and key at position 0 to those recorded at all other positions.
 
-    rule None: queries and keys must be equal at all positions. seen: the inputs of one call of a layer's
-    attention, at all positions.
+    rule: the rotation to test; None: no rotation, so queries and keys must be equal at all positions. seen: the inputs
+    of one call of a layer's attention, at all positions.
     """
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))

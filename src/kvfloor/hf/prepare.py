@@ -159,9 +159,10 @@ def _answered(
 
 
 def _meet(layer: CompressedLayer, module: torch.nn.Module) -> None:
-    """Learn of the model that asks an empty layer for the first time how many positions its learned table has, if any.
+    """Store in an empty layer the number of positions in its model's learned position table; None without such a table.
 
-    Raises ValueError, with the layer unchanged, if the model is sharded and the cache was made without knowing.
+    module: the attention module of the model that calls the layer for the first time. Raises ValueError, without
+    storing the layer's keys, if the model is sharded over another number of ranks than the cache was made for.
     """
     model = owner(module)
     layer.room = table_room(model)
@@ -220,7 +221,7 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention output (B, n, H, dv), and the weights or None, for keys of no compressed layer.
+    """Return the attention output (B, n, H, dv), and the weights or None, for keys from any other cache or from none.
 
     The attention `over`, which the model had selected before, computes them. The family's own eager attention is used
     instead if sdpa cannot compute the call: with a cap on logits, with sinks, or with weights requested.

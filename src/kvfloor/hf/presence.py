@@ -125,6 +125,6 @@ def _selected(absent: Tensor, items: list[int]) -> Tensor:
 
 
 def _spelled(absent: Tensor) -> str:
-    """Return words for an error: the first of the (batch item, slot) pairs `absent` (e, 2), and how many follow."""
+    """Return text for an error: the first of the (batch item, slot) pairs `absent` (e, 2), and the number of others."""
     item, slot = absent[0].tolist()
     return f"slot {slot} of row {item}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")

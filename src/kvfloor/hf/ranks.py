@@ -65,7 +65,10 @@ class Ranks:
         return self._same(what, told)
 
     def gather_first(self, what: str, mine: Out) -> list[Out] | None:
-        """Return every rank's `mine` on rank 0, and None on the others. Otherwise as `gather`."""
+        """Return on rank 0 what `gather` returns, and None on the other ranks.
+
+        A collective call, with the arguments and the errors of `gather`.
+        """
         if self.count == 1:
             return [mine]
         told: list[Any] | None = [None] * self.count if self.rank == 0 else None
@@ -120,8 +123,8 @@ def ranks_of(model: PreTrainedModel | PreTrainedConfig) -> Ranks:
     """Return the ranks among which a model's kv heads are divided, found at the first call for the model.
 
     The first call for a sharded model is collective: it connects the ranks. A configuration stands for the model to
-    which it belongs, if `kvfloor.hf.prepare` has prepared this model; for any other configuration the result is one
-    rank.
+    which it belongs, if `kvfloor.hf.prepare` has prepared this model; for any other configuration the result is a
+    single rank.
     Raises ValueError for a model that is sharded in a way that a compressed cache cannot follow.
     """
     if isinstance(model, PreTrainedConfig):
@@ -143,7 +146,7 @@ def _found(model: PreTrainedModel) -> Ranks:
 
 @functools.cache
 def _waiting(ranks: tuple[int, ...]) -> Any:
-    """Connect these global ranks by a group that exchanges objects on the CPU and waits WAIT_SECONDS at most."""
+    """Return a process group of these global ranks that exchanges objects on the CPU and waits WAIT_SECONDS at most."""
     wait = timedelta(seconds=WAIT_SECONDS)
     return dist.new_group(list(ranks), timeout=wait, backend="gloo", use_local_synchronization=True)
 
@@ -176,7 +179,7 @@ def _refuse(model: PreTrainedModel) -> None:
 
 
 def _styles(model: PreTrainedModel, names: tuple[str, ...]) -> set[str]:
-    """Return how the model's plan shards the modules of these names: "colwise" divides their output, by heads."""
+    """Return the styles in which the model's plan shards modules of these names; "colwise" divides outputs by heads."""
     return {style for path, style in (model.tp_plan or {}).items() if path.rpartition(".")[2] in names}
 
 

@@ -19,7 +19,7 @@ class Recorded:
     """Hold the attention inputs of one layer over all forwards: q (B, H, n, d), k and v (B, Hkv, n, .), after RoPE.
 
     scale, softcap   the factor on q.k, and the cap on logits or None
-    last             number of tokens in the newest forward
+    last             number of tokens in the newest forward; n counts those of all forwards
     """
 
     q: Tensor
@@ -41,7 +41,7 @@ class Recorder:
     """Copy the attention inputs of the compressed layers `layers` in every forward from now on; `of` returns them.
 
     A layer has one recorder at a time: a new one replaces the earlier one. A compressed layer is one with attention
-    over all tokens, whose keys and values a kvfloor method keeps.
+    over all tokens, whose keys and values kvfloor compresses.
     """
 
     def __init__(self, layers: Iterable[CompressedLayer]) -> None:
