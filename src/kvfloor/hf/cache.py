@@ -350,8 +350,9 @@ class CompressedCache(Cache):
         most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes three times the file's size in
                     memory
         Collective on a sharded model: every rank reads the file, and keeps only its own kv heads.
-        Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
-        is built. Raises ValueError for a path that cannot be read, or is a folder, a pipe or a device.
+        Raises CorruptState (damaged file), WrongModel (another model filled the cache), NewerVersion or OlderVersion
+        (of the file's format), or UnknownMethod (the saved method cannot be built); all are ValueErrors. Raises
+        ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """
         return outside_inference(load, cls, path, model, method, most_bytes)
 
@@ -381,7 +382,7 @@ class CompressedCache(Cache):
 
         hot     the states of all compressed layers, measured on the storages of their tensors
         staged  keys and values of a running forward that its attention has not appended yet
-        stock   tensors of the other layers (sliding windows, convolution and linear states)
+        stock   tensors that transformers' own classes keep (sliding windows, convolution and linear states)
         masks   the list of pads and masked-out slots, 16 bytes each
         total   the sum of these
         Collective on a sharded model: the sums over all ranks. What every rank has a copy of (masks, convolution and

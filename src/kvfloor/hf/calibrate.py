@@ -31,9 +31,9 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     """Return each kv head's share of a cache budget: one tuple per compressed layer, with one share per kv head.
 
     A share is a multiple of the budget per head; the mean of all shares is 1.
-    Law: share = kept + (1 - kept) * r / (mean of r over all heads), where r is the number of groups of one or more
-    tokens of `prompt` whose common value could be recovered from the attention outputs of the head's queries
-    (`kvfloor.floors.measured.readable_by`). A head with more such groups gets more.
+    Law: share = kept + (1 - kept) * r / (mean of r over all heads), where r is, for each head, the number of groups of
+    one or more tokens of `prompt` whose common value could be recovered from the attention outputs of the head's
+    queries (`kvfloor.floors.measured.readable_by`). A head with more such groups gets more.
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
              that keeps every token; the head's queries are those of the prompt's newest 256 tokens
     kept     share of the mean budget that every head gets in any case. With 0, a head that tells few tokens apart gets
@@ -61,8 +61,8 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 def in_proportion(needs: Sequence[Sequence[float]], kept: float) -> Shares:
     """Return each head's share: kept + (1 - kept) * need / (mean of all needs). The mean of all shares is 1.
 
-    needs: one sequence per layer, with one positive number per kv head. Returns one tuple per layer, with one share per
-    kv head.
+    needs: one sequence per layer, with one positive number (`need`) per kv head. Returns one tuple per layer, with one
+    share per kv head.
     """
     mean = sum(map(sum, needs)) / sum(map(len, needs))
     return tuple(tuple(kept + (1 - kept) * need / mean for need in line) for line in needs)

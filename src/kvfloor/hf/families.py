@@ -128,7 +128,7 @@ def _picks_tokens(decoder: PreTrainedConfig) -> bool:
 def ignores_the_interface(model: nn.Module) -> bool:
     """Return True if no submodule of this model takes its attention function from transformers' registry of them.
 
-    kvfloor registers its own attention function there. Such a model would never call it.
+    kvfloor registers its own attention function there. A model that takes none from there would never call it.
     """
     return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
 

@@ -90,7 +90,8 @@ def bytes_at_16_bits(states: Sequence[State], g: Sequence[int], tokens: int, kno
     bytes are multiplied by a ratio: the bytes of a state in bfloat16, divided by those of one in its own dtype, both
     after `tokens` tokens of all zeros.
     g      query heads per kv head, one number per state
-    known  ratios that were measured before, which are not measured again; new ones are added
+    known  {sizes of a state: ratio} of the ratios measured in earlier calls, which are not measured again; new ones are
+           added
     """
     total = 0.0
     for state, group in zip(states, g, strict=True):

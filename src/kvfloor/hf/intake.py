@@ -87,7 +87,7 @@ class SharedPrompt:
         return time.perf_counter() - begin
 
     def _recorded(self) -> Intake | None:
-        """Return the record of the prompt, which is made at the first call.
+        """Return the record of the prompt; make it first if that was not tried before.
 
         Returns None if there was too little room for it, and for a model from which no record can be made.
         """
@@ -191,9 +191,10 @@ class Intake:
 def _most_asked(methods: Sequence[Method]) -> int | None:
     """Return the number of newest slots whose queries may influence what these methods keep; None: all slots.
 
-    A method chooses tokens to keep after every block, i.e. a fixed number of new tokens, and looks at the w queries
-    before that point. The last block may end up to one block before the prompt does. So the result is w plus the length
-    of a block, for the method that needs most; 0 if no method looks at queries.
+    A method chooses tokens to keep after every block, i.e. a fixed number of new tokens. For this it looks at the
+    newest w queries, where w depends on the method. The last complete block may end up to one block before the prompt
+    does. So the result is w plus the length of a block, for the method that needs most; 0 if no method looks at
+    queries.
     """
     most = 0
     for method in methods:

@@ -225,7 +225,7 @@ class CompressedLayer(CacheLayerMixin):
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Call `on_evict` whenever tokens are evicted from now on; None stops the calls.
 
-        It receives an `Eviction`: the batch item, the kv head and the position of every token that was evicted.
+        `on_evict` receives an `Eviction`: the batch item, the kv head and the position of every token that was evicted.
         """
         self._on_evict = on_evict
         if isinstance(self.state, BoundedState):

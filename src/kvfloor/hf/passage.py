@@ -186,7 +186,10 @@ class Passage:
         self._clear()
 
     def _fault(self) -> str | None:
-        """Return an error message if only some layers have stored the newest forward's tokens, else None."""
+        """Return an error message if only some layers have stored the newest forward's tokens; otherwise None.
+
+        Also returns a message if a layer received keys, and the forward went on without attending to them.
+        """
         if not self._made:
             return None
         last, given = max(layer for layer, _, _ in self._made), {layer for layer, _, _ in self._made}
@@ -210,12 +213,12 @@ class Passage:
         )
 
     def _half_filled(self, last: int) -> set[int]:
-        """Return {last} if layer `last` has not stored all that this forward brings it, otherwise the empty set.
+        """Return {last} if layer `last` lacks something that it must store in this forward; otherwise the empty set.
 
         last: the last layer that the forward has reached. Earlier layers with linear states of the same class (`kinds`)
-        show what is to be stored: the forward has left them, so they are complete. `last` lacks something if
-        what it has stored (keys, kinds and numbers of updates) differs from what they have. A layer without linear
-        states gives the empty set.
+        have stored everything, because the forward has gone on to later layers. So `last` lacks something if its keys,
+        or the kinds and numbers of updates of its states, differ from theirs. For a layer without linear states the
+        result is the empty set.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]

@@ -273,8 +273,8 @@ def prepare(model: Model) -> Model:
     With any other cache, the model gives the same results as before.
     `model` may be wrapped (torch.compile, PEFT, DataParallel). Its configurations are replaced by copies, so that other
     models built from the same ones do not change. Collective on a model sharded by tensor parallelism: every rank calls
-    it. Raises TypeError if there is no transformers model in `model`, and
-    ValueError for a family that cannot be served.
+    it. Raises TypeError if there is no transformers model in `model`, and ValueError for a family that cannot be
+    served.
     """
     inner = unwrapped(model)
     refuse_own_cache(model)

@@ -31,7 +31,7 @@ class Recorded:
 
     @property
     def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (rows, g, n, d), k and v (rows, n, .): one row per (batch item, kv head), g queries per kv head."""
+        """Return q (rows, g, n, d), k and v (rows, n, .): one row per (batch item, kv head), g query heads each."""
         batch, kv_heads, n, d = self.k.shape
         rows = batch * kv_heads
         return self.q.reshape(rows, -1, n, d), self.k.reshape(rows, n, d), self.v.reshape(rows, n, -1)

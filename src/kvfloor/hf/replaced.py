@@ -87,7 +87,10 @@ class SwitchingRotation:
             )
 
     def refuse_crossing(self, seen: int, new: int) -> None:
-        """Raise ValueError if `new` slots would take a cache of `seen` slots past the length where angles change."""
+        """Raise ValueError if `new` slots would take a cache of `seen` slots past the length where angles change.
+
+        An empty cache (`seen` 0) may pass the length: its keys are then all rotated by the same angles.
+        """
         if self._angles_differ and 0 < seen <= self._length < seen + new:
             raise ValueError(self.told(seen))
 

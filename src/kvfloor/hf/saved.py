@@ -195,8 +195,8 @@ def _restored(
 ) -> None:
     """Restore an empty cache layer from the description `plain` and the tensors `fields` that `_described` returned.
 
-    own: the method of the cache; model: the model to continue on, whose kv heads are divided among `ranks`. Raises
-    ValueError if the layer's class differs.
+    device: where the layer's tensors are put; own: the method of the cache; model: the model to continue on, whose kv
+    heads are divided among `ranks`. Raises ValueError if the layer's class differs.
     """
     if type(layer).__name__ != plain["layer"]:
         raise ValueError(f"a {plain['layer']} was saved where this cache has a {type(layer).__name__}")

@@ -45,7 +45,7 @@ def _with_budgets(method: Method, budgets: Sequence[int]) -> Method:
 
 
 def whole_entry(parts: Sequence[tuple[dict[str, Any], tuple[int, ...]]], method: Method | None) -> dict[str, Any]:
-    """Return one layer's entry of a cache's report for all kv heads.
+    """Return one layer's entry in the report of the whole cache (`CompressedCache.report`), from every rank's entry.
 
     parts   every rank's entry for the layer, with the budgets of its rows (`row_budgets`), in the order of ranks
     method  the layer's method on this rank; None if nothing was fed to the layer
