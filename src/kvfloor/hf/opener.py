@@ -44,7 +44,8 @@ class Opening:
                at 0)
     applied    None, or one rotary embedding per compressed layer, by which the given keys are already rotated; policies
                that predict later queries need it
-    ranks      the processes among which each layer's kv heads are divided. Settings are about all of them
+    ranks      the processes among which each layer's kv heads are divided; all other settings are those of the whole
+               model
     Raises ValueError for settings in conflict.
     """
 

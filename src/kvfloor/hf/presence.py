@@ -85,7 +85,7 @@ class Presence:
             self.pads = torch.cat([self.pads, new.logical_not().cpu().nonzero() + torch.tensor([0, seen])])
 
     def select(self, items: Tensor) -> None:
-        """Keep the batch items `items` (b,), in that order; an item may be repeated."""
+        """Keep the entries of the batch items `items` (b,), in that order; an item may be repeated."""
         self.pads, self.hidden = (_selected(absent, items.tolist()) for absent in (self.pads, self.hidden))
         self._leaving = None
 

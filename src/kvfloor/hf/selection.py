@@ -41,7 +41,7 @@ def selects_kvfloor(config: PreTrainedConfig) -> bool:
 
 
 def configurations(model: nn.Module) -> list[PreTrainedConfig]:
-    """List the configurations of a model and its parts in which an attention function is selected, each once.
+    """List the configurations of a model and of its parts, each once: those that select an attention function.
 
     Configurations of parts whose attention cannot be selected in transformers are left out.
     """
