@@ -116,7 +116,7 @@ def _refuse(message: str, status: int = 2) -> NoReturn:
 
 
 def _is_rank() -> bool:
-    """Return True if this process is connected with others that share a model."""
+    """Return True if this process is connected with other processes over which a model is sharded."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -222,8 +222,8 @@ def audit(
     A task is a kind of question about a context; a sample is one such question. A protocol says whether the question
     comes after the context was compressed, or is compressed with it. A cell is a task at a context length under a
     protocol; a row is the result of one method under one budget on one cell or text. On a text, the model's next-token
-    predictions are compared with those under the exact cache (all tokens); for a method to be called safe they must
-    diverge by at most --kl-limit.
+    predictions are compared with those under the exact cache (all tokens); a method is called safe only if they diverge
+    by at most --kl-limit.
 
     The baselines are the exact cache, all tokens at 8 and at 4 bits, and three simple evictions: random, window and
     sinks.
@@ -310,7 +310,12 @@ def audit(
 
 
 def _ranks(text: str) -> int:
-    """Return the number of ranks that --tp asks for. Raises ValueError where torchrun has started another number."""
+    """Return the number of processes that the value `text` of --tp asks for.
+
+    "auto" asks for as many as torchrun has started, or for one per GPU without torchrun. Raises ValueError for any
+    other text than auto or a number, for auto without torchrun and with fewer than two GPUs, and if torchrun has
+    started another number.
+    """
     import torch
 
     from kvfloor.audit.ranks import ranks_started
@@ -375,10 +380,10 @@ def merge(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge the parts of an audit that `kvfloor audit --shard` measured, and write the report of the whole.
+    """Merge the parts of an audit that `kvfloor audit --shard` measured, and write the report of the whole audit.
 
-    Exact is the cache of all tokens. A method's divergence from it is the KL divergence of the model's next-token
-    predictions. A row is the result of one method under one budget.
+    The exact cache keeps all tokens. --kl-limit is the largest divergence from it at which a method counts as safe: the
+    KL divergence of the model's next-token predictions. A row is the result of one method under one budget.
     """
     from kvfloor.audit.merge import merge as merged
 
@@ -445,9 +450,9 @@ def floors(
     is 4 (tokens arrive, each with two keys and two values) or 2 (pairs arrive, each with a value of its own); visual,
     which predicts an image as a pyramid of square maps, their sides --ratio times as long as those of the map before.
 
-    --metric, the error that answers may have: entrywise, each of their numbers has a relative error of at most eta;
-    max, the L2 error is at most epsilon times the norm of the largest value; frobenius or operator, at most epsilon
-    times this norm of the matrix of values times the L2 norm of the softmax weights.
+    --metric, the error that answers may have: entrywise, each number of an answer has a relative error of at most eta;
+    max, an answer's L2 error is at most epsilon times the norm of the largest value; frobenius or operator, it is at
+    most epsilon times this norm of the matrix of values, times the L2 norm of the softmax weights.
     """
     from kvfloor.floors import space
 
@@ -677,9 +682,11 @@ def train_less(
     dropout: Annotated[float, typer.Option(help="Share of hidden units that are off in training.", **real())] = 0.3,
     seed: Annotated[int, typer.Option(help="Seed of samples, first weights and order.", **whole(0))] = 0,
 ) -> None:
-    """Train the kernels of LESS, a low-rank summary of evicted tokens, for a model and an eviction policy.
+    """Train the kernels (small networks) of LESS, a low-rank summary of evicted tokens, for a model and a policy.
 
-    Then compare LESS with the policy alone, whose budget has more tokens for the same bytes.
+    The policy decides which tokens are evicted. Then compare three methods on other texts by the error of their
+    attention outputs: the policy alone, the policy with a larger budget, and the policy with LESS. The last two take
+    equal memory.
     """
     from kvfloor.training.fit import Recipe
     from kvfloor.training.less import run

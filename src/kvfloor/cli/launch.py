@@ -18,8 +18,8 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
     """Run a command in `count` processes on this machine, and return the exit code of the first that fails.
 
     command: None stands for this process's own command line. The code is 0 if all succeed. The first failure ends the
-    other processes. Only rank 0 has this process's input and output; all share its stderr. A process that a signal
-    ended is told on stderr, and gives exit code 2.
+    other processes. Only rank 0 has this process's input and output; all share its stderr. If a signal ended a process,
+    a line on stderr says so, and the exit code is 2.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     children: list[subprocess.Popen[bytes]] = []

@@ -1,4 +1,4 @@
-"""Provide compressed caches for transformers' `generate()`, and `prepare`, which makes a model able to use them."""
+"""Provide compressed KV caches for transformers' `generate()`, and `prepare`, which makes a model able to use them."""
 
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares

@@ -1,9 +1,10 @@
 """Divide one token budget among the kv heads of all layers, in proportion to a table of shares.
 
-The budget is the mean number of tokens per kv head. A share is a multiple of it: a head with share 1.5 gets 1.5 times
-the budget, if the mean of all shares is 1. The table has one tuple per compressed layer, with a share per kv head or
-one share for all heads. Shares may fall with depth (`pyramid`), be measured (`kvfloor.hf.calibrate`), or be given by
-the user. A compressed layer is one with attention over all tokens, whose cache a kvfloor method keeps.
+The budget is the number of tokens that a cache keeps per kv head, as a mean over all heads. A share is a multiple of
+it: a head with share 1.5 gets 1.5 times the budget, if the mean of all shares is 1. The table has one tuple per
+compressed layer, with a share per kv head or one share for all heads. Shares may fall with depth (`pyramid`), be
+measured (`kvfloor.hf.calibrate`), or be given by the user. A compressed layer is one with attention over all tokens,
+whose keys and values kvfloor compresses.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PYRAMID_SLOPE = 20  # PyramidKV's beta: the deepest layer gets 1 / beta of the m
 
 
 def pyramid(layers: int) -> Shares:
-    """Return a table of shares that fall linearly with depth: one tuple per layer with a single share, of mean 1.
+    """Return a table of shares that fall linearly with depth and have mean 1: one tuple (share,) per layer.
 
     layers: number of compressed layers. A layer's share holds for all its kv heads. The first layer gets 1.95, the last
     0.05; a single layer gets 1.
@@ -53,8 +54,8 @@ def spread(shares: Sequence[Sequence[float]], budget: int, least: int) -> list[t
     """Return the budget in tokens of every kv head, one tuple per layer, in proportion to `shares`.
 
     shares: one sequence per layer, with one share per kv head. Every head gets at least `least` tokens. The mean over
-    all heads is exactly `budget`, so the other heads get less where some are raised to `least`. Raises ValueError if
-    `budget` is less than `least`.
+    all heads is exactly `budget`. So if some heads are raised to `least`, the others get less than in proportion.
+    Raises ValueError if `budget` is less than `least`.
     """
     flat = torch.tensor([share for line in shares for share in line], dtype=torch.float64)
     total = budget * len(flat)

@@ -1,14 +1,16 @@
 """Define CompressedCache, the bounded-memory cache that is passed to `generate(past_key_values=...)`.
 
-A compressed layer is a cache layer whose keys and values a kvfloor method keeps; its state is all that the method keeps
-of them. A prepared model is one that went through `kvfloor.hf.prepare`, so that its attention can use such layers. A
-slot is one column of the padded batch. If a forward breaks off (by an error or an interrupt), some layers have its
-tokens and others have not: the cache is then unusable.
+A method is a way to compress a KV cache, such as an eviction policy with a budget. A compressed layer is a cache layer
+whose keys and values are stored by a method; its state is all that the method stores of them. A prepared model is one
+that went through `kvfloor.hf.prepare`, so that its attention can use such layers. A slot is one column of the padded
+batch. If a forward breaks off (by an error or an interrupt), some layers have stored its tokens and others have not.
+The cache is then unusable.
 
 On a model sharded by tensor parallelism, each process (rank) makes a cache with the same arguments, which holds the kv
-heads that the rank computes. Budget, seeds and figures are those of the whole cache, of all ranks together. A forward
-asks the other ranks for nothing on the cache's behalf. `nbytes`, `bytes`, `peak_nbytes`, `bytes_read`, `report`, `save`
-and `load` do: they are collective, so every rank must call them, in the same order.
+heads that the rank computes. Budgets, seeds, and reported bytes and tokens are those of the whole cache, of all ranks
+together. In a forward, the caches of different ranks exchange nothing. `nbytes`, `bytes`, `peak_nbytes`, `bytes_read`,
+`report`, `save` and `load` gather data from all ranks. They are collective: every rank must call them, in the same
+order.
 """
 
 from __future__ import annotations
@@ -52,25 +54,27 @@ class CompressedCache(Cache):
 
     Sliding-window, convolution and linear layers keep transformers' own storage.
 
-    config    the model's configuration, or the model. Give the prepared model for a method that predicts later queries
-              (such as the policy `expected`): it then works on keys without their rotary embedding, as in its paper
-    method    a Method or its text, e.g. "h2o(recent=64)@512"; budgets in bytes are for the whole cache
-    context   length in tokens; a budget such as "@25%" is a share of this length
-    seed      seeds the method's own randomness
-    requests  one id per batch item, which seeds that item's randomness together with `seed`; 0, 1, 2, ... unless given
-    budgets   tokens per compressed layer and kv head, [[512, 128], [64, 64], ...], instead of the method's '@' budget;
-              one number in a layer is for all its heads
-    allocate  how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (more for
-              heads whose queries can tell more tokens apart; needs the model, and `calibration`: the token ids of a
-              typical prompt, on which this is measured), or a table like `budgets` of multiples of the budget
-    pinned    spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
-              count a batch item's real tokens, pads excluded
-    on_evict  called with an `Eviction` (layer, batch items, kv heads and positions) whenever a layer evicts tokens; on
-              a sharded model each rank is told of its own kv heads, by their numbers in the whole model
-    positions "stream": a token's rotary position is its place in the stream, evicted tokens counted. "cache": it is the
-              token's rank among the tokens that its kv head still holds, so that no distance is longer than the budget
-              and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache" needs the
-              prepared model, rotary positions, and a method that holds whole tokens
+    config     the model's configuration, or the model. Give the prepared model for a method that predicts later queries
+               (such as the policy `expected`): it then works on keys without their rotary embedding, as in its paper
+    method     a Method or its text, e.g. "h2o(recent=64)@512": the policy H2O, with a budget of 512 tokens per kv head
+               after the '@'. A budget in bytes, such as "@64MiB", is for the whole cache
+    context    length in tokens; a budget such as "@25%" is a share of this length
+    seed       seeds the method's own randomness
+    requests   one id per batch item, which seeds that item's randomness together with `seed`; 0, 1, 2, ... unless given
+    budgets    tokens per compressed layer and kv head, [[512, 128], [64, 64], ...], instead of the method's '@' budget;
+               one number in a layer is for all its heads
+    allocate   how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (more for
+               heads whose attention outputs reveal the values of more tokens; needs the model, and `calibration`: the
+               token ids of a typical prompt, on which this is measured), or a table like `budgets` of multiples of the
+               budget
+    pinned     spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
+               count a batch item's real tokens, pads excluded
+    on_evict   called with an `Eviction` (layer, batch items, kv heads and positions) whenever a layer evicts tokens; on
+               a sharded model each rank is told of its own kv heads, by their numbers in the whole model
+    positions  "stream": a token's rotary position is its place in the stream, evicted tokens counted. "cache": it is
+               the token's rank among the tokens that its kv head still holds, so that no distance is longer than the
+               budget and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache"
+               needs the prepared model, rotary positions, and a method that holds whole tokens
     One cache serves one request (or one batch) at a time, on a prepared model.
     Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget smaller
     than the tokens that must be kept, a table with a wrong number of heads) are raised in the first forward.
@@ -148,7 +152,11 @@ class CompressedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of token slots fed to layer `layer_idx` so far, pads and evicted tokens included."""
+        """Return the number of token slots fed to layer `layer_idx` so far, pads and evicted tokens included.
+
+        If the model changes its rotary angles at a certain length (Phi-3), the number is an int that raises ValueError
+        when generate() compares it with this length and would then replace the cache.
+        """
         seen = super().get_seq_length(layer_idx)
         return seen if self._rotation is None else self._rotation.seen(seen)
 
@@ -221,8 +229,9 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Pass this forward's keys and values to layer `layer_idx`, and return the keys and values to attend to.
 
-        A compressed layer returns the new ones alone. kvfloor's attention function recognises them, appends them to the
-        layer's state, and attends to all that the state holds. Raises BrokenState if an earlier forward broke off.
+        A compressed layer returns the new ones alone. kvfloor's attention function recognises these, has the layer
+        append them to its state, and attends to all tokens that the state holds. Raises BrokenState if an earlier
+        forward broke off.
         """
         if isinstance(self.layers[layer_idx], CompressedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -253,7 +262,7 @@ class CompressedCache(Cache):
         return state
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Store new inputs of layer `layer_idx`'s convolution, and return the last ones that it needs.
+        """Store new inputs of layer `layer_idx`'s convolution, and return the latest inputs that the convolution needs.
 
         conv_states: the new inputs. state_idx: which of the layer's convolutions, if it has several. Both, and further
         arguments, are passed on to transformers' own cache layer.
@@ -303,11 +312,11 @@ class CompressedCache(Cache):
             self.presence.select(indices)
 
     def crop(self, *args: Any) -> None:
-        """Raise ValueError, before any layer is changed: evicted tokens cannot come back, so there is no cropping."""
+        """Raise ValueError and change no layer: evicted tokens cannot come back, so the cache cannot be cropped."""
         self.compressed[0].crop(*args)
 
     def reset(self) -> None:
-        """Empty all layers. A cache that a broken-off forward made unusable can then be used again."""
+        """Empty all layers. A cache that became unusable because a forward broke off can then be used again."""
         with self._passage.anew():
             if hasattr(self, "shared_layers"):
                 self.shared_layers.clear()
@@ -323,9 +332,10 @@ class CompressedCache(Cache):
         """Write the cache to the file `path`, which only its owner may read (format: `kvfloor.hf.saved`).
 
         The file is written as a whole or not at all. If `path` is a symbolic link, the file that it leads to is
-        replaced. Collective on a sharded model: rank 0 writes one file of the whole, which any number of ranks can
-        load, one too. Raises ValueError while the cache is empty or in the middle of a forward, and where `path` cannot
-        be written. Raises TypeError where `path` is no path, and BrokenState if a forward broke off halfway.
+        replaced. Collective on a sharded model: rank 0 writes one file with the kv heads of all ranks. Any number of
+        ranks can load it later, also a single one. Raises ValueError while the cache is empty or in the middle of a
+        forward, and where `path` cannot be written. Raises TypeError where `path` is no path, and BrokenState if a
+        forward broke off halfway.
         """
         save(self, path)
 
@@ -339,14 +349,18 @@ class CompressedCache(Cache):
         method      the method that the cache was made with; needed only if a class from outside kvfloor is part of it
         most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes three times the file's size in
                     memory
-        Collective on a sharded model: every rank reads the file, and keeps its kv heads.
-        Raises CorruptState, WrongModel, NewerVersion, OlderVersion or UnknownMethod, all ValueErrors, before anything
-        is built. Raises ValueError for a path that cannot be read, or is a folder, a pipe or a device.
+        Collective on a sharded model: every rank reads the file, and keeps only its own kv heads.
+        Raises CorruptState (damaged file), WrongModel (another model filled the cache), NewerVersion or OlderVersion
+        (of the file's format), or UnknownMethod (the saved method cannot be built); all are ValueErrors. Raises
+        ValueError for a path that cannot be read, or is a folder, a pipe or a device.
         """
         return outside_inference(load, cls, path, model, method, most_bytes)
 
     def resume(self, peak_bytes: int) -> None:
-        """Set `peak_nbytes` to `peak_bytes` if it is lower; `peak_bytes` is the peak of the cache that was saved."""
+        """Raise `peak_nbytes` to `peak_bytes`, the peak of the saved cache that this one continues, if it is lower now.
+
+        On a sharded model, each rank does so with its own share of the peak.
+        """
         rank, count = self.ranks.rank, self.ranks.count
         share = peak_bytes * (rank + 1) // count - peak_bytes * rank // count  # all ranks' shares sum to the peak
         self._meter.peak_bytes = max(self._meter.peak_bytes, share)
@@ -368,7 +382,7 @@ class CompressedCache(Cache):
 
         hot     the states of all compressed layers, measured on the storages of their tensors
         staged  keys and values of a running forward that its attention has not appended yet
-        stock   tensors of the other layers (sliding windows, convolution and linear states)
+        stock   tensors that transformers' own classes keep (sliding windows, convolution and linear states)
         masks   the list of pads and masked-out slots, 16 bytes each
         total   the sum of these
         Collective on a sharded model: the sums over all ranks. What every rank has a copy of (masks, convolution and
@@ -391,7 +405,7 @@ class CompressedCache(Cache):
         """Return the most bytes that the compressed layers took at one time so far.
 
         Counted together are the states, the copies made while they grow, and the keys and values of a running forward.
-        Collective on a sharded model: the sum of all ranks' peaks, which they reach at the same layer.
+        Collective on a sharded model: the sum of the ranks' own peaks, which all ranks reach at the same layer.
         """
         return sum(self.ranks.gather("cache.peak_nbytes", self._meter.peak_bytes))
 
@@ -415,8 +429,8 @@ class CompressedCache(Cache):
         row_bytes               per row: measured bytes; their sum is state_bytes up to rounding
         state_bytes             bytes of the layer's state
         staged_bytes            bytes of keys and values that wait for the attention of a running forward
-        guarantee               the method's proved error bound for the tokens seen (error, failure probability, norm,
-                                assumptions), or None
+        guarantee               the method's proved error bound for the tokens seen, as a dict (error epsilon, failure
+                                probability delta, norm, assumptions, ...); None if it has no such bound
         Collective on a sharded model: every rank gets the whole report, of all kv heads.
         """
         mine = [(_entry(layer), row_budgets(layer.state)) for layer in self.compressed]
@@ -433,7 +447,7 @@ def _place(device: str | torch.device) -> torch.device:
 
 
 def _told(report: Callable[..., None], *args: Any) -> None:
-    """Call `report(*args)` outside torch.compile's trace: if it were traced, every layer would be compiled anew.
+    """Call `report(*args)`, excluded from torch.compile's trace: in the trace, it would make every layer compile anew.
 
     report: a function for bookkeeping, such as one that records which layers have stored a forward's tokens.
     """
@@ -472,7 +486,7 @@ def _entry(layer: CompressedLayer) -> dict[str, Any]:
 
 
 def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...], ...]:
-    """Return a table, given with one number or one list of numbers per layer, as one tuple of numbers per layer.
+    """Convert a table, with one number or one list of numbers per layer, to one tuple of numbers per layer.
 
     name, given: the argument's name, for errors, and its value. kind: int or float, the type that the numbers must
     have; float allows ints too. Raises ValueError naming an entry that is not positive or of another type.

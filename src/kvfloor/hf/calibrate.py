@@ -1,9 +1,10 @@
 """Measure how many tokens each kv head tells apart on a calibration prompt, to divide a cache budget among the heads.
 
-A head tells tokens apart if the value of each could be recovered from the attention outputs of the head's own queries.
-A cache that answers these queries correctly must then store a separate value for each of the tokens. Tokens that the
-queries do not separate can form a group, of which one common value could be recovered. A compressed layer is a layer
-with attention over all tokens, whose keys and values a kvfloor method keeps.
+A head's queries are those of the query heads in its GQA group. A head tells tokens apart if the value of each could be
+recovered from the attention outputs of its queries. A cache that answers these queries correctly must then store a
+separate value for each of the tokens. Tokens that the queries do not separate can form a group, of which one common
+value could be recovered. A compressed layer is a layer with attention over all tokens, whose keys and values kvfloor
+compresses.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     """Return each kv head's share of a cache budget: one tuple per compressed layer, with one share per kv head.
 
     A share is a multiple of the budget per head; the mean of all shares is 1.
-    Law: share = kept + (1 - kept) * r / (mean of r over all heads), where r is the number of groups of one or more
-    tokens of `prompt` whose value could be recovered from the outputs of the head's own queries
-    (`kvfloor.floors.measured.readable_by`). A head with more such groups gets more.
+    Law: share = kept + (1 - kept) * r / (mean of r over all heads), where r is, for each head, the number of groups of
+    one or more tokens of `prompt` whose common value could be recovered from the attention outputs of the head's
+    queries (`kvfloor.floors.measured.readable_by`). A head with more such groups gets more.
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
              that keeps every token; the head's queries are those of the prompt's newest 256 tokens
-    kept     share of the mean budget that every head gets in any case. With 0, a head that distinguishes few tokens
-             gets very little. That is enough only for a method that finds these tokens; if the head averages over many
-             tokens, eviction loses most of them
+    kept     share of the mean budget that every head gets in any case. With 0, a head that tells few tokens apart gets
+             a very small budget. It is enough only if the cache keeps just these tokens; a head that averages over many
+             tokens would lose most of them
     Collective on a sharded model: every rank measures its own kv heads, and gets the shares of all.
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """
@@ -58,19 +59,20 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
 
 def in_proportion(needs: Sequence[Sequence[float]], kept: float) -> Shares:
-    """Return shares of mean 1: `kept` for every head, and the rest in proportion to its number in `needs`.
+    """Return each head's share: kept + (1 - kept) * need / (mean of all needs). The mean of all shares is 1.
 
-    needs: one sequence per layer, with one positive number per kv head.
+    needs: one sequence per layer, with one positive number (`need`) per kv head. Returns one tuple per layer, with one
+    share per kv head.
     """
     mean = sum(map(sum, needs)) / sum(map(len, needs))
     return tuple(tuple(kept + (1 - kept) * need / mean for need in line) for line in needs)
 
 
 def distinguished(seen: Recorded) -> list[int]:
-    """Return, for each kv head of a layer, the number of groups of tokens that its newest queries tell apart (>= 1).
+    """Return, per kv head of a layer, how many groups of tokens the newest 256 queries tell apart (at least 1).
 
     A group is one or several tokens whose common value could be recovered from the outputs of these queries.
-    seen: the queries, keys and values of the layer on the calibration prompt.
+    seen: the queries, keys and values of the layer on the calibration prompt, of one batch item.
     """
     q, k, v = seen.by_row
     asked = q[:, :, -MOST_QUERIES:].flatten(1, 2).float()

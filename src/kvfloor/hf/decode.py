@@ -1,7 +1,7 @@
 """Decode greedily from a prepared model and a cache, step by step: feed a context, feed a question, decode the answer.
 
 A prepared model is one that went through `kvfloor.hf.prepare`, so that its attention can use a compressed cache. This
-is a plain loop over the model's forward, instead of generate(). So an audit can time each step, inspect the cache in
+is a plain loop over the model's forward, instead of generate(). So the caller can time each step, inspect the cache in
 between, and feed the question after the context was compressed. Batch items of different length are left-padded; the
 cache never stores pads.
 """
@@ -44,7 +44,7 @@ class Dialogue:
         """Feed one list of token ids per batch item to the model, left-padded, `chunk` slots per forward.
 
         With chunk None, all tokens go into one forward. A last chunk of a single slot joins the chunk before it,
-        because the cache takes a forward of one slot for the first decoded token.
+        because the cache treats a forward of one slot as the first decoded token.
         """
         batch, real = padded(token_ids)
         width = batch.shape[1]
@@ -59,8 +59,8 @@ class Dialogue:
         """Feed one list of token ids per batch item, and score each token given all tokens before it.
 
         Returns per item of t tokens two CPU tensors: each token's log-probability (t,) float32, and a bool (t,) that
-        is True where the token was the likeliest one. Call `feed` first. `chunk` slots per forward bound the memory of
-        the logits. Shorter lists are padded at their end, so no tokens can be fed afterwards.
+        is True where the token was the likeliest one. Call `feed` first. A forward has at most `chunk` slots, which
+        bounds the memory of the logits. Shorter lists are padded at their end, so no tokens can be fed afterwards.
         """
         parts: list[tuple[Tensor, Tensor]] = []
         for tokens, logits in self.predict(token_ids, chunk):
@@ -116,7 +116,8 @@ class Dialogue:
         """Run the model over new slots, token_ids (batch, slots); return the last one's logits (batch, 1, vocabulary).
 
         real: 1 in slots of tokens, 0 in pads. With `every`, returns the logits after every slot (batch, slots,
-        vocabulary).
+        vocabulary). Extends the dialogue's mask by `real`, and stores the last slot's logits in it. Raises RuntimeError
+        if the model used another cache than the dialogue's.
         """
         device = input_device(self.model)
         self.mask = torch.cat([self.mask, real.to(device)], dim=1)

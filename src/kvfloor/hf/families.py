@@ -1,8 +1,9 @@
 """Decide which layers of a model are compressed, and which model families are refused, with the reason.
 
-A compressed layer is one whose keys and values a kvfloor method keeps. A family is refused if its models use their
-cache or their attention in a way that a compressed cache cannot follow. `config` is the configuration of the whole
-model, as in `model.config`; of a model with several parts, such as images and text, the text decoder's layers count.
+A compressed layer is one whose keys and values kvfloor compresses, by evicting tokens for example. A family is refused
+if its models use their cache or their attention in a way that a compressed cache cannot follow. `config` is the
+configuration of the whole model, as in `model.config`; of a model with several parts, such as images and text, the text
+decoder's layers count.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
-    """Return one pair per cache layer: its role, and the layer object that transformers' own cache has there.
+    """Return a pair (role, layer) per cache layer; `layer` is the empty layer that transformers' own cache has there.
 
     Role "full": attention over all tokens, compressed; "hybrid": compressed beside a linear or convolution state in the
     same layer; "own": left to transformers' own class.
@@ -125,9 +126,9 @@ def _picks_tokens(decoder: PreTrainedConfig) -> bool:
 
 
 def ignores_the_interface(model: nn.Module) -> bool:
-    """Return True if no part of this model takes its attention function from transformers' registry of such functions.
+    """Return True if no submodule of this model takes its attention function from transformers' registry of them.
 
-    kvfloor registers its own attention function there. Such a model would never call it.
+    kvfloor registers its own attention function there. A model that takes none from there would never call it.
     """
     return not any(hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS") for part in model.modules())
 

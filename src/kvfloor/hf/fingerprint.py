@@ -44,8 +44,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
     The same weights give the same digest on any device, offloaded to disk or not. The digest changes with the dtype or
     the quantisation, with an active or merged adapter, and with an adapter's scaling factor. It does not change with an
-    inactive adapter, or with weight entries outside the sample. Raises ValueError naming a weight whose numbers cannot
-    be read, such as one on the meta device.
+    inactive adapter, or with weight entries outside the sample. Collective on a sharded model: every rank must call it,
+    since the weights are gathered from all ranks. Raises ValueError naming a weight whose numbers cannot be read, such
+    as one on the meta device.
     """
     adapters = adapters_of(model)
     config = model.config.get_text_config(decoder=True)
@@ -60,7 +61,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _sample(numbers: Tensor) -> Tensor:
-    """Return about `SAMPLE` entries of the flattened weight `numbers`, evenly spaced at an odd step.
+    """Return about 1024 entries (`SAMPLE`) of the flattened weight `numbers`, evenly spaced at an odd step.
 
     With an even step, all entries could come from one column of a matrix whose width is a power of two.
     """

@@ -1,10 +1,10 @@
-"""Measure the bytes of a method's states after a number of tokens, on states of one and of two rows.
+"""Measure the bytes that a method's states take after a prompt, by feeding zeros to states of one and of two rows.
 
-A state is what a method keeps of one layer's tokens. A row is one (batch item, kv head) stream of them. All rows of a
-layer hold equally many tokens, so each row takes the same bytes; a state also takes some bytes once, for all rows. The
-sizes with one and with two rows give both numbers, and so the size with any number of rows. Some methods compress a
-prompt only at its end. A `LayerShape` holds the sizes of one layer: kv heads, query heads per kv head, and the widths
-of a key and of a value.
+A method is a way to compress a KV cache, and a state is what it stores of one layer's tokens. A row is the stream of
+one (batch item, kv head). All rows of a layer hold equally many tokens, so each row takes the same bytes; a state also
+takes some bytes once, for all rows. The sizes with one and with two rows give both numbers, and so the size with any
+number of rows. Some methods compress a prompt only at its end. A `LayerShape` holds the sizes of one layer: kv heads,
+query heads per kv head, and the widths of a key and of a value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvfloor.hf.shapes import LayerShape
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Hold the bytes of a method's states at the end of a prompt: before and after the compression at that time."""
+    """Hold the bytes of a method's states at a prompt's end: before and after the compression that is done then."""
 
     before: int
     after: int
@@ -35,9 +35,10 @@ def held_bytes(
 ) -> tuple[Method, StateBytes]:
     """Return the method with its budget converted to tokens, and the bytes of its states summed over these layers.
 
-    The prompt of `tokens` tokens is read in one forward. A budget given in bytes is for the states of all layers and
-    the whole batch together. Where layers have different shapes, it can come to different numbers of tokens; the
-    returned method has the first layer's number. Raises ValueError for a budget that is too small.
+    The bytes are those at the end of a prompt of `tokens` tokens per batch item, fed in one forward. A budget given in
+    bytes is for the states of all layers and the whole batch together. If layers have different shapes, such a budget
+    can mean different numbers of tokens in them; the returned method has the number of the first layer. Raises
+    ValueError for a budget that is too small.
     """
     known: dict[tuple[int | bool, ...], tuple[Method, StateBytes]] = {}
     found = []
@@ -61,11 +62,12 @@ def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, ro
 
 
 def zeros_held(method: Method, spec: Spec, g: int, tokens: int) -> StateBytes:
-    """Return the bytes of a new state whose every row has received `tokens` tokens of all zeros.
+    """Return the bytes of a new state after every row has received `tokens` tokens of all zeros.
 
     spec  sizes, dtype and constants of the state; g: query heads per kv head
-    A state of constant memory allocates everything at its first token, so it receives that token alone. Only the first
-    token comes with queries, because answering them all would take time that grows with the square of the context.
+    A state of constant memory allocates everything at its first token, so for such a state one token is enough. Only
+    the first token comes with queries, because answering them all would take time that grows with the square of the
+    context.
     """
     state = method.open(spec)
     first, *rest = (1,) if method.traits.constant_memory or tokens == 1 else (1, tokens - 1)
@@ -84,10 +86,12 @@ Shares = dict[tuple[object, ...], float]
 def bytes_at_16_bits(states: Sequence[State], g: Sequence[int], tokens: int, known: Shares) -> int:
     """Return the bytes that these states would hold if their dtype had 16 bits, after a prompt of `tokens` tokens.
 
+    Keys, values and what else is stored in the state's dtype shrink; codes, positions and scores do not. Each state's
+    bytes are multiplied by a ratio: the bytes of a state in bfloat16, divided by those of one in its own dtype, both
+    after `tokens` tokens of all zeros.
     g      query heads per kv head, one number per state
-    known  shares that were found before, which are not measured again; new ones are added
-    Keys, values and what else is stored in the state's dtype shrink; codes, positions and scores do not. The bytes of
-    every state are scaled by what states of both dtypes hold of as many tokens of all zeros.
+    known  {sizes of a state: ratio} of the ratios measured in earlier calls, which are not measured again; new ones are
+           added
     """
     total = 0.0
     for state, group in zip(states, g, strict=True):

@@ -17,7 +17,8 @@ class HybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
     """Compress the attention's keys and values, and keep the layer's linear or convolution state as transformers does.
 
     transformers distinguishes cache layers by their class, so this class derives from both: kvfloor's layer
-    (`CompressedLayer`) and transformers' linear layer. Each method calls that of one base class, or of both.
+    (`CompressedLayer`) and transformers' linear layer. Each Python method here calls the method of the same name of one
+    base class, or of both.
     """
 
     def __init__(self, states: int, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run a prompt through the model once, and give it to every cache that compresses only at the prompt's end.
+"""Run a prompt through the model once, and fill with it every cache that compresses only at the prompt's end.
 
 An exact cache is one that never drops a token. Until the prompt's end, the other caches drop none either, so their
 layers receive the same queries, keys and values as an exact cache's. A `SharedPrompt` records these in one run of the
@@ -29,7 +29,7 @@ MOST_BYTES = 2**30
 
 @dataclass
 class Room:
-    """Count the bytes that the records of some prompts may still take together.
+    """Count the bytes that the records of several prompts may still take together.
 
     A prompt whose record does not fit is run through the model for every cache.
     """
@@ -38,7 +38,7 @@ class Room:
 
 
 def is_exact_in_the_prompt(method: Method) -> bool:
-    """Return True if a method keeps the whole prompt until its end, so that it can be filled from a record."""
+    """Return True if a method keeps the whole prompt until its end, so that its cache can be filled from a record."""
     return isinstance(method, Bounded) and method.answers_prompt_exactly
 
 
@@ -58,8 +58,8 @@ class SharedPrompt:
         model    the model, as `kvfloor.hf.prepare` returned it
         methods  methods of all caches that will be fed. The prompt is recorded only if at least one of them keeps the
                  whole prompt until its end and compresses it then
-        room     bytes left for this record and those of other prompts with the same room; by default MOST_BYTES for
-                 this one alone. If they do not suffice, the model runs for every cache
+        room     bytes left for this record and the records of other prompts that were given the same object; by default
+                 1 GiB (MOST_BYTES) for this record alone. If the bytes do not suffice, the model runs for every cache
         """
         self._model, self._token_ids, self._chunk, self._room = model, token_ids, chunk, room or Room()
         filled = [method for method in methods if is_exact_in_the_prompt(method)]
@@ -87,7 +87,7 @@ class SharedPrompt:
         return time.perf_counter() - begin
 
     def _recorded(self) -> Intake | None:
-        """Return the record of the prompt, which is made now unless it was before.
+        """Return the record of the prompt; make it first if that was not tried before.
 
         Returns None if there was too little room for it, and for a model from which no record can be made.
         """
@@ -105,7 +105,7 @@ class SharedPrompt:
 class _Piece:
     """Hold what one layer received in one forward: q (batch, heads, n, d), k and v (batch, kv heads, n, .).
 
-    law: the factor on q.k, and the cap on logits or None.
+    law: a pair of the factor on q.k, and the cap on logits or None.
     """
 
     q: Tensor
@@ -127,10 +127,11 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Intake:
-    """Hold a prompt as the layers of an exact cache received it.
+    """Hold the queries, keys and values of a prompt, as the layers of an exact cache received them.
 
-    pieces  per layer of the model, one entry per forward
-    mask    (batch, slots), 1 in slots of tokens and 0 in pads; logits: the model's, after the last slot
+    pieces  {index of a layer in the model: one piece per forward, oldest first}
+    mask    (batch, slots), 1 in slots of tokens and 0 in pads
+    logits  (batch, vocabulary): the model's, after the last slot
     asked   number of newest slots whose queries are held; None: all
     """
 
@@ -182,7 +183,7 @@ class Intake:
         return list(accumulate(piece.k.shape[2] for piece in next(iter(self.pieces.values()))))
 
     def _unasked(self, method: Method) -> int:
-        """Return the number of oldest slots whose queries have no influence on what a method keeps."""
+        """Return how many of the oldest slots have queries without any influence on the tokens that a method keeps."""
         asked = _most_asked([method])
         return 0 if asked is None else self.mask.shape[1] - asked
 
@@ -190,9 +191,10 @@ class Intake:
 def _most_asked(methods: Sequence[Method]) -> int | None:
     """Return the number of newest slots whose queries may influence what these methods keep; None: all slots.
 
-    A method chooses tokens to keep after every block, i.e. a fixed number of new tokens, and looks at the w queries
-    before that point. The last block may end up to one block before the prompt does. So the result is w plus the
-    block, for the method that needs most; 0 if no method looks at queries.
+    A method chooses tokens to keep after every block, i.e. a fixed number of new tokens. For this it looks at the
+    newest w queries, where w depends on the method. The last complete block may end up to one block before the prompt
+    does. So the result is w plus the length of a block, for the method that needs most; 0 if no method looks at
+    queries.
     """
     most = 0
     for method in methods:
@@ -204,9 +206,10 @@ def _most_asked(methods: Sequence[Method]) -> int | None:
 
 
 class _IntakeRecorder:
-    """Record what the compressed layers of a cache receive; drop all of it once there is no room left.
+    """Record the queries, keys and values that a cache's compressed layers receive; drop all once no room is left.
 
-    pieces  per layer, one `_Piece` per forward, oldest first
+    room    bytes that this record and others may still take
+    pieces  {index of a layer in the model: one `_Piece` per forward, oldest first}
     asked   number of newest slots whose queries are recorded; None: all
     """
 
@@ -231,7 +234,7 @@ class _IntakeRecorder:
         return keep
 
     def drop(self) -> None:
-        """Drop the record, give back the bytes that it took of the room, and record nothing more."""
+        """Drop the record, make its bytes available to other records again, and record nothing more."""
         self.is_over = True
         self.pieces.clear()
         self._take(-self._taken)

@@ -4,10 +4,10 @@ DeepSeek, GLM, Kimi and Mistral 4 have such attention.
 Where transformers caches latents, the cache's `update` receives a token's latent c and its rotary key r, one of each
 for all heads. The attention module's `expand_kv` then computes head h's key [K_h c, r] and value V_h c from the latents
 that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], where K_h' is the transpose of K_h, and q and q_rot
-are the parts of its query without and with rotation. Its answer is V_h times the weighted mean of the latents
-(DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value of a single kv
-head, whose GQA group is all query heads: all heads keep the same tokens. Some transformers releases cache the keys of
-every head instead; they need none of this.
+are the parts of the head's query without and with rotation. The head's attention output is V_h times the weighted mean
+of the latents (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value
+of a single kv head, whose GQA group is all query heads. The same tokens are kept for all heads. Some transformers
+releases cache the keys of every head instead; they need none of this.
 
 In shapes, c and r stand for the widths of the latent c and the rotary key r, and nope is the width of a key without
 rotation. B is the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and
@@ -50,8 +50,8 @@ def awaited() -> tuple[Tensor, Tensor] | None:
 def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
     """Convert queries and latents to the queries (B, H, n, c + r) and keys (B, 1, n, c + r) of one shared kv head.
 
-    These queries and keys have the same logits as the module's own queries and per-head keys. In shapes, c, r and nope
-    are the widths of a latent, of a rotary key, and of a head's key without rotation.
+    The products q.k of these queries and keys are those of the module's own queries and per-head keys. In shapes, c, r
+    and nope are the widths of a latent, of a rotary key, and of a head's key without rotation.
     expansion  the matrix (H, nope + dv, c) that maps a latent to every head's key and value, from the function
                `expansion`
     query      (B, H, n, nope + r): as the module computed it, its part without rotation first
@@ -63,11 +63,11 @@ def absorbed(expansion: Tensor, query: Tensor, latent: Tensor, rotary: Tensor) -
 
 
 def values(expansion: Tensor, out: Tensor, dv: int) -> Tensor:
-    """Return the heads' answers (B, n, H, dv), contiguous, from attention outputs over latents (B, n, H, c + r).
+    """Convert attention outputs over latents (B, n, H, c + r) to attention outputs of the heads (B, n, H, dv).
 
     expansion: the matrix (H, nope + dv, c) that maps a latent to every head's key and value; its last dv rows are the
-    head's value matrix. out: each head's weighted mean of [latent, rotary key], of widths c and r. The answer is the
-    value matrix times the latent part of `out`.
+    head's value matrix. out: each head's weighted mean of [latent, rotary key], of widths c and r. The result is the
+    value matrix times the latent part of `out`, and is contiguous.
     """
     of_latent = out[..., : expansion.shape[-1]].transpose(1, 2)  # (B, H, n, c)
     to_value = expansion[:, -dv:]
@@ -82,8 +82,8 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     latent   (B, 1, n, c), with the key (B, H, n, .) and value (B, H, n, dv) that the module computed from it
     If that layer is plainly linear, without adapter or hook, the matrix is its weight. Any other layer is called on
     every unit vector, at every call, so that an adapter, a hook, and a quantised or offloaded weight take effect as
-    they are now; nothing is cached. It must be linear, so the matrix is checked on the newest token's key and value.
-    Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
+    they are now; nothing is cached. That layer must be linear too, so the matrix is checked on the newest token's key
+    and value. Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]

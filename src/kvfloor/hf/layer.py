@@ -1,10 +1,10 @@
 """Implement one layer of a compressed cache: transformers' cache-layer protocol, with a kvfloor state as its memory.
 
-A state holds what one method keeps for the rows of one layer. A row is the stream of one (batch item, kv head). A
-slot is one column of the padded batch. The model passes a forward's keys and values to the layer's `update`. They are
-staged, i.e. noted but not stored, until `answer` receives the queries and appends them to the state. In shapes, B is
-the batch, H and Hkv the numbers of query heads and kv heads, n the number of new slots, d and dv the widths of a key
-and of a value.
+A method is a way to compress a KV cache. A state holds what the method keeps of one layer's tokens, in rows. A row is
+the stream of one (batch item, kv head). A slot is one column of the padded batch. The model passes a forward's keys and
+values to the layer's `update`. They are staged, i.e. noted but not stored, until `answer` receives the queries, and
+appends the keys and values to the state. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads,
+n the number of new slots, d and dv the widths of a key and of a value.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class CompressedLayer(CacheLayerMixin):
     def call_on_evict(self, on_evict: Callable[[Eviction], None] | None) -> None:
         """Call `on_evict` whenever tokens are evicted from now on; None stops the calls.
 
-        It receives an `Eviction`: the batch item, the kv head and the position of every token that was evicted.
+        `on_evict` receives an `Eviction`: the batch item, the kv head and the position of every token that was evicted.
         """
         self._on_evict = on_evict
         if isinstance(self.state, BoundedState):
@@ -261,8 +261,8 @@ class CompressedLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for pickle and torch.save, with the state as bytes (its serialised message).
 
-        Callbacks, the reference to the model and the copy for later layers are left out. Raises ValueError in the
-        middle of a forward.
+        Callbacks, the reference to the model, and the copy of the state for later layers are left out. Raises
+        ValueError in the middle of a forward.
         """
         if self.staged_bytes:
             raise ValueError("a forward is not finished: its tokens are staged but not answered yet; pickle after it")
@@ -338,7 +338,8 @@ class CompressedLayer(CacheLayerMixin):
         sink       one logit per query head (H,) that takes its share of the softmax and has no value; None without
         positions  the positions (B or 1, n) by which the model rotated query and key. Needed only in a cache with
                    positions="cache", which undoes this rotation before it stores keys
-        If nothing is staged, the queries belong to a later layer that shares this layer's keys.
+        If nothing is staged, the queries belong to a later layer of the model that shares this layer's keys. They are
+        answered, and nothing is appended.
         """
         answer = self._answer if self.staged_bytes else self._answer_reader
         lower = precision.lowered(query)
@@ -348,7 +349,7 @@ class CompressedLayer(CacheLayerMixin):
             return answer(query, key, value, padding, scale, softcap, sink, positions, lower).to(lower)
 
     def append(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, law: Law) -> None:
-        """Append the staged keys and values, without attention: nobody needs the queries' answers.
+        """Append the staged keys and values, without computing the queries' attention, which the caller does not need.
 
         query    (B, H, n, d), for its shape and dtype; what the layer keeps must not depend on these queries
         key      (B, Hkv, n, d), the keys that this forward's `update` staged; value: (B, Hkv, n, dv), their values
@@ -442,8 +443,8 @@ class CompressedLayer(CacheLayerMixin):
         """Restore the layer as it was before a failed call of `answer`, unless that call has changed the state.
 
         state, batch   the layer's attributes from before the call; they are set again
-        clocks         from before the call: the state's token counts per row, and True if the prompt had ended; None if
-                       there was no state. Other values now show that the call has changed the state
+        clocks         from before the call: (the state's token counts per row, True if the prompt had ended), or None
+                       if there was no state. If the state has other values now, the call has changed it
         """
         asked = self.state
         if asked is not None and (asked.broken or clocks is None or clocks[0] is not asked.seen):

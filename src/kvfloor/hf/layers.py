@@ -17,7 +17,7 @@ from kvfloor.hf.ranks import ranks_of
 
 
 def layers_served(config: PreTrainedConfig) -> int:
-    """Return the number of layers that a compressed cache compresses, in a model of this configuration.
+    """Return the number of layers that a `CompressedCache` compresses, in a model of this configuration.
 
     They are the layers with attention over all tokens.
     """

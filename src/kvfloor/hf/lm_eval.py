@@ -61,6 +61,7 @@ class CompressedLM(TemplateLM):
     dtype       "float32", "bfloat16" or "float16"
     max_length  tokens that the model can see; taken from its configuration unless given
     tokenizer   the model's tokenizer, needed only if `pretrained` is a model
+    max_batch_size, which lm-eval always passes, is not used.
     Raises ValueError naming the argument that is not allowed.
     """
 
@@ -214,7 +215,9 @@ class CompressedLM(TemplateLM):
     def _batches(
         self, sizes: list[int], quiet: bool, title: str, alike: list[str] | None = None
     ) -> Iterator[list[int]]:
-        """Yield batches, each a list of request indices, with the longest requests first, and show their progress.
+        """Yield batches, each a list of request indices, and show the progress.
+
+        Among requests that may share a batch, the longest come first.
 
         sizes  tokens per request
         quiet  True to show no progress bar

@@ -3,7 +3,7 @@
 A rule is transformers' function that decides which slots a query attends to, such as the causal one. A slot is one
 column of the padded batch; a mask covers the slots of earlier forwards too. A compressed layer needs only the padding.
 So the mask tensor (batch, 1, queries, slots), which is large for a long cache, is seldom built. A compressed layer is
-one whose keys and values a kvfloor method keeps.
+one whose keys and values kvfloor compresses, by evicting tokens for example.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class SlotCount(int):
 class LazyMask:
     """Stand in for the mask tensor (batch, 1, queries, slots) of a compressed layer, and build it when it is used.
 
-    Any tensor operation on this object builds the tensor, once, and applies to it.
+    Any tensor operation on this object builds the tensor, once, and is applied to the tensor. Only a move to another
+    device and a slice of the queries return a LazyMask again.
     """
 
     ndim = 4
@@ -49,7 +50,7 @@ class LazyMask:
     def __init__(
         self, arguments: dict[str, Any], form: Callable[..., Tensor | None] = sdpa_mask, queries: slice = EVERY
     ) -> None:
-        """Store the call `form(**arguments)` that builds the tensor, and `queries`, the slice of its queries to keep.
+        """Store the call `form(**arguments)` that builds the tensor, and `queries`, the slice of queries to keep of it.
 
         form: a mask function of transformers, such as `sdpa_mask`, which returns None if no mask is needed; arguments:
         its keyword arguments. EVERY keeps all queries.
@@ -88,7 +89,7 @@ class LazyMask:
     def for_stock(self) -> Tensor | None:
         """Build the mask that transformers' own attention would have received; None if no mask is needed.
 
-        The mask is built once for all layers.
+        No mask is needed, for example, where sdpa can use is_causal instead. The mask is built once for all layers.
         """
         return self._make(self._queries == EVERY)
 
@@ -207,7 +208,7 @@ def _made(x: Any) -> Any:
 
 
 def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | None:
-    """Return a forward's attention mask: a `LazyMask` for a compressed layer, else a tensor or None.
+    """Return the attention mask of a forward: a `LazyMask` for compressed layers, for others a tensor or None.
 
     None means that no mask is needed. This is the mask function that transformers calls, with its arguments for masks
     in `kwargs`. before: name of the attention that the model used before kvfloor's. If it ends with "eager", a tensor

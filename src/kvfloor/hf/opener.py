@@ -1,7 +1,8 @@
 """Open the kvfloor state of each compressed layer of a cache, with its share of the budget.
 
-A state is the memory of one method for the rows of one layer; a row is the stream of one (batch item, kv head). A
-compressed layer is one with attention over all tokens, whose keys and values a kvfloor method keeps.
+A method is a way to compress a KV cache, such as an eviction policy with a budget. A state is what the method stores
+for the rows of one layer; a row is the stream of one (batch item, kv head). A compressed layer is one with attention
+over all tokens, whose keys and values are stored by a method.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Opening:
                at 0)
     applied    None, or one rotary embedding per compressed layer, by which the given keys are already rotated; policies
                that predict later queries need it
-    ranks      the processes among which each layer's kv heads are divided. Settings are about all of them
+    ranks      the processes among which each layer's kv heads are divided; all other settings are those of the whole
+               model
     Raises ValueError for settings in conflict.
     """
 
@@ -94,8 +96,8 @@ class Opening:
         g              query heads per kv head
         scale, softcap the factor on q.k, and the cap on logits or None
         tied           True if each token's value is its key, given as one tensor (latent attention)
-        The state is the one that the unsharded model would open, for these rows alone: each has its share of the whole
-        budget, and its random draws are those of its kv head in the whole model.
+        On a sharded model, the state has the same rows as in the unsharded model, but only those of this process's kv
+        heads. Each row has the same budget and the same random draws in both.
         Raises ValueError if the number of request ids is not the batch size.
         """
         batch, kv_heads = key.shape[0], key.shape[1] * self.ranks.count
@@ -153,12 +155,12 @@ def _with(method: Method, by_head: Sequence[int], batch: int) -> Method:
 
 
 def own_rows(ranks: Ranks, batch: int, kv_heads: int) -> Tensor:
-    """Return the indices (r,) of this rank's rows among those of all `kv_heads` heads of `batch` batch items."""
+    """Return the indices (r,) of this rank's rows, among the rows of all `kv_heads` kv heads of `batch` batch items."""
     return torch.arange(batch * kv_heads).view(batch, ranks.count, -1)[:, ranks.rank].flatten()
 
 
 def _of_rows(method: Method, rows: Tensor) -> Method:
-    """Return the method for the rows at these indices, where it has a budget for each row; else the method itself."""
+    """Return the method with the budgets of the rows at these indices; the same method if it has one budget for all."""
     budget = method.budget
     if not isinstance(budget, tuple):
         return method

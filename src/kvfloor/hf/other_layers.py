@@ -19,7 +19,7 @@ BY_HEAD = ("keys", "values")
 
 
 def has_heads(layer: Any) -> bool:
-    """Return True if transformers' own class keeps this layer's keys and values, by kv head."""
+    """Return True if this layer of a class of transformers holds keys and values, tensors with an axis of kv heads."""
     return isinstance(getattr(layer, "keys", None), Tensor)
 
 
@@ -85,7 +85,7 @@ def nbytes(layer: Any, names: Iterable[str] | None = None) -> int:
 
 
 def blank(layer: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return a deep copy of the attributes of an empty layer, from which `refresh` can empty the layer later.
+    """Return a deep copy of an empty layer's attributes, by which `refresh` can make the layer empty again later.
 
     names: names of the attributes to copy; None: all.
     """

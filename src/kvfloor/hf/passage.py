@@ -1,9 +1,10 @@
 """Detect forwards that broke off halfway, by recording which layers of a cache have received their tokens.
 
 A forward passes its tokens to one layer after the other. If it breaks off, some layers have stored them and others have
-not, and the cache is unusable. No layer can detect that alone, and a cache gets no signal when a forward begins or
-ends. But a model makes the same requests (give keys, read or write a linear state) to each layer once per forward. So a
-request that is made a second time belongs to the next forward.
+not, and the cache is unusable. No layer can detect this alone, and a cache gets no signal when a forward begins or
+ends. But a model makes each request to a layer (give keys, read or write a linear state) only once per forward. So a
+request that is made a second time belongs to the next forward. The record of a forward is the set of requests made
+since it began, with the layers that have stored their keys or states.
 
 Linear states are those of convolutions and of linear attention. Models may change them in place. Each tensor counts its
 in-place changes (torch's `Tensor._version`). So if these counts differ between two layers of one class, the forward
@@ -56,7 +57,7 @@ class Passage:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Passage:
-        """Return the record for an empty cache of a model with this configuration."""
+        """Return the record for an empty cache of the model that has the configuration `config`."""
         roles = layer_roles(config)
         return cls(
             [type(theirs).__name__ if hasattr(theirs, "conv_states") else None for _, theirs in roles],
@@ -85,8 +86,8 @@ class Passage:
     def passed_over(self, layer: int) -> bool:
         """Return True if the model bypasses kvfloor's attention, False if the newest forward broke off.
 
-        Call it when `layer` receives new keys, before `begin_keys`, and earlier keys of any layer still wait for
-        kvfloor's attention.
+        It tells apart two reasons why keys that a layer received earlier still wait for kvfloor's attention. Call it
+        when keys wait and `layer` receives new ones, before `begin_keys`.
         True   `layer` has received no keys in the newest forward yet. So this forward still runs, and has gone past the
                waiting keys without attending to them
         False  `layer` has received keys in it. So the new keys begin another forward, and the newest one ended while
@@ -96,7 +97,7 @@ class Passage:
         return (layer, _KEYS, 0) not in self._made or sum(self._keeps) == 1
 
     def changing(self, layer: int) -> None:
-        """Record that the layer begins to store the keys, so that a failure from now on breaks the cache."""
+        """Record that the layer begins to store the keys, so that a failure from now on makes the cache unusable."""
         self._moved = True
 
     def unchanged(self, layer: int) -> None:
@@ -143,9 +144,9 @@ class Passage:
     # ---- completed or broken --------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Close the record of the newest forward, so that the next request begins a new record.
+        """Close the record of the newest forward, so that the next request begins the record of another forward.
 
-        Raises BrokenState, now and in later calls, if that forward broke off halfway.
+        Raises BrokenState, now and in later calls, if the newest forward broke off halfway.
         """
         self._broke = self._broke or self._fault()
         self.check()
@@ -163,7 +164,8 @@ class Passage:
         """Guard a change of all layers outside a forward.
 
         An exception in the `with` block leaves the cache marked as broken.
-        what: name of the change, for the error of later calls. Raises BrokenState if the newest forward broke off.
+        what: name of the change, for the error that later calls raise after such an exception. Raises BrokenState,
+        before the block, if the newest forward broke off.
         """
         self.settle()
         self._broke = f"{what} broke off after some layers of this cache had changed: {_REMEDY}"
@@ -184,7 +186,10 @@ class Passage:
         self._clear()
 
     def _fault(self) -> str | None:
-        """Return an error message if only some layers have stored the newest forward's tokens, else None."""
+        """Return an error message if only some layers have stored the newest forward's tokens; otherwise None.
+
+        Also returns a message if a layer received keys, and the forward went on without attending to them.
+        """
         if not self._made:
             return None
         last, given = max(layer for layer, _, _ in self._made), {layer for layer, _, _ in self._made}
@@ -208,12 +213,12 @@ class Passage:
         )
 
     def _half_filled(self, last: int) -> set[int]:
-        """Return {last} if layer `last` has not stored all that this forward brings it, otherwise the empty set.
+        """Return {last} if layer `last` lacks something that it must store in this forward; otherwise the empty set.
 
         last: the last layer that the forward has reached. Earlier layers with linear states of the same class (`kinds`)
-        show what is to be stored: the forward has left them, so they are complete. `last` lacks something if
-        what it has stored (keys, kinds and numbers of updates) differs from what they have. A layer without linear
-        states gives the empty set.
+        have stored everything, because the forward has gone on to later layers. So `last` lacks something if its keys,
+        or the kinds and numbers of updates of its states, differ from theirs. For a layer without linear states the
+        result is the empty set.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]

@@ -3,14 +3,14 @@
 A rotary model rotates queries and keys by their position before a cache receives them. A cache with positions="cache"
 stores keys without this rotation. When keys are read, each is rotated by its token's rank among the held tokens
 instead.
-A layer's rotation is measured, not known by model family. One token is fed alone at several positions, one per batch
-item. A token alone attends only to itself, so nothing but its rotation depends on its position. The layer's key and
-query at each position must then equal those at position 0, rotated with the frequencies of one of the model's own
-rotary modules.
+A layer's rotation is measured on the model, not looked up by model family. One token is fed alone at several positions,
+one per batch item. A token alone attends only to itself, so nothing but its rotation depends on its position. The
+layer's key and query at each position must then equal those at position 0, rotated with the frequencies of one of the
+model's own rotary modules.
 A `Rotation` is one layer's rotary embedding: the frequencies, and the entries of a key that are rotated in pairs. A
 `Circle` is the cosine and the sine of each pair's angle. B is the batch, H and Hkv the numbers of query heads and kv
-heads, n the number of tokens, pairs the number of rotated pairs. A compressed layer is one whose keys and values a
-kvfloor method keeps; the place of a layer is its index among the compressed layers. A prepared model is one that
+heads, n the number of tokens, pairs the number of rotated pairs. A compressed layer is one whose keys and values
+kvfloor compresses; the place of a layer is its index among the compressed layers. A prepared model is one that
 `kvfloor.hf.prepare` has made work with such layers.
 """
 
@@ -55,9 +55,9 @@ class Memo:
     def circle(self, rotation: Rotation, place: int, positions: Tensor, dtype: torch.dtype) -> Circle:
         """Return cosines and sines of a rotation's angles at positions (B or 1, n): each (B or 1, 1, n, pairs).
 
-        place: index of the calling layer among the compressed layers. Layers call in rising order, so a place that is
-        not larger than in the last call means a new forward. The cached cosines and sines are dropped then, and also
-        when `positions` is another tensor than last time. dtype: that of the result.
+        place: index of the calling layer among the compressed layers. In a forward, layers call in rising order of
+        place. So a place that is not larger than in the last call means a new forward, and the cached cosines and sines
+        are dropped. They are dropped too if `positions` is another tensor than last time. dtype: that of the result.
         """
         same = self._positions is not None and self._positions() is positions
         if not same or place <= self._place:  # another forward, whose positions may be the same tensor with new numbers
@@ -154,9 +154,10 @@ def rotations(model: PreTrainedModel) -> list[Rotation | None]:
 
 @dataclass
 class _Inputs:
-    """Record one layer's query, key and value (B, heads, d) of one token, at another position in each batch item.
+    """Hold the query, key and value (B, heads, d) of one token, fed at a different position in each batch item.
 
-    place           (B,) these positions
+    place           (B,) these positions in the stream
+    query, key      as one layer's attention received them, already rotated
     value           None where the value is the key
     positions_came  True if the model gave these positions to its attention function
     """
@@ -170,10 +171,10 @@ class _Inputs:
 
 @dataclass
 class _Recorder:
-    """Record the queries, keys and values of a compressed layer, set as the layer's attribute `turn_back`.
+    """Record the queries, keys and values of the compressed layer whose attribute `turn_back` is set to this object.
 
-    Before attention, a layer calls the function in this attribute with them, and goes on with the query and key that
-    the function returns. A recorder returns both unchanged.
+    Before attention, the layer calls `turn_back` with its query, key and value, and attends with the query and key that
+    the call returns. A recorder returns both unchanged.
     place    (B,) the position in the stream of each batch item's one token; in this class it is no index of a layer
     seen     the inputs of every call so far
     """
@@ -257,8 +258,8 @@ def _found(name: str, index: int, seen: Sequence[_Inputs], candidates: Sequence[
 def _explains(rule: Rotation | None, seen: _Inputs) -> bool:
     """Return True if `rule` rotates the recorded query and key at position 0 to those recorded at all other positions.
 
-    rule None: queries and keys must be equal at all positions. seen: the inputs of one call of a layer's
-    attention, at all positions.
+    rule: the rotation to test; None: no rotation, so queries and keys must be equal at all positions. seen: the inputs
+    of one call of a layer's attention, at all positions.
     """
     for x in (seen.query, seen.key):
         wide = x.to(compute_dtype(x.dtype))

@@ -1,7 +1,7 @@
 """Make a model use kvfloor's attention function, which works with a compressed cache and with every other cache.
 
-A compressed cache has compressed layers: each keeps a layer's keys and values by a kvfloor method, such as eviction,
-and itself computes their attention.
+A compressed cache has compressed layers: each stores the keys and values of a model's layer in compressed form, for
+example by evicting tokens, and computes that layer's attention itself.
 Nothing is patched. For each attention that a part of the model had selected, such as "sdpa", an attention function and
 a mask function are added to transformers' own registries. The model's configuration then names them instead of the
 earlier attention. With a compressed cache, the cache's layers compute the attention; with any other cache, the earlier
@@ -119,8 +119,8 @@ def _compressed(
     """Return the attention (B, n, H, dv) that a compressed layer computes for its own keys, and None for the weights.
 
     `key` leads to the layer by its mark. scaling: the factor on q.k, None for d**-0.5.
-    The caller `attention` excludes this function from torch.compile: compilation would trace the method's loop over
-    blocks of tokens once per block.
+    The caller `attention` excludes this function from torch.compile: compilation would trace the loop over blocks of
+    tokens, in which a compressed layer appends them, once per block.
     """
     layer = CompressedLayer.of(key)
     assert layer is not None
@@ -159,9 +159,10 @@ def _answered(
 
 
 def _meet(layer: CompressedLayer, module: torch.nn.Module) -> None:
-    """Learn of the model that asks an empty layer for the first time how many positions its learned table has, if any.
+    """Store in an empty layer the number of positions in its model's learned position table; None without such a table.
 
-    Raises ValueError, with the layer unchanged, if the model is sharded and the cache was made without knowing.
+    module: the attention module of the model that calls the layer for the first time. Raises ValueError, without
+    storing the layer's keys, if the model is sharded over another number of ranks than the cache was made for.
     """
     model = owner(module)
     layer.room = table_room(model)
@@ -220,7 +221,7 @@ def _wants_weights(module: torch.nn.Module, call: dict[str, Any]) -> bool:
 def _stock(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, over: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention output (B, n, H, dv), and the weights or None, for keys of no compressed layer.
+    """Return the attention output (B, n, H, dv), and the weights or None, for keys from any other cache or from none.
 
     The attention `over`, which the model had selected before, computes them. The family's own eager attention is used
     instead if sdpa cannot compute the call: with a cap on logits, with sinks, or with weights requested.
@@ -272,8 +273,8 @@ def prepare(model: Model) -> Model:
     With any other cache, the model gives the same results as before.
     `model` may be wrapped (torch.compile, PEFT, DataParallel). Its configurations are replaced by copies, so that other
     models built from the same ones do not change. Collective on a model sharded by tensor parallelism: every rank calls
-    it. Raises TypeError if there is no transformers model in `model`, and
-    ValueError for a family that cannot be served.
+    it. Raises TypeError if there is no transformers model in `model`, and ValueError for a family that cannot be
+    served.
     """
     inner = unwrapped(model)
     refuse_own_cache(model)

@@ -85,7 +85,7 @@ class Presence:
             self.pads = torch.cat([self.pads, new.logical_not().cpu().nonzero() + torch.tensor([0, seen])])
 
     def select(self, items: Tensor) -> None:
-        """Keep the batch items `items` (b,), in that order; an item may be repeated."""
+        """Keep the entries of the batch items `items` (b,), in that order; an item may be repeated."""
         self.pads, self.hidden = (_selected(absent, items.tolist()) for absent in (self.pads, self.hidden))
         self._leaving = None
 
@@ -104,8 +104,8 @@ class Presence:
     def _positions(self, newly: Tensor, batch: int, seen: int) -> Tokens:
         """Convert (batch item, slot) pairs `newly` (e, 2) to batch item (e,) and position (e,) of the tokens there.
 
-        A position counts all tokens that the item ever stored, hidden since or not, and no pads. batch: number of batch
-        items; seen: slots fed so far, which include those in `newly`.
+        A position counts all tokens that were ever stored for the batch item, also those hidden since, but no pads.
+        batch: number of batch items; seen: slots fed so far, which include those in `newly`.
         """
         taken = torch.ones(batch, seen, dtype=torch.int64)
         taken[tuple(self.pads.unbind(1))] = 0
@@ -125,6 +125,6 @@ def _selected(absent: Tensor, items: list[int]) -> Tensor:
 
 
 def _spelled(absent: Tensor) -> str:
-    """Return words for an error: the first of the (batch item, slot) pairs `absent` (e, 2), and how many follow."""
+    """Return text for an error: the first of the (batch item, slot) pairs `absent` (e, 2), and the number of others."""
     item, slot = absent[0].tolist()
     return f"slot {slot} of row {item}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")

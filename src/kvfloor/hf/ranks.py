@@ -1,9 +1,9 @@
-"""Find which kv heads of a model sharded by tensor parallelism this process holds, and ask the other processes.
+"""Find which kv heads of a model sharded by tensor parallelism this process holds, and gather from all processes.
 
 transformers shards a model over several processes (`DistributedConfig(tp_size=...)`, `tp_plan="auto"`), called ranks:
 each computes with its own slice of every weight. Where the plan slices the key projections, rank r of n holds the r-th
 of n equal runs of every layer's kv heads, and its cache receives the keys of these alone. Where a plan gathers the keys
-(OLMo 2), every rank holds all kv heads, and its cache is whole.
+(OLMo 2), every rank holds all kv heads, and its cache receives the keys of all.
 
 A collective call is one that every rank makes, in the same order: each waits for the others.
 """
@@ -32,7 +32,7 @@ _QUERY_PROJECTIONS = ("q_proj", "q_b_proj")
 class Ranks:
     """Hold this process's rank among the `count` processes that share a model's kv heads, and gather from all of them.
 
-    With a count of 1, this process holds all kv heads, and no call waits for anyone.
+    With a count of 1, this process holds all kv heads, and no call waits for other processes.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None) -> None:
@@ -50,10 +50,10 @@ class Ranks:
         return Ranks, ()
 
     def gather(self, what: str, mine: Out) -> list[Out]:
-        """Return every rank's `mine`, in the order of ranks. A collective call; tensors must be on the CPU.
+        """Return a list of the objects `mine` that the ranks pass, in the order of ranks. A collective call.
 
-        what: name of the call, for errors. Raises RuntimeError if other ranks make another call, or none within
-        WAIT_SECONDS.
+        mine: this rank's object, whose tensors must be on the CPU. what: name of the call, for errors. Raises
+        RuntimeError if other ranks make another call, or none within WAIT_SECONDS.
         """
         if self.count == 1:
             return [mine]
@@ -65,7 +65,10 @@ class Ranks:
         return self._same(what, told)
 
     def gather_first(self, what: str, mine: Out) -> list[Out] | None:
-        """Return every rank's `mine` on rank 0, and None on the others. Otherwise as `gather`."""
+        """Return on rank 0 what `gather` returns, and None on the other ranks.
+
+        A collective call, with the arguments and the errors of `gather`.
+        """
         if self.count == 1:
             return [mine]
         told: list[Any] | None = [None] * self.count if self.rank == 0 else None
@@ -76,10 +79,10 @@ class Ranks:
         return None if told is None else self._same(what, told)
 
     def agree(self, what: str, call: Callable[[], Out]) -> Out:
-        """Return `call()`, which may fail on one rank alone: then raise on every rank. A collective call.
+        """Return `call()`; if it fails on any rank, raise on every rank. A collective call.
 
-        what: name of the call, for errors. `call` itself must make no collective call. Raises what `call` raised, or
-        RuntimeError naming the rank where it failed.
+        what: name of the call, for errors. `call` itself must make no collective call. Raises the exception of `call`
+        on a rank where it failed, and RuntimeError naming that rank on the others.
         """
         if self.count == 1:
             return call()
@@ -119,8 +122,9 @@ _known: weakref.WeakKeyDictionary[PreTrainedModel, Ranks] = weakref.WeakKeyDicti
 def ranks_of(model: PreTrainedModel | PreTrainedConfig) -> Ranks:
     """Return the ranks among which a model's kv heads are divided, found at the first call for the model.
 
-    The first call for a sharded model is collective: it connects the ranks. With a configuration the model is one that
-    `kvfloor.hf.prepare` prepared, whose configuration it is; for any other configuration there is one rank.
+    The first call for a sharded model is collective: it connects the ranks. A configuration stands for the model to
+    which it belongs, if `kvfloor.hf.prepare` has prepared this model; for any other configuration the result is a
+    single rank.
     Raises ValueError for a model that is sharded in a way that a compressed cache cannot follow.
     """
     if isinstance(model, PreTrainedConfig):
@@ -142,7 +146,7 @@ def _found(model: PreTrainedModel) -> Ranks:
 
 @functools.cache
 def _waiting(ranks: tuple[int, ...]) -> Any:
-    """Connect these global ranks by a group that exchanges objects on the CPU and waits WAIT_SECONDS at most."""
+    """Return a process group of these global ranks that exchanges objects on the CPU and waits WAIT_SECONDS at most."""
     wait = timedelta(seconds=WAIT_SECONDS)
     return dist.new_group(list(ranks), timeout=wait, backend="gloo", use_local_synchronization=True)
 
@@ -175,11 +179,14 @@ def _refuse(model: PreTrainedModel) -> None:
 
 
 def _styles(model: PreTrainedModel, names: tuple[str, ...]) -> set[str]:
-    """Return how the model's plan shards the modules of these names: "colwise" divides their output, by heads."""
+    """Return the styles in which the model's plan shards modules of these names; "colwise" divides outputs by heads."""
     return {style for path, style in (model.tp_plan or {}).items() if path.rpartition(".")[2] in names}
 
 
 def full(weight: Tensor) -> Tensor:
-    """Return a weight whole. A collective call if it is sharded: a DTensor, which each rank holds a slice of."""
+    """Return a weight as one complete tensor, also if it is sharded: a DTensor, of which each rank holds a slice.
+
+    For a sharded weight this is a collective call.
+    """
     whole = getattr(weight, "full_tensor", None)
     return weight if whole is None else whole()

@@ -19,7 +19,7 @@ class Recorded:
     """Hold the attention inputs of one layer over all forwards: q (B, H, n, d), k and v (B, Hkv, n, .), after RoPE.
 
     scale, softcap   the factor on q.k, and the cap on logits or None
-    last             number of tokens in the newest forward
+    last             number of tokens in the newest forward; n counts those of all forwards
     """
 
     q: Tensor
@@ -31,7 +31,7 @@ class Recorded:
 
     @property
     def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (rows, g, n, d), k and v (rows, n, .): one row per (batch item, kv head), g queries per kv head."""
+        """Return q (rows, g, n, d), k and v (rows, n, .): one row per (batch item, kv head), g query heads each."""
         batch, kv_heads, n, d = self.k.shape
         rows = batch * kv_heads
         return self.q.reshape(rows, -1, n, d), self.k.reshape(rows, n, d), self.v.reshape(rows, n, -1)
@@ -41,7 +41,7 @@ class Recorder:
     """Copy the attention inputs of the compressed layers `layers` in every forward from now on; `of` returns them.
 
     A layer has one recorder at a time: a new one replaces the earlier one. A compressed layer is one with attention
-    over all tokens, whose keys and values a kvfloor method keeps.
+    over all tokens, whose keys and values kvfloor compresses.
     """
 
     def __init__(self, layers: Iterable[CompressedLayer]) -> None:

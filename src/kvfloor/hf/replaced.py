@@ -1,8 +1,8 @@
 """Refuse calls that would bypass a compressed cache.
 
 There are two kinds: a forward in which another attention function than kvfloor's reads the keys, and a generate() that
-would replace the cache by a DynamicCache. A compressed cache is one whose layers keep keys and values by a kvfloor
-method. A slot is one column of the padded batch.
+would replace the cache by a DynamicCache. A compressed cache is one whose layers do not hold all keys and values, but
+what a compression method keeps of them. A slot is one column of the padded batch.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ class SwitchingRotation:
             )
 
     def refuse_crossing(self, seen: int, new: int) -> None:
-        """Raise ValueError if `new` slots would take a cache of `seen` slots past the length where angles change."""
+        """Raise ValueError if `new` slots would take a cache of `seen` slots past the length where angles change.
+
+        An empty cache (`seen` 0) may pass the length: its keys are then all rotated by the same angles.
+        """
         if self._angles_differ and 0 < seen <= self._length < seen + new:
             raise ValueError(self.told(seen))
 
@@ -115,7 +118,7 @@ def _drops_unasked(config: PreTrainedConfig) -> bool:
 class _SlotsSeen(int):
     """Represent the number of slots fed to a cache, for generate() to compare with the length where angles change.
 
-    With that length, `count <= length` raises ValueError where it would be True.
+    A comparison `count <= length` with that length raises ValueError if it would be True.
     """
 
     _rotation: SwitchingRotation

@@ -1,8 +1,8 @@
 """Convert tensors from a model's layout (batch, heads) to a state's layout: rows, with g queries per token.
 
-A state is the memory of one method for the rows of one layer. A row is the stream of one (batch item, kv head); g is
-the number of query heads in a GQA group. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads,
-n the number of slots (columns of the padded batch), d and dv the widths of a key and of a value.
+A state is what a compression method stores for the rows of one layer. A row is the stream of one (batch item, kv head);
+g is the number of query heads in a GQA group. In shapes, B is the batch, H and Hkv the numbers of query heads and kv
+heads, n the number of slots (columns of the padded batch), d and dv the widths of a key and of a value.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The file has a JSON header and tensors. The header holds the method, the arguments of the cache's constructor, a digest
 of the model (its fingerprint), and the class of each layer. The tensors are those of each layer, under the layer's
-index. A name in the file never causes loading to import a module. A compressed layer is one whose keys and values a
-kvfloor method keeps; its state is all that the method keeps of them.
+index. A name in the file never causes loading to import a module. A method is a way to compress a KV cache. A
+compressed layer is one whose keys and values are stored by a method; its state is all that the method stores of them.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def save(cache: CompressedCache, path: str | Path) -> None:
 
     If saving fails, `path` holds what it held before. Where `path` is a symbolic link, the file that it leads to is
     replaced and the link stays. While saving, about twice the saved bytes are needed in memory.
-    On a sharded model every rank must call this. Rank 0 writes the file, which is the one of the unsharded model: it
-    gathers the rows of all ranks, for which it needs three times the saved bytes.
+    On a sharded model every rank must call this. Rank 0 gathers the kv heads of all ranks, and writes the same file as
+    for the unsharded model. For this it needs three times the saved bytes in memory.
     Raises ValueError for an empty cache, for one in the middle of a forward, for one whose model was deleted, and for a
-    path that cannot be written. Raises TypeError where `path` is no path, and BrokenState if a forward passed its
-    tokens to some layers of the cache only.
+    path that cannot be written. Raises TypeError where `path` is no path, and BrokenState if a forward broke off after
+    only some layers of the cache had stored its tokens.
     """
     path = named(path, _WHAT)
     ranks = cache.ranks
@@ -124,8 +124,8 @@ def load(
     whose format an older or newer release wrote; WrongModel if another model filled the cache; UnknownMethod if the
     method named in the file cannot be built. Raises ValueError for a file that cannot be read or has more than
     `most_bytes`, and for a model that is not prepared. Raises TypeError where path, model or method has another type.
-    On a sharded model every rank must call this, on a file that it can read, and keeps the rows of its own kv heads. It
-    makes no difference how many ranks the model was sharded over when the file was written.
+    On a sharded model every rank must call this, on a file that it can read, and its cache keeps only its own kv heads.
+    It makes no difference how many ranks the model was sharded over when the file was written.
     """
     path = named(path, _WHAT)
     model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
@@ -195,8 +195,8 @@ def _restored(
 ) -> None:
     """Restore an empty cache layer from the description `plain` and the tensors `fields` that `_described` returned.
 
-    own: the method of the cache; model: the model to continue on, whose kv heads are divided among `ranks`. Raises
-    ValueError if the layer's class differs.
+    device: where the layer's tensors are put; own: the method of the cache; model: the model to continue on, whose kv
+    heads are divided among `ranks`. Raises ValueError if the layer's class differs.
     """
     if type(layer).__name__ != plain["layer"]:
         raise ValueError(f"a {plain['layer']} was saved where this cache has a {type(layer).__name__}")

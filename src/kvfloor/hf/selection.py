@@ -1,7 +1,8 @@
-"""Select kvfloor's attention in a model's configuration, under a name that contains the attention selected before.
+"""Select kvfloor's attention in a model's configuration, under a name that contains the earlier attention's name.
 
-The name, such as "kvfloor over sdpa (...)", is all that is stored. So deep copies, pickles and separate parts of a
-model keep it. The name also contains the call that undoes the selection, which transformers' error messages then show.
+The earlier attention is the one that was selected before. The name, such as "kvfloor over sdpa (...)", is the only
+record of it. So deep copies, pickles and separate parts of a model keep this record. The name also contains the call
+that undoes the selection, which transformers' error messages then show.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def name_over(before: str | None) -> str:
 
 
 def before(name: str | None) -> str | None:
-    """Return the earlier attention contained in a name that `name_over` returned; None for any other name."""
+    """Return the name of the earlier attention, such as "sdpa", from a name by `name_over`; None for any other name."""
     if name is None or not (name.startswith(_BEGIN) and name.endswith(_END)):
         return None
     return name[len(_BEGIN) : -len(_END)].replace("·", "").replace("÷", "/")
@@ -40,7 +41,7 @@ def selects_kvfloor(config: PreTrainedConfig) -> bool:
 
 
 def configurations(model: nn.Module) -> list[PreTrainedConfig]:
-    """List the configurations of a model and its parts in which an attention function is selected, each once.
+    """List the configurations of a model and of its parts, each once: those that select an attention function.
 
     Configurations of parts whose attention cannot be selected in transformers are left out.
     """

@@ -2,8 +2,8 @@
 
 The meta device computes the shapes of tensors, and neither stores nor computes any number. So a forward of the model
 shows the keys, values and linear-attention states of every layer, as the model itself makes them, without weights and
-in little time. A compressed layer is a cache layer that keeps keys and values by a kvfloor method. In shapes, B is the
-batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens.
+in little time. A compressed layer is a cache layer whose keys and values kvfloor compresses. In shapes, B is the batch,
+H and Hkv the numbers of query heads and kv heads, n the number of tokens.
 """
 
 from __future__ import annotations

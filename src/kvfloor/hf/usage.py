@@ -1,6 +1,6 @@
 """Sum the tokens and bytes of many compressed caches, beside the bytes that exact caches would have taken.
 
-An exact cache keeps every token. The totals show in an evaluation's results that the method was really applied.
+An exact cache keeps every token. In an evaluation's results, the totals show that the compression was really applied.
 """
 
 from __future__ import annotations

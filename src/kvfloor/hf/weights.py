@@ -134,7 +134,7 @@ def _hooks(module: nn.Module) -> Iterable[Any]:
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, dense tensor) of a weight: one pair, or one for each part of a quantised weight, such as its scales.
 
-    A sharded weight is gathered from all ranks, one at a time, so every rank must ask for the same weights.
+    A sharded weight is gathered from all ranks, so every rank must read the same weights in the same order.
 
     A part that is no tensor, such as a float, is yielded as an empty tensor whose name contains its value. Raises
     ValueError if the weight cannot be read.

@@ -1,7 +1,9 @@
-"""Put together what the ranks of a sharded model hold of one cache, and take a rank's part of it again.
+"""Join the parts of one cache that the ranks of a sharded model hold, and take one rank's part out of a whole cache.
 
-Rank r of n holds the r-th of n equal runs of every layer's kv heads. A row is one (batch item, kv head) stream, and the
-rows of a state are ordered by batch item and then by kv head.
+A rank is one of the processes over which the model is sharded. Rank r of n holds the r-th of n equal runs of every
+layer's kv heads; its part of the cache is what is stored for these heads. A whole cache, state or layer has the kv
+heads of all ranks. A row is the stream of one (batch item, kv head), and the rows of a state (a compressed layer's
+memory) are ordered by batch item and then by kv head.
 """
 
 from __future__ import annotations
@@ -27,20 +29,23 @@ _SUMMED = ("heads", "state_bytes", "staged_bytes")
 
 
 def row_budgets(state: State | None) -> tuple[int, ...]:
-    """Return the budget of every row of a state in tokens; nothing without a state or without a budget."""
+    """Return the budget of every row of a state in tokens; an empty tuple without a state or without a budget."""
     budget = None if state is None else state.method.budget
     return () if state is None or budget is None else tuple(tokens(budget, state.spec.rows))
 
 
 def _with_budgets(method: Method, budgets: Sequence[int]) -> Method:
-    """Return the method with these budgets of rows, as one number if they are equal; the method itself without any."""
+    """Return the method with these budgets of its rows in tokens, as one number if they are all equal.
+
+    Returns the method itself if `budgets` is empty.
+    """
     if not budgets:
         return method
     return with_budget(method, tuple(budgets) if len(set(budgets)) > 1 else budgets[0])
 
 
 def whole_entry(parts: Sequence[tuple[dict[str, Any], tuple[int, ...]]], method: Method | None) -> dict[str, Any]:
-    """Return one layer's entry of a cache's report for all kv heads.
+    """Return one layer's entry in the report of the whole cache (`CompressedCache.report`), from every rank's entry.
 
     parts   every rank's entry for the layer, with the budgets of its rows (`row_budgets`), in the order of ranks
     method  the layer's method on this rank; None if nothing was fed to the layer
@@ -65,18 +70,21 @@ def whole_entry(parts: Sequence[tuple[dict[str, Any], tuple[int, ...]]], method:
 
 
 def _order(batch: int, heads: int, count: int) -> Tensor:
-    """Return the indices by which rows that are listed rank by rank are brought into their order in the whole cache.
+    """Return the indices (rows,) that sort rows, listed rank by rank, into the order of the whole cache.
 
-    heads: kv heads of one rank; count: number of ranks.
+    batch: number of batch items; heads: kv heads of one rank; count: number of ranks. Entry i is the index in the list
+    of the row that comes i-th in the whole cache.
     """
     return torch.arange(count * batch * heads).view(count, batch, heads).transpose(0, 1).flatten()
 
 
 @dataclass(frozen=True)
 class LayerPart:
-    """Hold what one rank has of one layer: its description and tensors, as `kvfloor.hf.saved` writes them, on the CPU.
+    """Hold one rank's part of one cache layer, as it is sent to rank 0 for saving.
 
-    budgets: of the layer's method, one number of tokens per row; empty without a state or a budget.
+    plain    the layer's description, JSON-ready, as `kvfloor.hf.saved` writes it to a file
+    fields   the layer's tensors by name, on the CPU
+    budgets  of the layer's method, one number of tokens per row; empty without a state or a budget
     """
 
     plain: dict[str, Any]
@@ -85,7 +93,7 @@ class LayerPart:
 
 
 def part_of(plain: dict[str, Any], fields: dict[str, Any], state: State | None) -> LayerPart:
-    """Return a layer's part of a rank, from its description, its tensors on any device, and its state."""
+    """Return this rank's part of a layer, given its description, its tensors by name on any device, and its state."""
     return LayerPart(plain, _on_cpu(fields), row_budgets(state))
 
 
@@ -98,11 +106,11 @@ def _on_cpu(value: Any) -> Any:
 def whole_layers(
     parts: Sequence[Sequence[LayerPart]], methods: Sequence[Method | None]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return description and tensors of every layer of a cache, of all kv heads.
+    """Join the ranks' parts: return (description, tensors) of every layer of a cache, with all kv heads.
 
     parts    the layers' parts, of every rank, in the order of ranks
     methods  rank 0's method of every layer, None where it has no state
-    Raises ValueError where ranks hold different numbers of what is not divided by kv heads.
+    Raises ValueError if an attribute that is not divided by kv heads differs between ranks.
     """
     return [_whole_layer(layer, method) for layer, method in zip(zip(*parts, strict=True), methods, strict=True)]
 
@@ -130,7 +138,7 @@ def _whole_layer(parts: Sequence[LayerPart], method: Method | None) -> tuple[dic
 
 
 def _whole_stock(parts: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return the attributes of a layer that transformers' own class keeps, from every rank's attributes.
+    """Join the attributes of a layer of transformers' own class, given as one dict of attributes per rank.
 
     Keys and values are joined along their kv heads. Everything else must be the same on all ranks. name: the layer's
     class, for the error.
@@ -159,13 +167,13 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def own_part(state: State, batch: int, ranks: Ranks, device: torch.device) -> State:
-    """Return the rows of this rank's kv heads, on `device`, of a whole state of `batch` batch items on the CPU."""
+    """Cut a whole state of `batch` batch items, on the CPU, down to the rows of this rank's kv heads, on `device`."""
     state.select_rows(own_rows(ranks, batch, state.spec.rows // batch))
     return state if device.type == "cpu" else state.method.from_bytes(state.to_bytes(), device)
 
 
 def own_stock(fields: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Return a layer's saved attributes with the keys and values of this rank's kv heads alone."""
+    """Return the saved attributes `fields` of a layer, with keys and values cut down to this rank's kv heads."""
     if ranks.count == 1:
         return fields
     cut = {name: fields[name] for name in stock.BY_HEAD if isinstance(fields.get(name), Tensor)}
