@@ -29,9 +29,12 @@ from kvfloor.validation import count
 class Quantized(Method):
     """Quantise keys per channel over groups of `group` tokens, and values per token.
 
-    Quantisation is asymmetric and rounds to nearest, after KIVI (Liu et al. 2024, arXiv 2402.02750). The newest
-    tokens, up to group - 1 of them, stay unquantised. No token is evicted, so memory grows with the stream.
-    bits: 8, 4 or 2 per number. The offset and step of the codes are kept in the cache's own dtype.
+    Quantisation is asymmetric and rounds to nearest, after KIVI (Liu et al. 2024, arXiv 2402.02750): a code stands for
+    the number offset + step * code. Keys have one offset and step per channel of a group, values one per token; both
+    are kept in the cache's own dtype. The newest tokens, up to group - 1 of them, stay unquantised. No token is
+    evicted, so memory grows with the stream.
+    bits   bits per code: 8, 4 or 2
+    group  tokens that are quantised together
     """
 
     name: ClassVar[str] = "quant"
@@ -139,7 +142,7 @@ class Codes(Memory):
     def decode(self, groups: int, spec: Spec) -> Tensor:
         """Return the dequantised numbers of every row's first `groups` groups: (rows, groups * group, width).
 
-        spec: sizes and constants of the state; the result has the dtype in it, that of the cache.
+        The result has the dtype of the cache, which `spec` (the cache's sizes and constants) tells.
         """
         code = self.packed[:, :groups]
         if self.bits < 8:
