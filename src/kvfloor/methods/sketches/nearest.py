@@ -17,7 +17,7 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
     points (r, c, d) are the points of each row; allowed (r, b or 1, c) is True for the points that a vector may be
     matched with. The distance is inf where no point is allowed. Of equally near points the one of lowest index is
     returned. One matrix product gives rough distances, which rule out all points except a few. The distances to these
-    few are computed exactly, as norms of differences. So the result is that of computing all distances in this way.
+    few are computed directly, as norms of differences. So the result equals that of computing all distances directly.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)
