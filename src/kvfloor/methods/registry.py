@@ -127,12 +127,11 @@ def kind(part: type) -> str:
 
 
 def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
-    """Return the class that a registered name, an alias or `module:Class` stands for.
+    """Return the class that `name` stands for: a registered name, an alias, or `module:Class`, which is imported.
 
-    kinds   the kinds of part that are allowed
-
-    Raises ValueError listing the known names where the name is unknown, the class is of another kind or is no
-    dataclass.
+    kinds   the allowed kinds: some of "method", "policy", "summary", "selector"
+    Raises ValueError if the name is unknown (the error lists the known names), if the class cannot be imported, is of
+    another kind, or is no dataclass.
     """
     if ":" in name or name in VARIANTS:
         part = _imported(VARIANTS.get(name, name))

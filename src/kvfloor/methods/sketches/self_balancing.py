@@ -56,9 +56,10 @@ def worst_growth(sharpness: float, centre: bool) -> float:
     sharpness  h, where two tokens' vectors in the walk have an inner product with the factor exp(h |scale| k.k'), for
                their keys k and k'
     centre     True: the mean key is subtracted from the keys before the walk
-    Law, with the scale put into q and k: e^{q.k} is the inner product of features of length e^{|q|^2 / 2h} and
-    e^{h |k|^2 / 2}, and the denominator of attention over n tokens is at least n e^{-r^2}. This gives g = 1/2h + h/2 +
-    1. With the mean subtracted, |k - mean| can be 2r, and a factor e^{q.mean} <= e^{r^2} is added: g = 1/2h + 2h + 2.
+    Law, with the scale put into q and k: e^{q.k} is the inner product of features of length e^{|q|^2 / (2h)} and
+    e^{h |k|^2 / 2}, and the denominator of attention over n tokens is at least n e^{-r^2}. This gives
+    g = 1/(2h) + h/2 + 1. With the mean subtracted, |k - mean| can be 2r, and a factor e^{q.mean} <= e^{r^2} is added:
+    g = 1/(2h) + 2h + 2.
     """
     return 0.5 / sharpness + (2.0 * sharpness + 2.0 if centre else 0.5 * sharpness + 1.0)
 
