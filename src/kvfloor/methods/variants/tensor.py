@@ -181,8 +181,8 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
     """Return the tensor attention of q (rows, m, d) over all pairs (x, y), x of `one` and y of `two`, in one block.
 
-    For a fixed point x with key k1, this is standard attention of the query q * k1 (entry by entry) over the points of
-    `two`. The points x are then weighted by the masses (sums of exp of scores) of these standard attentions. Of `spec`,
+    Over the pairs of one point x, with key k1, this is standard attention of the query q * k1 (entry by entry) over the
+    points of `two`. The results for all points x are then weighted by their masses (sums of exp of scores). Of `spec`,
     the scale, the softcap and the compute dtype are used. The result is a `Partial` (rows, m).
     """
     (rows, m, d), s = q.shape, one.k.shape[1]
