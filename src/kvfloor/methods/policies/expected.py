@@ -41,9 +41,9 @@ class Expected(Guarded):
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
     epsilon   number added to each token's share of attention, z / sum of z: 0 by default, as in the authors' code. The
-              paper has 0.01. As shares sum to 1, most of several hundred tokens have shares below 0.01, so this ranks
-              them by their values' norms. The predictions of the model SmolLM2 then diverge about twice as far from
-              those with the full cache as with 0
+              paper has 0.01. As shares sum to 1, most of several hundred tokens have shares below 0.01, and with the
+              paper's epsilon their values' norms decide. The predictions of the model SmolLM2 then diverge from those
+              with the full cache about twice as far as with epsilon = 0
     horizon   future positions whose rotations are averaged
     sinks     first tokens that are never evicted: 4 by default
     recent    newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens

@@ -158,7 +158,7 @@ class KeyGram(PolicyMemory):
 
     gram   (rows, w, w) float32; w is the width of the sketched keys
     total  (rows, w) float32: the sum of the sketched keys; (rows, 0) unless keys are centred
-    met    (rows,) number of tokens in the Gram matrix
+    met    (rows,) number of tokens whose keys are in the Gram matrix
     """
 
     def __init__(self, spec: Spec, width: int, shared: dict[str, Tensor], centred: bool) -> None:

@@ -85,9 +85,9 @@ class Milestones(Policy):
         return self.sinks
 
     def protected_last(self, budget: int) -> int:
-        """Return the number of tokens in a page: as many newest tokens, at most, are protected from eviction.
+        """Return `page`, the greatest number of newest tokens that can be protected from eviction.
 
-        They are the tokens of the page that is being filled. The budget does not matter.
+        Protected are the tokens of the page that is being filled. The budget does not matter.
         """
         del budget
         return self.page
@@ -134,8 +134,8 @@ class Milestones(Policy):
 
         index   (r, s) for each slot, the index 0 .. p - 1 of its token's page
         number  (r, p) number of each page in the stream; `_NO_PAGE` where a row has fewer than p pages
-        slots   (r, p, page) slots of each page's tokens; if fewer than `page` tokens are held, the first one's is
-                repeated
+        slots   (r, p, page) slots of each page's tokens; if fewer than `page` tokens are held, the slot of the first
+                one is repeated
         """
         page = self._page(held.position, held).masked_fill(~held.live, _NO_PAGE)
         page, order = page.sort(1)

@@ -31,8 +31,8 @@ class Observation(Policy):
     Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal (end of the prompt).
     vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. For each token outside the
     window, the votes at the `kernel` positions centred on the token are pooled, without those in the window, and
-    averaged over the GQA group. The tokens with the highest pooled votes stay, beside the window's own tokens, as many
-    as the budget allows.
+    averaged over the GQA group. The window's own tokens stay, and the tokens with the highest pooled votes, until the
+    budget is used up.
     window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token. In an average, each of the `kernel`

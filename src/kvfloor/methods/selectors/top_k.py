@@ -1,4 +1,4 @@
-"""Read the k held tokens of largest logit, found by a scan of all keys; other selectors try to find them with less."""
+"""Read the k held tokens of largest logit, found by a scan of all keys; other selectors try to scan fewer keys."""
 
 from __future__ import annotations
 

@@ -188,10 +188,9 @@ class Balance(Method):
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
-        Returns None if one of these is None, and unless keep="pairs", budget=None and there is no softcap. (The paper's
-        theorem for keep="smaller" does not state its constants.) The result has holds=False if c is below the safe
-        threshold, or if epsilon is 2 sqrt(spread) or more: as no answer errs by more than 2 max|v|, such a bound says
-        nothing.
+        Returns None if one of these is None, if there is a budget or a softcap, or if keep is "smaller", as the paper's
+        theorem for it does not state its constants. The result has holds=False if c is below the safe threshold, or if
+        epsilon is 2 sqrt(spread) or more: such a bound says nothing, as no answer errs by more than 2 max|v|.
         """
         if self.radius is None or self.spread is None or self.horizon is None:
             return None

@@ -72,9 +72,9 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """Return how many of the first scales take together at most the fraction `share` of the budget `total`.
+    """Return the number of coarse scales: as many of the first ones as fit together into `share` * `total` tokens.
 
-    sizes are the scales' numbers of tokens, coarse first; total is in tokens per row.
+    sizes are the scales' numbers of tokens, coarse first; total is the budget in tokens per row, share from 0 to 1.
     """
     return sum(taken <= share * total for taken in accumulate(sizes))
 
