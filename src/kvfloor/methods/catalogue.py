@@ -59,11 +59,12 @@ def _first_sentence(text: str) -> str:
 
 
 def _guarantee(name: str, part: type, method: Method) -> str:
-    """Return the guarantee of a registered class as text, such as "l2, relative to |V|: theorem 3", or "none".
+    """Return the guarantee of a registered class as text; "none" if it has none.
 
-    The text has the norm in which the error is bounded, and the source of the proof. Some theorems assume a bound that
-    the user must give as an argument, such as `radius` (on the lengths of keys and queries) or `spread` (on how far
-    values differ). The text then ends with ", given" and the names of these arguments.
+    An example is "l2, relative to ||softmax||_2 ||V||_op: Zandieh et al. 2024, given radius": the norm in which the
+    error is bounded, and the source of the proof. Some theorems assume a bound that the user must give as an argument,
+    such as `radius` (on the lengths of keys and queries) or `spread` (on how far values differ). The names of these
+    arguments then follow after "given".
     name    the registered name
     part    its class: a method, policy, summary or selector
     method  a method that uses this class, with default arguments

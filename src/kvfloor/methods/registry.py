@@ -1,9 +1,9 @@
-"""Register every method, policy, summary and selector in one table, and look a part up by its name.
+"""Register every method, policy, summary and selector in one table, and find their classes by name.
 
-A part is a policy (chooses the tokens to evict), a summary (keeps a compressed form of evicted tokens), a selector
-(chooses the held tokens that a query reads) or a whole method. The choices of the command line, the docs' tables and
-the tests that run for every method all follow from `TABLE`. A part may also be given as `module:Class`, which is
-imported, so that third parties can add parts.
+A method is a way to cache tokens. Some methods are composed of a policy (chooses the tokens to evict), a summary (keeps
+a compressed form of evicted tokens) and a selector (chooses the held tokens that a query reads). In this file a part is
+any of the four. The choices of the command line, the docs' tables and the tests that run for every method all follow
+from `TABLE`. A part may also be given as `module:Class`, which is imported, so that third parties can add parts.
 """
 
 from __future__ import annotations

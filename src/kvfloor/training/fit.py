@@ -61,7 +61,7 @@ class Recipe:
 
 
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
-    """Return attention outputs (P, g, m, dv) with the kernels' state in place of the evicted tokens.
+    """Return attention outputs (P, g, m, dv) with LESS's linear-attention state in place of the evicted tokens.
 
     kernels  the networks phi and psi of each kv head
     given    training data from one text in one layer, with the queries of m tokens
@@ -112,7 +112,7 @@ def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
 def loss_of(kernels: Kernels, given: Lesson, weight: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Return the squared error of one layer's output on one text, against exact attention, summed to a scalar.
 
-    kernels  the networks phi and psi of each kv head, whose state replaces the evicted tokens
+    kernels  the networks phi and psi of each kv head; LESS's state, made with them, replaces the evicted tokens
     given    training data from the text in this layer, with the outputs of exact attention
     weight   the output projection (model's hidden size, P * g * dv), applied to both outputs; None: the error is that
              of the heads' outputs before the projection

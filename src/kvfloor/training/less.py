@@ -46,7 +46,8 @@ def run(
 ) -> list[tuple[str, int, list[float]]]:
     """Train kernels of LESS for a model and a policy, write them to the file `out`, and compare them on other texts.
 
-    name      "builtin", or the folder of a transformers model
+    name      the model: "builtin", the name of a published model that `kvfloor.models.load` knows, a `.gguf` file, or
+              the folder of a transformers model
     policy    an eviction policy with a budget in tokens, such as "sinks(4)@64"
     prompts   file of JSON lines, each {"prompt", "answer"} or {"context", "question", "answer"}; None: samples of the
               built-in tasks

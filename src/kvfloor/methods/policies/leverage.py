@@ -4,7 +4,7 @@ In this file a row is one (batch item, kv head) stream, and a slot the place of 
 S'k, the key k projected to fewer channels by the matrix S. X is the matrix with the sketched keys as rows, and X'X its
 Gram matrix; ' is the transpose. A state is the memory of a method, a `Spec` the sizes and constants of a state. A
 rotation is a rotary embedding (RoPE); `Spec.applied` is the rotation by which keys are already rotated when a state
-gets them, None if unknown. r, s, w and d in shapes are rows, slots, and the widths of a sketched and of a whole key.
+gets them, None if unknown. In shapes, r are rows, s slots, w is the width of a sketched key, d that of a key.
 """
 
 from __future__ import annotations

@@ -55,12 +55,13 @@ class Balance(Method):
     batch     number of tokens that makes a level full. Without a budget, a row halves every full level at each batch-th
               token; tokens since then have weight 1. This leaves at most batch tokens per level and
               log2(n / batch) + 2 levels.
-    budget    upper bound on tokens per row at all times. At the end of each block, the budget must have room for the
-              next block; a block has (budget - sinks - recent) / 8 tokens, rounded down, or `batch` if that is less.
-              While there is no room, the oldest tokens of one level are halved, at most four blocks of them: halving
-              few at once keeps the held tokens' weights similar. The level halved is the l with the largest (number
-              of tokens) / 4^l, because halving level l adds 4^l to the squared error however many tokens are halved.
-              Where every level has one token, a fair coin drops the token of the lowest level or doubles its weight.
+    budget    upper bound on tokens per row at all times. At the end of each block, tokens are halved until the held
+              tokens and those of the next block fit into the budget; a block has (budget - sinks - recent) / 8 tokens,
+              rounded down, or `batch` if that is less. A halving takes the oldest tokens of one level, at most four
+              blocks of them: halving few at once keeps the held tokens' weights similar. The level is the l with the
+              largest (number of tokens, at most four blocks) / 4^l, because halving level l adds 4^l to the squared
+              error however many tokens are halved. Where every level has one token, a fair coin drops the token of the
+              lowest level or doubles its weight.
     keep      "pairs": of each two tokens of the level that are next to each other in age, one stays, so weights add up
               to n; "smaller": the paper's rule, by which the tokens of the rarer sign in the walk stay, so the sum of
               weights falls a little each time

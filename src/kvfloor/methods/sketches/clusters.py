@@ -1,7 +1,7 @@
 """Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2.
 
-In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row. New
-tokens are kept whole, each in a slot, and go into clusters and pairs at the next block end.
+In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row. The key
+and value of a new token are held in a slot, and go into clusters and pairs at the next block end.
 A cluster is a set of keys around one key, the centre; a sample is one of these keys and represents the others.
 A pair is the (key, value) of one sampled token, and mu is the sum of |v|^2 over all tokens of its row.
 A token's random numbers are computed from the seed, the row's identity number and the token's position in the stream.
@@ -121,7 +121,8 @@ class Clusters(Memory):
         wide       (r, b, d) the keys, in float32 or wider, in the order of the stream
         uncovered  (r, b) True for keys that are farther than delta from every centre from before this call
         room       (r,) the most new centres that each row may get
-        Each uncovered key becomes a centre, unless an earlier new centre is within delta or the row has no room left.
+        Each uncovered key becomes a centre, unless an earlier new centre is within delta or the row already has room[r]
+        new centres.
         """
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age

@@ -6,9 +6,9 @@ A cluster is a set of keys around one key, its centre. A sample is a randomly dr
 the cluster's other keys too. A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the
 reservoir holds the drawn pairs. mu is the sum of |v|^2 over all tokens of a row.
 A block end comes after every `block`-th token of a row. The last `block` tokens then enter clusters and reservoir.
-Tokens since the last block end are held whole, i.e. with their own keys and values. A `Partial` is a result of
-attention: the mean of values and the log-mass (log-sum-exp of logits). A `Spec` holds the sizes and constants of a
-cache, among them d and dv, the widths of a key and of a value.
+Of tokens since the last block end, the keys and values themselves are held. A `Partial` is a result of attention: the
+mean of values and the log-mass (log-sum-exp of logits). A `Spec` holds the sizes and constants of a cache, among them d
+and dv, the widths of a key and of a value.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class SubGen(Method):
 
 
 class SubGenState(Blocked[SubGen]):
-    """Hold the clusters of keys, the sampled (key, value) pairs, and the whole tokens since the last block end."""
+    """Hold key clusters, sampled (key, value) pairs, and the keys and values of the tokens since the last block end."""
 
     def __init__(self, method: SubGen, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.block] * spec.rows), method.block)

@@ -120,9 +120,10 @@ class WindowSample(Method):
 
 
 class WindowSampleState(Blocked[WindowSample]):
-    """Hold the tokens of the window, one sampled older value per draw, and what the guarantee's test needs.
+    """Hold the tokens of the window, and one sampled value of an older token per draw.
 
-    The test needs, for each row, the least and the largest entry of all values so far and the number of answers given.
+    For the guarantee, whose assumptions are tested, each row also holds the least and the largest entry of all values
+    so far, and the number of answers given.
     The random number of a draw is fixed by the seed, the identity number of the row, the number of tokens seen and the
     index of the draw. So all queries of a row that are answered after the same number of tokens share this random
     number, and a repeated query gets the same answer. Answers that share random numbers are not independent; the

@@ -39,8 +39,8 @@ class Moments(Summary):
     computed by Gauss-Hermite quadrature. The mass is always positive.
 
     covariance  "full":      cov(k) and cov(v, k): 2 + d + dv + d(d+1)/2 + d dv numbers per row
-                "diagonal":  the diagonal of cov(k), with cov(v, k) = 0: 2 + 2d + dv numbers. The evicted tokens' mean
-                             is then mean(v) for every query
+                "diagonal":  the diagonal of cov(k), with cov(v, k) = 0: 2 + 2d + dv numbers. Attention over the evicted
+                             tokens is then mean(v) for every query
                 "none":      both covariances 0: 2 + d + dv numbers. The mass c exp(mu) is a lower bound of the exact
                              mass
     Averages are kept in float32 (float64 for float64 caches), so that they do not stall in long streams.

@@ -39,9 +39,11 @@ class Taylor(Summary):
 
     An evicted token has the weight p(x) = sum over j <= g of x^j / j! instead of e^x, with x = scale q.k. One pass
     over the tokens suffices, and no token is kept.
-    Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
-    = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
-    float64 numbers per row. The method is useful where |x| is below about 2.
+    Law, with the scale put into q: let phi(u) have the entries u^a / sqrt(a!), one for each of the t = C(d+g, g) tuples
+    a of d exponents with a sum <= g, where u^a = u_1^a_1 ... u_d^a_d and a! = a_1! ... a_d!. Then p(q.k) =
+    phi(q).phi(k). So S = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t), over the evicted tokens, give the answer
+    phi(q) S / phi(q) z. S and z are t (dv + 1) float64 numbers per row. The method is useful where |x| is below about
+    2.
 
     degree  g. Even: every weight is positive for every query, so answers are convex combinations of the values. Odd:
             weights can be negative, as 1 + x is below x = -1; where the weights for a query sum to 0 or less, its
@@ -286,12 +288,12 @@ class TaylorState(SummaryState):
         return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the error bound `stated` with a smaller epsilon, the one for the logits that have occurred so far.
+        """Return the error bound `stated` with another epsilon: the one for the logits that can have occurred so far.
 
         `stated` is the bound for logits up to `radius`. Let r be the largest product |scale| |q| |k| of the longest
         query and the longest evicted key of a row, over all rows: no logit so far exceeds it. If r exceeds the radius,
-        the result has holds=False. The new epsilon is that for logits up to r, plus a bound on rounding errors, which
-        grow with the number of tokens, the number of features and e^(2r).
+        the result has holds=False. Otherwise its epsilon is that for logits up to r, plus a bound on rounding errors,
+        which grow with the number of tokens, the number of features and e^(2r).
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm

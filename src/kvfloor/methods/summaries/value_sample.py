@@ -31,11 +31,11 @@ class ValueSample(Summary):
     """Summarise the evicted tokens by reservoir samples of their values, which estimate the mean value.
 
     The summary `value_sum` keeps the exact mean in less memory.
-    Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
-    have total weight c, and the mean of their values as result of attention. The samples estimate this mean; attention
-    over the held tokens is exact. In the paper an answer is one value, drawn by its weight from the held tokens and a
-    reservoir of evicted values (method `window_sample`). The form here has the same expectation and no more variance
-    (Rao-Blackwell).
+    Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law, attention over the c
+    evicted tokens has the total weight c and the mean of their values as result. The samples estimate this mean;
+    attention over the held tokens is exact. In the paper an answer is one value, drawn by its weight from the held
+    tokens and a reservoir of evicted values (method `window_sample`). The form here has the same expectation and no
+    more variance (Rao-Blackwell).
 
     copies    T: independent samples in a mean; 1 unless given
     groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given

@@ -217,7 +217,7 @@ class Side(Memory):
 
 
 class SubGenTensorState(Blocked[SubGenTensor]):
-    """Hold the memory of the sides (K1, V1) and (K2, V2), and the whole tokens since the last block end."""
+    """Hold the memory of both sides, and the keys and values of the tokens since the last block end."""
 
     def __init__(self, method: SubGenTensor, spec: Spec) -> None:
         tokens = replace(spec, d=2 * spec.d, dv=2 * spec.dv)
