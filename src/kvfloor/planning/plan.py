@@ -99,7 +99,7 @@ class MemoryPlan:
     lines: tuple[Line, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as a dict of JSON types, with the number of the dict's schema (version of its layout)."""
+        """Return the plan as a dict of JSON types; its key "schema" has the version of the dict's layout, 1."""
         return {"schema": 1, **asdict(self), "lines": [asdict(line) for line in self.lines]}
 
 

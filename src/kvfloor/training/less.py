@@ -88,7 +88,7 @@ def run(
 def weights_tag(model: Any) -> str:
     """Return a digest of a model's weights, 16 hex digits of a SHA-256, to be recorded in the kernels' file.
 
-    It tells for which weights the kernels were trained; they fit no others.
+    Kernels fit only the weights that they were trained for; the digest tells which weights these are.
     """
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):

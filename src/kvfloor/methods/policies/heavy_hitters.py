@@ -26,8 +26,8 @@ class HeavyHitters(Policy):
     sinks   first tokens that are never evicted; 4 unless given
     group   how the weights from the queries of a GQA group are combined: "mean" or "max"
     Scores are float32 whatever the cache's dtype: in bfloat16, a sum of weights would stop growing at 256. With
-    prefill=dense (no eviction before the end of the prompt) the scores are the column sums of the prompt's whole
-    attention matrix, computed for a block of queries and a tile of keys at a time.
+    prefill=dense (no eviction before the end of the prompt) the scores are the column sums of the prompt's attention
+    matrix, of which only a block of queries and some of the keys are in memory at a time.
     """
 
     name: ClassVar[str] = "h2o"

@@ -59,9 +59,9 @@ class Balance(Method):
               tokens and those of the next block fit into the budget; a block has (budget - sinks - recent) / 8 tokens,
               rounded down, or `batch` if that is less. A halving takes the oldest tokens of one level, at most four
               blocks of them: halving few at once keeps the held tokens' weights similar. The level is the l with the
-              largest (number of tokens, at most four blocks) / 4^l, because halving level l adds 4^l to the squared
-              error however many tokens are halved. Where every level has one token, a fair coin drops the token of the
-              lowest level or doubles its weight.
+              largest (number of tokens, at most four blocks) / 4^l, because halving level l adds to the squared error
+              in proportion to 4^l, however many tokens are halved. Where every level has one token, a fair coin drops
+              the token of the lowest level or doubles its weight.
     keep      "pairs": of each two tokens of the level that are next to each other in age, one stays, so weights add up
               to n; "smaller": the paper's rule, by which the tokens of the rarer sign in the walk stay, so the sum of
               weights falls a little each time

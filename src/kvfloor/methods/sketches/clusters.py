@@ -35,9 +35,10 @@ class Clusters(Memory):
     """Hold online clusters of keys: per row, c centres (c, d), cluster sizes (c,), and t samples per cluster (c, t, d).
 
     A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
-    row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
-    the row's flag `overfull` (rows,) to True. Samples are uniform: sample i of a cluster is the key whose i-th random
-    number, fixed by the key's position, is smallest. So samples do not depend on how the stream is split into calls.
+    row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance. `overfull` (rows,) is
+    True for rows in which a key joined a centre farther than delta. Samples are uniform: sample i of a cluster is the
+    key whose i-th random number, fixed by the key's position, is smallest. So samples do not depend on how the stream
+    is split into calls.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:

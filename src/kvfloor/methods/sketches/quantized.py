@@ -110,7 +110,8 @@ class Codes(Memory):
     """Hold the quantised keys, or the quantised values, of full groups: codes with an offset and a step.
 
     There is one offset and step per channel of a group (keys) or per token (values). The number that a code stands for
-    is offset + step * code. The numbers are (rows, groups, group, width), with the width of a key or value.
+    is offset + step * code. These numbers have the shape (rows, groups, group, width), with the width of a key or
+    value.
     packed     (rows, groups, group, bytes) uint8: the codes of the width axis, one or more per byte
     low, step  offset and step: (rows, groups, 1, width) per channel, or (rows, groups, group, 1) per token
     """

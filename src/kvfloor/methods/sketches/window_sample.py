@@ -40,7 +40,7 @@ from kvfloor.validation import count, positives
 class WindowSample(Method):
     """Answer with the value of one token, drawn from the window or from a reservoir of older tokens.
 
-    The reservoir holds uniform draws from the c tokens outside the window.
+    The reservoir holds, for each draw, the value of a token drawn uniformly from the c tokens outside the window.
     Law (Haris and Onak 2025, section 4, Algorithm 1): let S be c plus the sum of exp(logit) over the window. The answer
     is the value of a window token with probability exp(logit) / S, and the reservoir's value with probability c / S.
     Theorem 23: the answer's expectation is unmasked window attention, exactly. For values >= 0, the variance of a

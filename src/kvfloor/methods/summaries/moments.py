@@ -146,7 +146,7 @@ class MomentsState(SummaryState):
         return Partial(mean, log_count + growth)
 
     def _variance(self, x: Tensor) -> Tensor:
-        """Return x^T cov(k) x, (rows, m), for scaled queries x (rows, m, d); zeros if no covariance is kept."""
+        """Return x^T cov(k) x, (rows, m), for queries times scale, x (rows, m, d); zeros if no covariance is kept."""
         if self.cov_k is None:
             return x.new_zeros(x.shape[:2])
         if self.cov_vk is None:
