@@ -1,9 +1,9 @@
 """Describe every registered method in words, for `kvfloor methods` and the generated docs.
 
-A method is a way to cache tokens. It is either a whole method, such as `exact` (keeps every token), or composed of
-parts: a policy (chooses the tokens to evict), a summary (keeps a compressed form of evicted tokens) and a selector
-(chooses the held tokens that a query reads). A guarantee is a proved error bound; traits are the properties that a
-method promises, such as constant memory.
+A method is a way to cache tokens. Some methods, such as `exact` (keeps every token), are registered as a whole. Others
+are composed of registered parts: a policy (chooses the tokens to evict), a summary (keeps a compressed form of evicted
+tokens) and a selector (chooses the held tokens that a query reads). A guarantee is a proved error bound; traits are the
+properties that a method promises, such as constant memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def rows() -> list[dict[str, Any]]:
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory
     ("constant", "constant under a budget" or "grows with the stream"), traits, aliases. The values are text, except
-    traits and aliases, which are lists of text. The last dicts are of the kind "variant": methods
-    that cannot serve as a model's cache, because they compute another attention than softmax attention, such as one
-    over pairs of tokens. Variants with an argument that has no default are left out.
+    traits and aliases, which are lists of text. The last dicts are of the kind "variant". These are methods that no
+    model can use as its cache, mostly because they compute another attention, such as one over pairs of tokens.
+    Variants with an argument that has no default are left out.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
@@ -59,12 +59,15 @@ def _first_sentence(text: str) -> str:
 
 
 def _guarantee(name: str, part: type, method: Method) -> str:
-    """Return the method's guarantee as text, or "none" if it has none.
+    """Return the guarantee of a registered class as text; "none" if it has none.
 
-    The text is "norm: theorem", i.e. the norm in which the error is bounded, and the source of the proof. Some theorems
-    hold only under assumptions, which arguments of `part` state, such as `radius` (bound on the lengths of keys and
-    queries) or `spread` (how far values differ). The text then ends with "given" and the names of these arguments.
-    name, part: the registered name and its class; method: a method that contains the part, with default arguments.
+    An example is "l2, relative to ||softmax||_2 ||V||_op: Zandieh et al. 2024, given radius": the norm in which the
+    error is bounded, and the source of the proof. Some theorems assume a bound that the user must give as an argument,
+    such as `radius` (on the lengths of keys and queries) or `spread` (on how far values differ). The names of these
+    arguments then follow after "given".
+    name    the registered name
+    part    its class: a method, policy, summary or selector
+    method  a method that uses this class, with default arguments
     """
     spec = Spec(rows=1, d=4, dv=4)
     stated, given = method.guarantee(spec), ""
@@ -89,10 +92,10 @@ def _memory(method: Method) -> str:
 
 
 def _claims(traits: Traits) -> list[str]:
-    """Return the traits as words: "reference=" and the attention that the method approximates, then those promised.
+    """Return a method's traits as a list of words, such as ["reference=softmax", "normalised", "constant_memory"].
 
-    That attention is "softmax", for example. Those promised are the names of the traits that are True, such as
-    "constant_memory".
+    The first word tells the kind of attention that the method approximates. The others are the names of the properties
+    that the method promises.
     """
     promised = [f.name for f in fields(traits) if f.name != "reference" and getattr(traits, f.name)]
     return [f"reference={traits.reference}", *promised]

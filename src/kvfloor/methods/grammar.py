@@ -106,7 +106,10 @@ def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any
 
 
 class _Nested(str):
-    """Mark an argument whose text is itself a method, such as store=sinks(4)@32; others are literals or bare words."""
+    """Hold the text of an argument that is itself a method, such as "sinks(4)@32" in store=sinks(4)@32.
+
+    The type tells it from a bare word, such as "mean" in score=mean, whose text is a plain str.
+    """
 
 
 def _malformed(text: str) -> str:
@@ -131,8 +134,8 @@ def _arguments(text: str, whole: str) -> tuple[list[Any], dict[str, Any]]:
 def _value(node: ast.expr) -> Any:
     """Return the value of an argument of a method's text; `node` is its syntax tree, as Python's `ast` parsed it.
 
-    A literal gives the Python value that it stands for, a bare word (score=mean) gives a str, and a method
-    (store=sinks(4)@32) gives a `_Nested`.
+    A literal gives the Python value that it stands for. A bare word, such as mean in score=mean, gives a str. A method,
+    such as sinks(4)@32 in store=sinks(4)@32, gives its text as a `_Nested`. Raises ValueError for anything else.
     """
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id
@@ -142,11 +145,10 @@ def _value(node: ast.expr) -> Any:
 
 
 def default_method(name: str, budget: int = 64) -> Method:
-    """Return a method that contains the table's entry `name`, with default arguments.
+    """Return a method that uses the policy, summary, selector or method registered as `name`, with default arguments.
 
-    A policy becomes "name@budget", a summary "window+name@budget", a selector "exact|name"; a whole method ignores
-    `budget`. The budget is in tokens.
-    Tests and docs iterate over these methods.
+    The result is "name@budget" for a policy, "window+name@budget" for a summary, "exact|name" for a selector, and
+    "name" for a method; `budget` is in tokens. Tests and docs iterate over these methods.
     """
     part = lookup(name)
     texts = {"policy": "{0}@{1}", "summary": "window+{0}@{1}", "selector": "exact|{0}", "method": "{0}"}

@@ -1,9 +1,9 @@
-"""Register every method, policy, summary and selector in one table, and look a part up by its name.
+"""Register every method, policy, summary and selector in one table, and find their classes by name.
 
-A part is a policy (chooses the tokens to evict), a summary (keeps a compressed form of evicted tokens), a selector
-(chooses the held tokens that a query reads) or a whole method. The choices of the command line, the docs' tables and
-the tests that run for every method all follow from `TABLE`. A part may also be given as `module:Class`, which is
-imported, so that third parties can add parts.
+A method is a way to cache tokens. Some methods are composed of a policy (chooses the tokens to evict), a summary (keeps
+a compressed form of evicted tokens) and a selector (chooses the held tokens that a query reads). In this file a part is
+any of the four. The choices of the command line, the docs' tables and the tests that run for every method all follow
+from `TABLE`. A part may also be given as `module:Class`, which is imported, so that third parties can add parts.
 """
 
 from __future__ import annotations
@@ -127,12 +127,11 @@ def kind(part: type) -> str:
 
 
 def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
-    """Return the class that a registered name, an alias or `module:Class` stands for.
+    """Return the class that `name` stands for: a registered name, an alias, or `module:Class`, which is imported.
 
-    kinds   the kinds of part that are allowed
-
-    Raises ValueError listing the known names where the name is unknown, the class is of another kind or is no
-    dataclass.
+    kinds   the allowed kinds: some of "method", "policy", "summary", "selector"
+    Raises ValueError if the name is unknown (the error lists the known names), if the class cannot be imported, is of
+    another kind, or is no dataclass.
     """
     if ":" in name or name in VARIANTS:
         part = _imported(VARIANTS.get(name, name))

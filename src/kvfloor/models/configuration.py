@@ -17,9 +17,9 @@ from kvfloor.models.packaged import PACKAGED, kept
 def configuration(name_or_path: str | Path = BUILTIN) -> Any:
     """Return a model's transformers configuration. Nothing is downloaded, and no code of the model's folder is run.
 
-    name_or_path  "builtin", the name of a published model, such as "smollm2", that was fetched before, a model's
-                  folder, or a config.json file
-    Raises ValueError where there is no such configuration, and for a model type that transformers does not know.
+    name_or_path  "builtin"; the name of a published model that was fetched before, such as "smollm2"; a model's
+                  folder; or a config.json file
+    Raises ValueError if there is no such configuration, or if transformers does not know its model type.
     """
     from transformers import CONFIG_MAPPING
 

@@ -1,7 +1,7 @@
 """Convert a GGUF file, llama.cpp's format of a model, into a transformers folder in the user's cache, once.
 
-A converted folder is named after the file's SHA-256, so that an equal file is never converted twice. It is written
-under another name and renamed when it is complete: a folder in the cache is always whole.
+A converted folder is named after the file's name and SHA-256, so that the same file is never converted twice. It is
+written under another name and renamed when it is complete, so no folder in the cache is half written.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ def folder_of(file_name: str, digest: str) -> Path:
 
 
 def converted(path: Path, track: Callable[[str], None], expected: str | None = None) -> Path:
-    """Return the folder of the GGUF file's model in float32, with its tokenizer, after converting it if necessary.
+    """Convert the GGUF file at `path` unless that was done before; return the folder of the model and its tokenizer.
 
-    `track` is called with a line of text before each long step. Raises ValueError if
+    The folder is in transformers' format, with float32 weights. `track` is called with a line of text before each long
+    step. Raises ValueError if
     - the file is not GGUF, or its SHA-256 is not `expected` (None: any)
     - transformers cannot read its architecture, or one of the packages gguf and accelerate is missing
     - the user's cache folder cannot be written.
@@ -69,7 +70,10 @@ def converted(path: Path, track: Callable[[str], None], expected: str | None = N
 
 
 def _convert(path: Path, target: Path) -> None:
-    """Write the model and tokenizer of a GGUF file as the folder `target`, whole or not at all."""
+    """Write the model and tokenizer of the GGUF file `path` to the new folder `target`, completely or not at all.
+
+    Raises ValueError if the file cannot be read or the folder cannot be written.
+    """
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise ValueError("reading a GGUF file needs the packages gguf and accelerate: pip install 'kvfloor[gguf]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,7 +96,7 @@ def _convert(path: Path, target: Path) -> None:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Remove the settings that mark a model as quantised: its weights were dequantised when they were read."""
+    """Remove the settings that mark `model` as quantised, as its weights were dequantised when they were read."""
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

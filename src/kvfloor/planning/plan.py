@@ -1,10 +1,10 @@
 """Compute the memory plan of a model at a context length, from its configuration alone.
 
-A line of the plan is one way to keep the cache: transformers' own classes, this library's exact cache (which keeps
-every token), a quantised one, or a compression method under a budget. A `ModelShape` has the sizes of the model's
-layers. Compressed layers are the layers with attention over all tokens, whose cache a method replaces. A state is what
-a method keeps of one compressed layer's tokens. In all other layers (sliding windows, convolutions, linear attention)
-transformers' own classes keep the past, whatever the line.
+A line of the plan is one way to keep the KV cache: in transformers' own classes, in this library's exact cache (which
+keeps every token), in a quantised one, or by a compression method under a budget. A `ModelShape` has the sizes of the
+model's layers. Compressed layers are the layers with attention over all tokens: their cache depends on the line. A
+state is what a method keeps of one compressed layer's tokens. In all other layers (sliding windows, convolutions,
+linear attention) transformers' own classes keep the past, whatever the line.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ PLANNED_DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Line:
-    """Hold the bytes of one way to keep the cache of the whole batch.
+    """Hold the bytes that the cache of the whole batch takes if it is kept in one of the ways that a plan compares.
 
-    method           the method with its budget; "stock" is transformers' own cache
-    budget_tokens    tokens per kv head; None where no budget bounds them
-    state_bytes      bytes of the compressed layers' states at the end of the context
+    method           the method as text, with its budget; "stock" is transformers' own cache
+    budget_tokens    the budget in tokens per kv head; None if the method has none
+    state_bytes      bytes of the compressed layers' states after the prompt, which is the whole context
     cache_bytes      `state_bytes` plus the bytes of all other layers
-    prompt_bytes     the most bytes at any time: more than `cache_bytes` for methods that read the whole prompt before
+    prompt_bytes     the most bytes at any time: more than `cache_bytes` for methods that hold the whole prompt before
                      they compress it
-    requests         number of requests of this context whose caches fit beside the weights; None without a memory size
-    longest_context  tokens of the longest context of one request that fits beside the weights, estimated from this
-                     context's bytes in proportion; None without a memory size, and for a cache that does not grow
+    requests         number of requests with this context whose caches fit into memory beside the weights; None if no
+                     memory size was given
+    longest_context  estimate of the longest context, in tokens, for which one request's cache fits into memory beside
+                     the weights; bytes are taken as proportional to the context. None if no memory size was given, or
+                     if the cache does not grow
     grows            True if the cache grows with the context
     """
 
@@ -64,15 +66,19 @@ class Line:
 class MemoryPlan:
     """Hold the memory that a model takes at a context length, in bytes.
 
+    model              the model's name or path; model_type: its type in transformers, such as "llama"
+    dtype              of the weights, and of keys and values
+    context            tokens of each request; batch: number of requests that share the cache
     trained_positions  largest context that the model was trained for; None where the configuration does not say
-    parameters         number of weights
+    parameters         number of weights; weights_bytes: their bytes
     memory_bytes       the memory that weights and caches must fit into; None: not limited
     compressed_layers  number of layers with attention over all tokens; window_layers: with a sliding window
-    own_bytes          bytes of the other layers: sliding windows, convolution and linear states
-    floor_bytes        provable lower bound (floor): on worst-case keys and values, any method needs at least these
-                       bytes for the whole batch, summed over the layers with a floor
-    floor_layers       number of the layers with a floor: those with full or sliding-window attention, except where it
-                       is latent attention (one tensor is both key and value)
+    own_bytes          bytes of the cache in all but the compressed layers: sliding windows, convolution and linear
+                       states
+    floor_bytes        the floor: bytes that any method provably needs, on worst-case keys and values, for the whole
+                       batch, summed over the layers for which the bound is known
+    floor_layers       number of these layers: all with full or sliding-window attention, unless one tensor is both key
+                       and value (latent attention)
     lines              one entry per way to keep the cache
     """
 
@@ -93,7 +99,7 @@ class MemoryPlan:
     lines: tuple[Line, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as a dict of JSON types, with the number of the dict's schema (version of its layout)."""
+        """Return the plan as a dict of JSON types; its key "schema" has the version of the dict's layout, 1."""
         return {"schema": 1, **asdict(self), "lines": [asdict(line) for line in self.lines]}
 
 
@@ -108,7 +114,7 @@ def plan(
     dtype: str = PLANNED_DTYPES[0],
     config: PreTrainedConfig | None = None,
 ) -> MemoryPlan:
-    """Return the memory plan of a model; no weights are loaded and nothing is generated.
+    """Return the memory plan of a model, from its configuration: no weights are loaded and the model does not run.
 
     model    "builtin", the name of a published model that was fetched before, a model's folder, or a config.json file
     context  tokens of each request's prompt, which is read in one forward
@@ -116,9 +122,9 @@ def plan(
     memory   bytes for weights and caches, or a text such as "24GiB"; None: not limited
     methods  texts of methods, such as "h2o@512" or "h2o", to plan besides transformers' own cache, exact, quant(bits=8)
              and quant(bits=4), which every plan has; None: sinks and h2o
-    budgets  budgets, such as "512" (tokens) or "25%" (of the context), for each of `methods` that has none of its own;
-             None: 25%. If `methods` is None too, a method is left out where 25% has no room beside the tokens that the
-             method never evicts
+    budgets  budgets, such as "512" (tokens) or "25%" (of the context), each of which is planned for those of `methods`
+             that have no budget of their own; None: 25%. If `methods` is None too, a method is left out if 25% is no
+             more than the tokens that the method never evicts
     dtype    bfloat16, float16 or float32: of the weights, and of keys and values
     config   the model's configuration, instead of the one of `model`
     Raises ValueError for bad input, and for a memory that does not hold the weights.
@@ -177,10 +183,11 @@ def _memory(memory: str | int) -> int:
 
 
 def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
-    """Parse the planned methods: first exact and quantised caches, which every plan has, then `methods`, each once.
+    """Return the methods to plan: the exact and the quantised caches, which every plan has, then `methods` parsed.
 
-    A method without a budget of its own is planned once under each of `budgets`. Raises ValueError if it needs one and
-    `budgets` is empty, and for a method that compresses another attention than softmax(q.k), such as tensor attention.
+    A method without a budget of its own comes once with each of `budgets`, unless no budget can bound it; equal methods
+    come once. Raises ValueError if a method needs a budget and `budgets` is empty, and for a method of another
+    attention than softmax(q.k), such as tensor attention (over pairs of tokens).
     """
     sizes = [parse_budget(text) for text in budgets]
     found = [parse(text) for text in BASELINES]
@@ -196,10 +203,11 @@ def _methods(methods: Sequence[str], budgets: Sequence[str]) -> list[Method]:
 
 
 def _stock(shape: ModelShape, context: int, itemsize: int, batch: int) -> tuple[int, int]:
-    """Return the bytes of the compressed layers' keys and values in transformers' own cache, twice: (size, size).
+    """Return the bytes of the compressed layers' keys and values in transformers' own cache, as (after, before).
 
-    The pair stands for (after, before) the compression at the prompt's end, as for a method; here the two are equal.
-    shape: the model's sizes; context: tokens per request; itemsize: bytes of a number; batch: requests.
+    For a method, these are the bytes after and before the compression at the prompt's end. Here nothing is compressed,
+    so the two are equal. shape: the model's sizes; context: tokens per request; itemsize: bytes of a number; batch:
+    number of requests.
     """
     per_token = sum(layer.heads * (layer.d + (0 if layer.tied else layer.dv)) for layer in shape.compressed)
     size = batch * context * per_token * itemsize
@@ -216,14 +224,15 @@ def _line(
     batch: int,
     free: int | None,
 ) -> Line:
-    """Build a line of the plan.
+    """Build a line of the plan, for one way to keep the cache.
 
     name           the method as text
     budget_tokens  tokens per kv head that the method may keep; None: any number
-    sizes          bytes of the compressed layers' states: (after the prompt's end, just before it)
-    method         None for transformers' own cache
+    sizes          (after, before): bytes of the compressed layers' states after and before the compression at the
+                   prompt's end
+    method         the method; None for transformers' own cache
     shape          the model's sizes, among them the bytes of the layers that are not compressed
-    context        tokens per request; batch: requests
+    context        tokens per request; batch: number of requests
     free           bytes of memory that the weights leave; None: not limited
     """
     after, before = sizes

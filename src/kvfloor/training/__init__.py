@@ -1,1 +1,1 @@
-"""Train the kernels of LESS for a model of your own: small networks that summarise the evicted tokens of a KV cache."""
+"""Train the kernels of LESS for a model: small networks that keep evicted tokens of a KV cache in compressed form."""

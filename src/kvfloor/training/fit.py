@@ -1,10 +1,10 @@
 """Fit the kernels of LESS, one layer of a model after the other.
 
-LESS (Dong et al. 2024, arXiv 2402.09398) keeps a low-rank state of the evicted tokens. Its kernels are two small
-networks per kv head, phi of queries and psi of keys, such that phi(q).psi(k) replaces exp(scale q.k) of an evicted
-token. In shapes, P is the number of kv heads, g of query heads per kv head, m of queries, dv the width of a value. A
-lesson is one text in one layer of the model, with the tokens that a policy evicts from it; the last tenth of the texts
-is kept out of training.
+LESS (Dong et al. 2024, arXiv 2402.09398) keeps a linear-attention state of the evicted tokens. Its kernels are two
+small networks per kv head, phi of queries and psi of keys, each with R outputs (the rank): phi(q).psi(k) replaces
+exp(scale q.k) of an evicted token. In shapes, P is the number of kv heads, g of query heads per kv head, m of queries,
+dv the width of a value. A lesson is the training data from one text in one layer of the model: queries, keys and
+values, and the times at which a policy evicts the tokens. The last tenth of the texts is kept out of training.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold the settings of a training run. Settings, model and policy together decide the kernels.
+    """Hold the settings of a training run. Settings, model, policy and texts together decide the kernels.
 
-    rank, hidden        rank of the low-rank state; hidden units of each network
+    rank, hidden        R, the outputs of each network; its hidden units
     samples, length     number of texts, and tokens of context in each; a tenth of the texts, kept out of training,
                         decides which epoch's kernels are returned
     epochs, batch       passes over the texts; texts per step
@@ -61,13 +61,13 @@ class Recipe:
 
 
 def answers(kernels: Kernels, given: Lesson, dropout: float = 0.0) -> Tensor:
-    """Return attention outputs (P, g, m, dv) with the kernels' low-rank state in place of the evicted tokens.
+    """Return attention outputs (P, g, m, dv) with LESS's linear-attention state in place of the evicted tokens.
 
     kernels  the networks phi and psi of each kv head
-    given    one text in one layer, with queries of m tokens and g query heads for each of P kv heads
+    given    training data from one text in one layer, with the queries of m tokens
     dropout  share of the networks' hidden units that are off
-    The output of a query is exact attention over the tokens still held, merged with the state's answer for the tokens
-    that were evicted before the query.
+    The output of a query is attention over two sets of tokens together: those still held, with exact weights, and those
+    evicted before the query, with the weights phi(q).psi(k).
     """
     heads, g, m, _ = given.q.shape
     psi = kernels.psi(given.k, dropout)
@@ -100,10 +100,10 @@ def output_weight(model: Any, layer: int, width: int) -> Tensor | None:
 
 
 def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Return the attention layer's output for m tokens, given its heads' outputs x (P, g, m, dv).
+    """Return the attention layer's output for m tokens, (m, model's hidden size), from its heads' outputs x.
 
-    The heads' outputs are concatenated to (m, P * g * dv) and multiplied by the output projection `weight` (model's
-    hidden size, P * g * dv), which gives (m, hidden size); `weight` None: not multiplied.
+    x (P, g, m, dv) is concatenated to (m, P * g * dv) and multiplied by the output projection `weight`, (hidden size,
+    P * g * dv). If `weight` is None, the concatenation itself is returned.
     """
     heads = x.permute(2, 0, 1, 3).flatten(1)
     return heads if weight is None else heads @ weight.T
@@ -112,9 +112,10 @@ def mixed(x: Tensor, weight: Tensor | None) -> Tensor:
 def loss_of(kernels: Kernels, given: Lesson, weight: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Return the squared error of one layer's output on one text, against exact attention, summed to a scalar.
 
-    kernels  the networks phi and psi of each kv head, whose low-rank state replaces the evicted tokens
-    given    the text in this layer, with its exact attention
-    weight   the output projection (model's hidden size, P * g * dv), applied to both outputs; None: not applied
+    kernels  the networks phi and psi of each kv head; LESS's state, made with them, replaces the evicted tokens
+    given    training data from the text in this layer, with the outputs of exact attention
+    weight   the output projection (model's hidden size, P * g * dv), applied to both outputs; None: the error is that
+             of the heads' outputs before the projection
     dropout  share of the networks' hidden units that are off
     """
     return mixed(answers(kernels, given, dropout) - given.exact, weight).square().sum()
@@ -125,12 +126,12 @@ def fit(
 ) -> Kernels:
     """Train one layer's kernels by Adam on the squared error of the layer's output, and return the best ones.
 
-    lessons   the texts in this layer; the last tenth, at least one, is kept out of training
+    lessons   the training data of this layer, one entry per text; the last tenth, at least one, is kept out of training
     weight    the output projection of the layer (model's hidden size, P * g * dv); None: the error is that of the
               heads' outputs before the projection
     start     the untrained kernels
     recipe    the settings of the training: learning rate, epochs, dropout and so on
-    say       called at the end with one line: the error before and after training
+    say       called at the end with one line of text: the error before training and that of the best kernels
     The best kernels are those with the least error on the last tenth, after any epoch or before the first.
     """
     kept_back = max(1, len(lessons) // 10)
@@ -170,16 +171,16 @@ def fit(
 def train(
     model: Any, material: Sequence[Text], method: Bounded, recipe: Recipe, say: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Train kernels for every layer of a prepared model, and return {name: tensor (layers, kv heads, ...)} for a file.
+    """Train kernels for every layer of a model; return them by name as tensors (layers, kv heads, ...), for a file.
 
-    model      a model that `kvfloor.hf.prepare` has prepared for compressed caches
+    model      a transformers model that `kvfloor.hf.prepare` has prepared for compressed caches
     material   texts that the model runs over
     method     the eviction policy with its budget, which decides the tokens that the kernels learn to replace
     recipe     the settings of the training: rank, hidden units, learning rate, epochs and so on
     say        called with each line of progress
-    A layer without attention over all tokens (such as a sliding window) is never compressed. It gets copies of the
-    kernels of the layer before it, or untrained ones if there is none, so that the file has kernels for each layer up
-    to the last compressed one. Raises ValueError if the policy evicts (nearly) nothing from these texts.
+    Only layers with attention over all tokens are compressed. Any other layer, such as one with a sliding window, gets
+    copies of the kernels of the layer before it, or untrained ones if it is the first. So the file has kernels for each
+    layer up to the last compressed one. Raises ValueError if fewer than two texts have a query after an eviction.
     """
     compressed = {layer.index for layer in CompressedCache(model.config, "exact").compressed}
     layers: list[Kernels] = []

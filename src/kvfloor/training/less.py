@@ -1,8 +1,10 @@
 """Train the kernels of LESS for a model and an eviction policy of your own: the command `kvfloor train-less`.
 
-The model itself is not trained. Its queries, keys and values are recorded once, layer by layer. The policy runs over
-them and decides which tokens are evicted before each query. The kernels (small networks, one pair per kv head) then
-learn to make up for the evicted tokens in the layer's output. Arguments and seed decide everything.
+LESS (Dong et al. 2024) keeps a linear-attention state of the tokens that the policy evicts. Its kernels are small
+networks, one pair per layer and kv head, that map queries and keys to this state's features. The model itself is not
+trained. Its queries, keys and values are recorded once, layer by layer. The policy runs over them and decides which
+tokens are evicted before each query. The kernels then learn to make up for the evicted tokens in the layer's output.
+Arguments and seed decide everything.
 """
 
 from __future__ import annotations
@@ -44,16 +46,18 @@ def run(
 ) -> list[tuple[str, int, list[float]]]:
     """Train kernels of LESS for a model and a policy, write them to the file `out`, and compare them on other texts.
 
-    name      "builtin", or the folder of a transformers model
+    name      the model: "builtin", the name of a published model that `kvfloor.models.load` knows, a `.gguf` file, or
+              the folder of a transformers model
     policy    an eviction policy with a budget in tokens, such as "sinks(4)@64"
     prompts   file of JSON lines, each {"prompt", "answer"} or {"context", "question", "answer"}; None: samples of the
               built-in tasks
-    compared  number of texts, not used in training, to compare on; 0: return []
+    compared  number of texts, not used in training, to compare on; 0: nothing is compared, and [] is returned
     recipe    the settings of the training: rank of LESS's state, texts, epochs, learning rate and so on
     say       called with each line of progress
-    Returns a tuple (method as text, bytes per kv head, one mean error of the attention output per layer) for each of
-    three methods: the policy alone, the policy with a larger budget, and the policy with the kernels. The last two take
-    equal memory. Raises ValueError for an argument that cannot be used.
+    Three methods are compared: the policy alone, the policy with a larger budget, and the policy with the kernels. The
+    last two take equal memory. Returns one tuple per method: the method written as text, its bytes per kv head, and a
+    list with one mean relative error of the attention output per layer. Raises ValueError for an argument that cannot
+    be used.
     """
     method = parse(policy)
     if not isinstance(method, Bounded) or not isinstance(method.budget, int):
@@ -84,7 +88,7 @@ def run(
 def weights_tag(model: Any) -> str:
     """Return a digest of a model's weights, 16 hex digits of a SHA-256, to be recorded in the kernels' file.
 
-    It tells for which weights the kernels were trained; they fit no others.
+    Kernels fit only the weights that they were trained for; the digest tells which weights these are.
     """
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
@@ -95,10 +99,10 @@ def weights_tag(model: Any) -> str:
 def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> list[tuple[str, int, list[float]]]:
     """Measure each method's relative l2 error of the attention output against exact attention, on the texts `material`.
 
-    The model is prepared for kvfloor's attention. Each text has a context, which the method compresses, and a rest
-    (question and answer), on whose queries the error is measured. Returns one tuple per method: the method written as
-    text, the bytes that it allocates for one kv head before the first token, and a list of one error per layer, the
-    mean over the layer's kv heads.
+    `model` must have been prepared for compressed caches (`kvfloor.hf.prepare`). Each text has a context, which the
+    method compresses, and a second part (question and answer), on whose queries the error is measured. Returns one
+    tuple per method: the method written as text, the bytes that it allocates for one kv head before the first token,
+    and a list with one error per layer, the mean over the layer's kv heads.
     """
     seen = traces.record(model, [text.context for text in material], [text.rest for text in material])
     d, dv, dtype = seen[0].k.shape[2], seen[0].v.shape[2], seen[0].k.dtype
@@ -111,11 +115,11 @@ def compare(model: Any, material: Sequence[Text], methods: Sequence[Method]) -> 
 
 
 def rivals(method: Bounded, less: Less, spec: Spec) -> list[Bounded]:
-    """Return three methods to compare: the policy `method` alone, with a larger budget, and with the LESS state.
+    """Return [policy, policy with a larger budget, policy with LESS], three methods to compare.
 
-    The LESS state is the summary `less` of the tokens that the policy evicts. `spec` has the shapes of one kv head, for
-    which bytes are counted. The policy with the larger budget keeps as many more tokens as fit into the bytes of that
-    state, so the last two methods take equal memory.
+    The policy and its budget are those of `method`. `less` is the summary that keeps the LESS state of evicted tokens.
+    The larger budget has as many more tokens as fit into the bytes of this state, so the last two methods take equal
+    memory. Bytes are counted for `spec`, the sizes of one kv head.
     """
     budget = method.budget
     assert isinstance(budget, int)

@@ -1,10 +1,10 @@
 """Prepare the training data of LESS's kernels: evicted tokens, later queries and exact attention, layer by layer.
 
-LESS (Dong et al. 2024) replaces the evicted tokens of a KV cache by a low-rank state; its kernels are small networks
-that map keys and queries to this state. A lesson is one text in one layer of a model. An eviction policy has run over
-the text, so that the evicted tokens are known. The prompt is the context of a text; some policies evict at its end. In
-shapes, a row is one kv head, P the number of kv heads, g of query heads per kv head; d and dv are the widths of a key
-and a value.
+LESS (Dong et al. 2024) replaces the evicted tokens of a KV cache by a linear-attention state; its kernels are small
+networks that map keys and queries to this state's features. A lesson is the training data from one text in one layer of
+a model. An eviction policy has run over the text, so it is known when each token is evicted. The prompt is the context
+of a text; some policies evict at its end. In shapes, a row is one kv head, P the number of kv heads, g of query heads
+per kv head; d and dv are the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _QUERIES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Text:
-    """Hold the token ids of a text in two parts: the context (the prompt), and the rest (question and answer)."""
+    """Hold the token ids of a text in two parts: `context`, the prompt, and `rest`, a question with its answer."""
 
     context: list[int]
     rest: list[int]
@@ -41,12 +41,12 @@ class Text:
 class Lesson:
     """Hold one text in one layer: keys and values of n tokens, and queries of the m tokens after the first eviction.
 
-    A departure is a time at which tokens are evicted; departures are numbered from 0.
+    A departure is a time at which tokens of any kv head are evicted; departures are numbered from 0.
     q               (P, g, m, d): the queries
     k, v            (P, n, d), (P, n, dv): keys and values of all tokens
     rank            (P, n): number of the departure at which each token is evicted; `departures` if never
-    departures      number of departures
-    gone            (m,): number of departures before each query
+    departures      how many departures there are
+    gone            (m,): how many departures precede each query
     mean, log_mass  (P, g, m, dv), (P, g, m): attention over the tokens still held, and the log-sum-exp of their logits
     exact           (P, g, m, dv): attention over all tokens
     """
@@ -63,9 +63,10 @@ class Lesson:
 
 
 def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
-    """Tokenize items: return, for each, the token ids of its context and those of its first question with the answer.
+    """Tokenize each item: return the token ids of its context, and those of its first question with the answer.
 
-    tokenizer: the model's, of transformers. An item is a context with at least one question and its right answer.
+    An item is a context with at least one question and its right answer. `tokenizer` is the transformers tokenizer of
+    the model.
     """
 
     def plain(text: str) -> list[int]:
@@ -81,9 +82,10 @@ def texts(tokenizer: Any, items: Sequence[Item]) -> list[Text]:
 
 
 def task_items(tokenizer: Any, samples: int, length: int, seed: int) -> list[Item]:
-    """Draw `samples` samples of the built-in tasks, task after task in turn, with contexts of at most `length` tokens.
+    """Draw items from the built-in tasks, `samples` in all, with contexts of at most `length` tokens.
 
-    `tokenizer`, the model's, counts these tokens. Each item has one question with its answer. seed decides all samples.
+    The tasks take turns: each gives one item, then each a second one, and so on. An item is a context with a question
+    and its right answer. `tokenizer`, the model's, counts the tokens. `seed` decides all items.
     """
 
     def size(text: str) -> int:
@@ -110,9 +112,9 @@ def recorded(model: Any, material: Sequence[Text], layer: int) -> Iterator[tuple
 
 
 def departures(method: Bounded, spec: Spec, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Tensor:
-    """Return the time (rows, n) at which the eviction policy `method` evicts each token of a text.
+    """Return the time (rows, n) at which the eviction policy `method` evicts each of a text's n tokens, per kv head.
 
-    The time is the number of tokens that the policy had received by then, and n + 1 for a token that is never evicted.
+    The time is the number of tokens that the cache had received by then, and n + 1 for a token that is never evicted.
     The first `prompt` tokens are the prompt. q (rows, g, n, d), k (rows, n, d) and v (rows, n, dv) are one layer's
     queries, keys and values; `spec` holds the sizes and constants of the layer's cache.
     """

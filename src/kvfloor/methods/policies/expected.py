@@ -40,14 +40,15 @@ class Expected(Guarded):
     for future queries.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
-    epsilon   weight of the value's norm for a token that receives no attention: 0 by default, as in the authors' code,
-              which gives such a token the score 0. The paper has 0.01. As shares of attention sum to 1, that ranks most
-              of hundreds of tokens by their values' norms, and SmolLM2's predictions diverge about twice as far
+    epsilon   number added to each token's share of attention, z / sum of z: 0 by default, as in the authors' code. The
+              paper has 0.01. As shares sum to 1, most of several hundred tokens have shares below 0.01, and with the
+              paper's epsilon their values' norms decide. The predictions of the model SmolLM2 then diverge from those
+              with the full cache about twice as far as with epsilon = 0
     horizon   future positions whose rotations are averaged
     sinks     first tokens that are never evicted: 4 by default
     recent    newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
-    Without queries, z = 1 for every token, so the tokens with the smallest value norms are evicted. Logits are taken
-    without the spec's softcap. Statistics and scores are float32 (float64 for a float64 cache).
+    Without queries, z = 1 for every token, so the tokens with the smallest value norms are evicted. The spec's softcap
+    on logits is ignored. Statistics and scores are float32 (float64 for a float64 cache).
     """
 
     name: ClassVar[str] = "expected"
@@ -96,8 +97,9 @@ class Expected(Guarded):
     def future(self, held: Held) -> tuple[Tensor, Tensor]:
         """Return the mean (r, h, d) and covariance (r, h, d, d) of the next queries, rotated as the held keys are.
 
-        Law: R mu and R Sigma R', where R is the mean of the rotations at the next `horizon` positions. As rotations of
-        one pair commute, R is the rotation at the next position times the mean rotation at 0 .. horizon - 1.
+        The next queries are those of the next `horizon` positions. Law: R mu and R Sigma R', where R is the mean of
+        the rotations at these positions. As rotations of one pair commute, R is the rotation at the first of these
+        positions times the mean of the rotations at 0 .. horizon - 1.
         """
         mean, covariance = held.memory.gaussian(held.rows)
         rotation = _rotation(held.spec)
@@ -126,7 +128,7 @@ class Expected(Guarded):
 
 
 def _rotation(spec: Spec) -> Rotation | None:
-    """Return the rotation that keys have when multiplied with queries; None if there is none or it is unknown."""
+    """Return the rotation by which the keys in the cache are rotated; None if there is none or it is unknown."""
     return spec.applied if spec.rotation is None else spec.rotation
 
 

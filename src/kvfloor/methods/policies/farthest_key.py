@@ -22,16 +22,16 @@ from kvfloor.validation import literals
 class FarthestKey(Guarded):
     """Evict the tokens that greedy k-center over the keys leaves out, without looking at queries.
 
-    This is the offline clustering of SubGen's experiments.
-    Law (Gonzalez 1985): the held token whose key is farthest in l2 from all kept keys is kept next, until the budget
-    is full. The protected tokens (`sinks` and `recent`) are kept first; the oldest token is kept first where none is
-    protected. The largest distance from a held key to its nearest kept key is then at most twice the least that any
-    choice of as many tokens, the protected ones included, can achieve. Tokens that the caller pinned (`State.pin`)
-    always stay too, but are not kept first: they are picked as centres only in their turn.
+    This is the offline clustering in the experiments of the SubGen paper (Zandieh et al. 2024).
+    Law (Gonzalez 1985): the protected tokens (`sinks` and `recent`) are kept first, or the oldest token if none is
+    protected. Then the held token whose key is farthest in l2 from all kept keys is kept next, again and again until
+    the budget is full. Let the radius be the largest distance from a held key to its nearest kept key. It is at most
+    twice the least radius of any choice of equally many tokens that includes the protected ones. Tokens that the caller
+    pinned (`State.pin`, never to be evicted) stay too, but count as kept keys only once their turn comes.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     decode  "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;
-            "keep": tokens after the prompt are never evicted, as in the experiments
+            "keep": tokens after the prompt are never evicted, as in the paper's experiments
     By default tokens are first evicted at the end of the prompt (`prefill=dense`), as in the experiments; with
     `prefill=stream` tokens are evicted after each block of the prompt. Evicted tokens have no weight: unlike the method
     `subgen`, this policy does not keep the clusters' sizes and samples. Each kept token costs one pass over the held
@@ -64,10 +64,11 @@ class FarthestKey(Guarded):
 def picked(k: Tensor, live: Tensor, kept: Tensor, position: Tensor, most: int) -> Tensor:
     """Return the turn (r, s), float64, at which farthest-first traversal of the keys k (r, s, d) picks each slot.
 
-    Every turn picks one key per row, the farthest from all keys picked before. Slots with `kept` (r, s) True count
-    as picked at turn 0; in a row without such slots, turn 1 picks the oldest token. Slots that are not picked within
-    `most` turns have turn `most` + 1. `live` (r, s) is True in slots that hold a token; `position` (r, s) is that
-    token's index in the stream.
+    Every turn picks one key per row, the farthest from all keys picked before. Slots that are not picked within `most`
+    turns have turn `most` + 1.
+    kept      (r, s) True for slots that count as picked at turn 0; in a row without any, turn 1 picks the oldest token
+    live      (r, s) True for slots that hold a token
+    position  (r, s) index of the slot's token in the stream
     """
     k = k if k.dtype == torch.float64 else k.to(torch.float32)
     rows, width, d = k.shape

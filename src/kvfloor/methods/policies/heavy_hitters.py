@@ -17,16 +17,17 @@ from kvfloor.validation import count, literals
 class HeavyHitters(Policy):
     """Evict the token that has received the least attention so far.
 
-    Source: Zhang et al. 2023, H2O, Algorithm 1 with the heavy/recent split of section 5.
+    Source: Zhang et al. 2023, H2O, Algorithm 1; as in section 5, half of the budget is for the newest tokens.
     score   "sum":   the paper's running sum of the softmax weights that a held token has received
             "mean":  this sum divided by the number of tokens since the token came, so that age is no advantage
-            "decay": a running sum multiplied by the argument `decay`, 0.98 by default, at every query
+            "decay": a running sum that is multiplied by `decay` at every query, before the query's weight is added
+    decay   the factor of score="decay"
     recent  newest tokens that are never evicted; half the budget unless given
     sinks   first tokens that are never evicted; 4 unless given
     group   how the weights from the queries of a GQA group are combined: "mean" or "max"
     Scores are float32 whatever the cache's dtype: in bfloat16, a sum of weights would stop growing at 256. With
-    prefill=dense (no eviction before the end of the prompt) the scores are the column sums of the prompt's whole
-    attention matrix, computed for a block of queries and a tile of keys at a time.
+    prefill=dense (no eviction before the end of the prompt) the scores are the column sums of the prompt's attention
+    matrix, of which only a block of queries and some of the keys are in memory at a time.
     """
 
     name: ClassVar[str] = "h2o"

@@ -1,4 +1,4 @@
-"""Evict the token that the newest query attends to least (TOVA)."""
+"""Evict the tokens that the newest query attends to least (TOVA)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LastQuery(Guarded):
     token in all its kv heads. Here each kv head decides for itself.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
-    A token appended after the last query has no score yet, and is evicted after all tokens with a score. In a stream
-    without queries the oldest token is evicted. Scores are float32 whatever the cache's dtype.
+    A token that came after the last query has no score yet; it is evicted only once no token with a score is left. In a
+    stream without queries the oldest token is evicted. Scores are float32 whatever the cache's dtype.
     """
 
     name: ClassVar[str] = "tova"

@@ -4,7 +4,7 @@ In this file a row is one (batch item, kv head) stream, and a slot the place of 
 S'k, the key k projected to fewer channels by the matrix S. X is the matrix with the sketched keys as rows, and X'X its
 Gram matrix; ' is the transpose. A state is the memory of a method, a `Spec` the sizes and constants of a state. A
 rotation is a rotary embedding (RoPE); `Spec.applied` is the rotation by which keys are already rotated when a state
-gets them, None if unknown. r, s, w and d in shapes are rows, slots, and the widths of a sketched and of a whole key.
+gets them, None if unknown. In shapes, r are rows, s slots, w is the width of a sketched key, d that of a key.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class RidgeLeverage(Guarded):
     there is no S: x = k, and the scores are exact.
     ridge    lambda, as a share of tr(X'X) / d, which is the mean eigenvalue of K'K or (if sketched) an estimate of it
     sketch   width of the sketched keys: 48 by default; only their Gram matrix is stored
-    kind     of S: "gaussian", or "count": each key channel is added to one sketched channel with a random sign
+    kind     kind of matrix S: "gaussian" (normal entries), or "count" (each key channel is added, with a random sign,
+             to one random channel of the sketched key)
     over     "seen": X has the keys of all tokens so far; "held": X has the keys of the held tokens only, so the score
              of a key rises as similar keys are evicted
     centre   True: the mean of the keys is subtracted first
@@ -48,9 +49,9 @@ class RidgeLeverage(Guarded):
              measure the rotation (`Spec.applied`); otherwise the keys are taken as cached
     sinks    first tokens that are never evicted: 4 by default
     recent   newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
-    Compactor scores the whole prompt once, with
-    ridge_leverage(centre=True,keys=unrotated,sinks=8,recent=4,prefill=dense), and blends these scores with attention
-    weights. Scores are float64, the stored Gram matrix float32.
+    Compactor scores the whole prompt once, as ridge_leverage(centre=True,keys=unrotated,sinks=8,recent=4,prefill=dense)
+    does, and blends these scores with attention weights, which this policy does not use. Scores are float64, the stored
+    Gram matrix float32.
     """
 
     name: ClassVar[str] = "ridge_leverage"
@@ -119,7 +120,7 @@ class RidgeLeverage(Guarded):
 def unrotated(k: Tensor, position: Tensor, spec: Spec) -> Tensor:
     """Return the keys k (r, s, d) with the rotation `Spec.applied` undone, in float32 or wider.
 
-    position (r, s) are the positions by which the keys are rotated. Without `Spec.applied` the keys are returned as
+    position (r, s) are the positions by which the keys are rotated. If `Spec.applied` is None, the keys are returned as
     given.
     """
     if spec.applied is None:
@@ -157,7 +158,7 @@ class KeyGram(PolicyMemory):
 
     gram   (rows, w, w) float32; w is the width of the sketched keys
     total  (rows, w) float32: the sum of the sketched keys; (rows, 0) unless keys are centred
-    met    (rows,) number of tokens in the Gram matrix
+    met    (rows,) number of tokens whose keys are in the Gram matrix
     """
 
     def __init__(self, spec: Spec, width: int, shared: dict[str, Tensor], centred: bool) -> None:

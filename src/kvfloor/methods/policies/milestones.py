@@ -2,13 +2,13 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. The seal is the end of
 the prompt, and the answer is all tokens after the seal. A page is `page` consecutive tokens of the answer; the newest
-page is being filled. A page's number counts the pages of the stream from 0, the oldest. A query needs a page if the
-query's estimated attention weight for the page exceeds `alpha` or, with `top`, is among the largest of the query's
-estimates. A page's timestamp is the position of the last query that needed the page. A query's own token is the token
-that came with the query; its own page is the page of that token. In shapes, r are rows, s slots, b query tokens, p
-pages, g query heads per kv head, d the width of a key. `Held` is what a policy may read about the held tokens of a
-call's rows, among it their keys and positions; `Queries` is the queries of one block of new tokens, with their
-positions.
+page is being filled. Pages are numbered from 0, the oldest page of the stream. For each query, the policy estimates the
+attention weight of every page. The query needs a page if this estimate exceeds `alpha` or, if `top` is given, is among
+the largest of the query's estimates. A page's timestamp is the position of the last query that needed the page. A
+query's own token is the token that came with the query; its own page is the page of that token. In shapes, r are rows,
+s slots, b query tokens, p pages, g query heads per kv head, d the width of a key. `Held` is what a policy may read
+about the held tokens of a call's rows, among it their keys and positions; `Queries` is the queries of one block of new
+tokens, with their positions.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Milestones(Policy):
-    """Evict the page of the answer that queries needed least recently, by bounds on the logits of its keys.
+    """Evict the page of the answer that queries needed least recently, judged by upper bounds on its logits.
 
     Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page` tokens. With low and high the least and
     largest entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of
-    the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages visible to the query; the
-    largest estimate among the queries of a GQA group counts for all of them. If this estimate exceeds `alpha`, the
-    page's timestamp becomes the query's position. The page with the oldest timestamp is evicted; of several such pages,
-    the oldest. The oldest tokens of a page are evicted first, as many as the budget requires.
+    the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages that the query sees; the
+    queries of a GQA group share the largest of their estimates. If this estimate exceeds `alpha`, the page's timestamp
+    becomes the query's position. The page with the oldest timestamp is evicted; of several such pages, the oldest. The
+    oldest tokens of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: this share of the pages counts as needed, largest estimates first (the paper uses 0.5)
@@ -85,9 +85,9 @@ class Milestones(Policy):
         return self.sinks
 
     def protected_last(self, budget: int) -> int:
-        """Return the greatest number of newest tokens that are protected from eviction: the length of a page.
+        """Return `page`, the greatest number of newest tokens that can be protected from eviction.
 
-        The page being filled is never evicted, whatever the budget.
+        Protected are the tokens of the page that is being filled. The budget does not matter.
         """
         del budget
         return self.page
@@ -122,8 +122,8 @@ class Milestones(Policy):
     def _page(self, position: Tensor, held: Held) -> Tensor:
         """Return the page number (r, ...), from 0, of each position (r, ...) in the stream.
 
-        The prompt is cut into pages too, whose numbers come first. A page starts at the first token of the answer, so
-        no page has tokens of both prompt and answer.
+        The prompt is cut into pages too, and its pages have the first numbers. The answer starts a new page, so no page
+        has tokens of both.
         """
         start = self._start(held)
         behind = -(-start // self.page) + (position - start).clamp_min(0) // self.page
@@ -132,9 +132,10 @@ class Milestones(Policy):
     def _held_pages(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
         """Return the p pages with at least one held token, oldest first, as three tensors (index, number, slots).
 
-        index   (r, s) for each slot, the place of its token's page among the p pages
-        number  (r, p) number of each page; `_NO_PAGE` for missing pages in a row that has fewer than p
-        slots   (r, p, page) slots of each page's tokens; a page that is not full repeats its first slot
+        index   (r, s) for each slot, the index 0 .. p - 1 of its token's page
+        number  (r, p) number of each page in the stream; `_NO_PAGE` where a row has fewer than p pages
+        slots   (r, p, page) slots of each page's tokens; if fewer than `page` tokens are held, the slot of the first
+                one is repeated
         """
         page = self._page(held.position, held).masked_fill(~held.live, _NO_PAGE)
         page, order = page.sort(1)
@@ -154,8 +155,8 @@ class Milestones(Policy):
     def _estimate(self, held: Held, queries: Queries, pages: Tensor, slots: Tensor) -> Tensor:
         """Return the estimated attention weight (r, b, p) that each of b query tokens gives to each page.
 
-        It is the largest estimate among the token's queries in the GQA group. `pages` (r, p) are the numbers of the
-        pages, and `slots` (r, p, page) the slots of the pages' tokens, both from `_held_pages`.
+        It is the largest estimate among the token's g queries. `pages` (r, p) are the numbers of the pages, and `slots`
+        (r, p, page) the slots of the pages' tokens, both from `_held_pages`.
         """
         _, g, b, _ = queries.q.shape
         members = _keys_at(held.k, slots.flatten(1)).unflatten(1, slots.shape[1:])

@@ -29,9 +29,10 @@ class Observation(Policy):
     """Evict the tokens that receive the least attention from the last queries of the prompt.
 
     Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal (end of the prompt).
-    vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. A token's vote is
-    pooled over the `kernel` positions centred on the token, except positions in the window, and averaged over the GQA
-    group. The window's own tokens stay. The rest of the budget goes to the other tokens with the highest votes.
+    vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. For each token outside the
+    window, the votes at the `kernel` positions centred on the token are pooled, without those in the window, and
+    averaged over the GQA group. The window's own tokens stay, and the tokens with the highest pooled votes, until the
+    budget is used up.
     window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token. In an average, each of the `kernel`
@@ -159,8 +160,8 @@ class Observation(Policy):
 class LastQueries(PolicyMemory):
     """Hold the last `window` queries of each row, q (rows, g, window, d), the newest last, and their positions.
 
-    The queries are held as given, before any rotation (RoPE) that the state itself applies. An entry without a query
-    has position -1.
+    position (rows, window) is the index in the stream of the token that each query came with; -1 for an entry without
+    a query. The queries are held as given, before any rotation (RoPE) that the state itself applies.
     for_good   True: the queries are held after the seal (end of the prompt) too, because blocks of the answer are
                compressed like the prompt; False: they are dropped at the seal
     """

@@ -2,9 +2,10 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
 neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
-the largest logit that a query can have with any key in the box. `Slots` is the store of all held keys and values, by
-row and slot. `Chosen` is the slots that each query reads, with a mask that is True for padding entries. r, m, c and d
-in shapes are rows, queries per row, candidate tokens per query and the width of a key.
+the largest logit that a query could have with any vector in the box, so no key of the page has a larger one. `Slots`
+is the store of all held keys and values, by row and slot. `Chosen` is the slots that each query reads, with a mask that
+is True for padding entries. In shapes, r are rows, m queries per row, c candidate tokens per query, d the width of a
+key; an argument `rows` (r,) has the indices of these rows (None: all).
 """
 
 from __future__ import annotations
@@ -26,15 +27,14 @@ from kvfloor.validation import count
 class BestFirst(Indexed):
     """Read the k tokens of largest logit, found by branch and bound over pages of tokens.
 
-    The result equals that of the selector `top_k`, which reads every key. Where keys have structure, it is found
-    without reading every key.
-    Law: a query's logit bound on a page (the largest logit with any key in the page's box) is at least the logit of
-    each token in the page. To visit a page is to compute the logits of its tokens. The newest page is visited first,
-    then the other pages from the largest bound down, until the next bound is below the k-th best logit found. None of
-    the unvisited pages then holds a better token, whatever the keys are. So a token of large logit among tokens of
-    small logit is never lost, unlike with the selector `hip`, which halves intervals of the stream. Where keys have no
-    structure the bounds are loose and nearly all pages are visited. Of tokens with equal logits the newer one is
-    preferred.
+    They are the tokens that the selector `top_k` finds by reading every key, except where logits are equal.
+    Law: a query's logit bound on a page is at least the logit of each token in the page. To visit a page is to compute
+    the logits of its tokens. The newest page is visited first, then the other pages from the largest bound down, until
+    the next bound is below the k-th largest logit found so far. Then no token of an unvisited page can be among the k,
+    whatever the keys are. So a token of large logit among tokens of small logit is never missed, unlike with the
+    selector `hip`, which halves intervals of the stream. If the keys of a page are similar to each other, its bound is
+    tight, and few pages are visited; if they are not, nearly all pages are visited. Of tokens with equal logits the
+    newer one is preferred.
     k      tokens read per query
     page   tokens per page
     """
@@ -81,8 +81,9 @@ class BestFirstState(SelectorState):
     def search(self, q: Tensor, slots: Slots, visible: Tensor, rows: Tensor | None = None) -> tuple[Chosen, Tensor]:
         """Return the slots that each query of q (r, m, d) reads, and the number (r, m), int64, of pages that it visits.
 
-        The slots are those of the k largest logits, or of all visible tokens if these are fewer. A query sees the first
-        visible (r, m) slots of its row. rows (r,) are the indices of the queries' rows; None: all.
+        To visit a page is to compute the logits of its tokens. The slots are those of the k largest logits, or of all
+        visible tokens if these are fewer. visible (r, m) is the number of slots, from the row's first on, that a query
+        sees.
         """
         (r, m, _), k, size, device = q.shape, self.method.k, self.method.page, q.device
         visible = visible.to(device).expand(r, m)
@@ -114,11 +115,11 @@ class BestFirstState(SelectorState):
         return chosen, looked.view(r, m)
 
     def _in_order(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the pages in the order in which queries visit them: logit bounds and page numbers, (r*m, pages) each.
+        """Return logit bounds and numbers of the pages in the order in which each query visits them, (r*m, pages) each.
 
-        newest (r, m) is the page of the newest token that a query sees. This page comes first, with the bound inf; the
-        other pages follow from the largest bound down. A query that sees fewer pages than others has the bound -inf and
-        the number -1 in its last entries.
+        The queries are q (r, m, d), row by row. newest (r, m) is the page of the newest token that a query sees. This
+        page comes first, with the bound inf; the other pages that the query sees follow from the largest bound down.
+        Further entries have the bound -inf and the number -1.
         """
         bound = self.pages.bounds(q, newest, rows).flip(-1)
         order = bound.argsort(dim=-1, descending=True, stable=True)

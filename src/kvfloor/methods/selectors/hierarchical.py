@@ -33,11 +33,12 @@ class Hierarchical(Indexed):
     """Read about k of n tokens, found by log2(n / k) rounds of halving the stream instead of by n logits.
 
     Law (Lee et al. 2024, HiP attention): between the first `sinks` and the newest `window` tokens the stream is cut
-    into blocks of `key_block` tokens, and the blocks into k / key_block equal intervals. Each round splits every
-    interval into two halves, scores each half by the largest logit in its centre block, and keeps the best-scored 50 %
-    of all halves. Rounds end when every interval is one block. The query reads the sinks, the remaining blocks, and all
-    newer tokens. Every token is read while there are at most k / key_block blocks. Beyond that a token of large logit
-    among tokens of small logit is found only if it lies in a centre block: there is no guarantee.
+    into blocks of `key_block` tokens, and the sequence of blocks into k / key_block equal intervals. Each round splits
+    every interval into two halves, scores each half by the largest logit in its centre block, and keeps the better half
+    of all these halves as the new intervals. Rounds end when every interval is one block. The query reads the sinks,
+    these blocks, and all tokens after the cut part. Every token is read while there are at most k / key_block blocks.
+    With more blocks, a token of large logit among tokens of small logit is found only if it lies in a centre block:
+    there is no guarantee.
 
     k            tokens read per query, besides the sinks and the newest tokens
     key_block    tokens per key block
@@ -73,14 +74,14 @@ class Hierarchical(Indexed):
 
 
 class HierarchicalState(SelectorState):
-    """Hold the choice, i.e. the key blocks that the queries of each row currently read, and the slots in order of age.
+    """Hold each row's current choice, i.e. the key blocks that its queries read, and its slots in order of age.
 
     k, key_block, query_block and refresh are the settings of `Hierarchical`: about k tokens are read, in blocks of
     key_block tokens; queries of query_block positions in the prompt, or of refresh positions after it, share a choice.
-    block    (rows, g, k / key_block) blocks of the current choice, ascending, -1 for unused entries; None before a
-             choice
+    block    (rows, g, k / key_block) numbers of the chosen blocks, ascending, -1 for unused entries; None before the
+             first choice
     blocks   (rows,) number of blocks that the choice was made from: all tokens after these blocks are read
-    span     (rows,) index of the span of positions that share the current choice; -1: none
+    span     (rows,) index of the span whose queries share the current choice; -1: the row has no current choice
     order    the slots of each row from the oldest to the newest token; None if no token is ever evicted, because slots
              are then in order of age anyway
     """
@@ -200,18 +201,18 @@ class HierarchicalState(SelectorState):
         return torch.full((self.spec.rows, g, self._most), -1, dtype=torch.int32, device=self.spec.device)
 
     def _blocks(self, visible: Tensor) -> Tensor:
-        """Return the number of whole key blocks between sinks and window, for queries that see `visible` tokens each.
+        """Return how many whole key blocks lie between the sinks and the window of a query that sees `visible` tokens.
 
-        The sinks are a row's first tokens, the window its newest ones.
+        The sinks are a row's first tokens, the window the newest tokens that the query sees. The result has the shape
+        of `visible`.
         """
         return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
 
     def _descend(self, q: Tensor, slots: Slots, blocks: Tensor, rows: Tensor | None) -> Tensor:
         """Return the key blocks chosen for queries q (r, m, d) by halving: (r, m, most) int32, ascending, -1 for none.
 
-        most = k / key_block is the greatest number of chosen blocks; blocks (r, m) is the number of blocks that a
-        query chooses from. An interval [low, high) is a range of block numbers. Intervals are sorted newest first, so
-        that a stable sort prefers the newer of equal halves.
+        most = k / key_block is the greatest number of chosen blocks; blocks (r, m) is the number of blocks that each
+        query chooses from. Of two halves with equal scores the newer one is kept.
         """
         most, (r, m) = self._most, blocks.shape
         share = torch.arange(most, device=q.device).flip(0)
@@ -228,9 +229,10 @@ class HierarchicalState(SelectorState):
         return kept.to(torch.int32).view(r, m, most)
 
     def _worth(self, q: Tensor, slots: Slots, low: Tensor, high: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the largest logit (r, m, c), float64, in the centre block of each interval [low, high) of blocks.
+        """Return the score (r, m, c), float64, of each interval [low, high) of blocks: the largest logit in its centre.
 
-        low and high are (r, m, c), for c intervals per query. The result is -inf for an empty interval.
+        The logits are those of the query with the keys of the centre block. low and high are (r, m, c), for c intervals
+        per query q (r, m, d). The score of an empty interval is -inf.
         """
         (r, m, c), b = low.shape, self.method.key_block
         rank = (
@@ -276,10 +278,11 @@ class HierarchicalState(SelectorState):
     def bytes_read(self, held: Tensor) -> int:
         """Return the bytes that one query per row reads, summed over the rows.
 
-        held (rows,) is the number of tokens that each row holds. The queries of one span share a choice: one of them
-        makes it by rounds of halving, and all of them read the chosen tokens. The result is an average over these
-        queries. Each round reads the keys of 2 k / key_block centre blocks. Added are the bytes of the current choice
-        (the chosen blocks' numbers) and, if tokens may be evicted, of the entries of `order` for the tokens read.
+        held (rows,) is the number of tokens that each row holds. The result is an average over the queries of a span:
+        one of them makes the choice, and all of them read the keys and values of the chosen tokens. The choice takes
+        rounds of halving, each of which reads the keys of 2 k / key_block centre blocks. Counted too are the bytes of
+        the current choice (the chosen blocks' numbers) and, if tokens may be evicted, of the entries of `order` (slots
+        by age) for the tokens read.
         """
         method, number = self.method, self.spec.dtype.itemsize
         share = method.refresh if self.sealed else method.query_block

@@ -2,8 +2,9 @@
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A page is `page`
 neighbouring slots; a page's box is the least and largest entry per channel of its keys. The logit bound of a page is
-the largest logit that a query can have with any key in the box. `Slots` is the store of all held keys and values, by
-row and slot. r, m and d in shapes are rows, queries per row and the width of a key.
+the largest logit that a query could have with any vector in the box, so no key of the page has a larger one. `Slots`
+is the store of all held keys and values, by row and slot. In shapes, r are rows, m queries per row, d the width of a
+key; an argument `rows` (r,) has the indices of these rows (None: all).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from kvfloor.validation import count
 
 @dataclass(frozen=True)
 class Pages(Indexed):
-    """Read the `pages` full pages of largest logit bound, and the newest page, which is still filling.
+    """Read the tokens of the `pages` full pages of largest logit bound, and of the newest page, which is still filling.
 
     Law (Tang et al. 2024, Quest): with low and high the least and largest entry per channel of a page's keys, no key
     of the page has a larger q.k than sum_j max(q_j low_j, q_j high_j). Of pages with equal bounds the newer one is
     preferred.
     pages   pages read beside the newest one
-    page    tokens per page: slots page*i .. page*(i+1) - 1. Under an eviction policy an emptied slot is
-            filled by another token, and the bound of its page is recomputed.
+    page    tokens per page: page i is the slots page*i .. page*(i+1) - 1. Under an eviction policy an emptied slot is
+            filled by another token, and the box of its page is recomputed
     """
 
     name: ClassVar[str] = "pages"
@@ -93,7 +94,7 @@ class PagesState(SelectorState):
             self.boxes.resize(room)
 
     def _take(self, slots: Slots, wanted: Tensor) -> None:
-        """Compute the boxes of the full pages marked in wanted (rows, pages) from their keys."""
+        """Compute and store the boxes of the full pages for which the mask wanted (rows, pages) is True."""
         row, page = wanted.nonzero(as_tuple=True)
         if not len(row):
             return
@@ -121,12 +122,12 @@ class PagesState(SelectorState):
         return Chosen(index, dead)
 
     def unread_logit(self, q: Tensor, visible: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return upper bounds on the largest logit and on the log-sum-exp of the logits of all unread tokens.
+        """Return two upper bounds on the unread tokens' logits: on the largest one, and on their log-sum-exp.
 
-        Both are (r, m), float64, one bound per query of q (r, m, d). A query sees the first visible (r, m) slots. The
-        unread tokens are those in pages that the query sees and does not read, because their logit bounds are too low.
-        The results are -inf where every token is read. They hold for logits in exact arithmetic, after scale and
-        softcap.
+        Both are (r, m), float64, one per query of q (r, m, d). visible (r, m) is the number of slots, from the first
+        on, that a query sees. The unread tokens are those in pages that the query sees and does not read, because their
+        logit bounds are too low. The results are -inf where every token is read. Logits are meant after scale and
+        softcap, without rounding errors.
         """
         newest = ((visible - 1).clamp_min(0) // self.method.page).to(q.device)
         bound = self.bounds(q, newest, rows)
@@ -141,7 +142,7 @@ class PagesState(SelectorState):
         return unread[..., 0], torch.logsumexp(unread, -1) + torch.tensor(self.method.page, dtype=bound.dtype).log()
 
     def bounds(self, q: Tensor, newest: Tensor, rows: Tensor | None) -> Tensor:
-        """Return upper bounds (r, m, pages), float64, on the scaled q.k of each page's keys for queries q (r, m, d).
+        """Return upper bounds (r, m, pages), float64, on scale q.k over each page's keys k, for queries q (r, m, d).
 
         newest (r, m) is the page of the newest token that a query sees. This page, which has no box yet, and later
         pages have the bound -inf.

@@ -1,4 +1,4 @@
-"""Read the k held tokens of largest logit by a scan of all keys: the reference for selectors that scan fewer keys."""
+"""Read the k held tokens of largest logit, found by a scan of all keys; other selectors try to scan fewer keys."""
 
 from __future__ import annotations
 

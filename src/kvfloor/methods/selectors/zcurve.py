@@ -45,16 +45,16 @@ class ZCurve(Indexed):
     curve and the keys that are not merged into the curves yet (see `chunk`). The query reads the k candidates of
     largest exact logit. Of candidates with equal logits the newer one is preferred.
 
-    ZETA trains queries and keys of 3 numbers. Here the 3 numbers are a random projection of d numbers. So most of the
-    true best tokens are missed where d is large and keys have no clusters; the repository's characterize/lib/recall.py
-    measures the share that is read.
+    ZETA trains a model to make queries and keys with 3 entries for this search. Here the 3 entries are a random
+    projection of a key's d entries. So where d is large and keys have no clusters, most of the k tokens of largest
+    logit among all held tokens are missed; the repository's characterize/lib/recall.py measures the share that is read.
 
     k        tokens read per query
     curves   number of curves, each with its own random projection
-    window   keys of each curve that are candidates
-    chunk    new keys wait unsorted, and are all candidates, until there are `chunk` of them and they are merged into
-             the curves; under an eviction policy keys are merged at the end of each block (the new tokens between two
-             evictions) instead
+    window   number of keys of each curve that are candidates
+    chunk    number of new keys that are merged into the curves together. Until then they wait unsorted, and all of
+             them are candidates. Under an eviction policy keys are merged at the end of each block (the new tokens
+             between two evictions) instead
     """
 
     name: ClassVar[str] = "zeta"
@@ -114,8 +114,10 @@ class ZCurveState(SelectorState):
     def require_fitting(self, fields: dict[str, Any], slots: dict[str, Any]) -> None:
         """Raise ValueError unless the lists of codes in a saved state fit the saved slots.
 
-        The n codes of a curve must be in ascending order and belong to the first n slots of the row, where n is at most
-        the number of held tokens. `fields` are the saved fields of this state, `slots` those of the `Slots`.
+        The codes of a curve must be in ascending order. If there are n of them, they must belong to the first n slots
+        of the row, and n must not exceed the number of held tokens.
+        fields  name -> saved value of this state
+        slots   name -> saved value of the `Slots`, such as "held", the number of tokens per row
         """
         merged, curves = fields["sorted"], self.method.curves
         require_equal(merged["capacity"], slots["capacity"], "room on the curves")
@@ -138,8 +140,8 @@ class ZCurveState(SelectorState):
     def _merge(self, slots: Slots, rows: Tensor, first: Tensor) -> None:
         """Merge the keys in slots first[r] .. held[r] - 1 of each of `rows` into the sorted lists of every curve.
 
-        held[r] is the number of tokens that row r holds. first[r] is the number of keys that row r's old lists have,
-        all of which stay; with 0, the old lists are dropped and built anew from all held keys.
+        held[r] is the number of tokens that row r holds. first (r,) is the number of keys that are in each row's lists
+        already and stay there; if it is 0, the lists are built anew from all held keys.
         """
         held, device = slots.held[rows], slots.k.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
@@ -163,7 +165,7 @@ class ZCurveState(SelectorState):
         self.sorted.held = self.sorted.held.index_copy(0, rows, held)
 
     def _codes(self, x: Tensor) -> Tensor:
-        """Return the Morton codes (r, curves, s), int32, of vectors x (r, s, d): their places on each curve."""
+        """Return the Morton codes (r, curves, s), int32, of keys or queries x (r, s, d): their places on each curve."""
         x = x.double()
         x = x / length(x).unsqueeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
         # By `total`: codes are part of the state, so a token's code must not depend on the other tokens of its call.
@@ -188,7 +190,8 @@ class ZCurveState(SelectorState):
     def _candidates(self, q: Tensor, visible: Tensor, rows: Tensor | None) -> Tensor:
         """Return the slots (r, m, c) of the candidate tokens of queries q (r, m, d); a slot may occur more than once.
 
-        A query sees the slots below visible (r, m); the caller must ignore other slots in the result.
+        visible (r, m): query j of row i sees slots 0 .. visible[i, j] - 1. The result may contain other slots, which
+        the caller must ignore.
         """
         (r, m, _), device, window = q.shape, q.device, self.method.window
         used = (self.sorted.held if rows is None else self.sorted.held[rows]).to(device)
@@ -224,8 +227,8 @@ class ZCurveState(SelectorState):
         """Return the bytes that one query per row reads, summed over the rows.
 
         held (rows,) is the number of tokens that each row holds. On each curve, the query reads the codes that a binary
-        search compares, and the slot numbers of the `window` keys around the place found. It also reads the keys of
-        all candidates and the values of the k best.
+        search compares, and the slot numbers of the `window` keys around the place found. It also reads the keys of all
+        candidates, and the values of the k candidates of largest logit.
         """
         used, method, number = self.sorted.held, self.method, self.spec.dtype.itemsize
         searched = torch.ceil(torch.log2((used + 1).double())).long()

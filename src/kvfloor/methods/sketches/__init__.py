@@ -1,1 +1,1 @@
-"""Store a stream as a sketch (samples, clusters, quantised codes) instead of as whole tokens, one method per file."""
+"""Store samples, clusters or quantised codes of a stream's keys and values (a sketch of it), one method per file."""

@@ -1,12 +1,13 @@
-"""Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the others' weight (BalanceKV).
+"""Evict half of the tokens repeatedly, chosen by a self-balancing walk, and double the kept ones' weight (BalanceKV).
 
 In this file a row is one (batch item, kv head) stream, and a slot the place of one held token. A block is
 `block` consecutive tokens of a row; levels are halved at the end of a block only.
-A level is the set of a row's tokens of equal weight 2^l; new tokens are at level 0. Halving a level evicts about half
-of its tokens and moves the rest up to level l + 1, at double weight.
+Level l is the set of a row's tokens of weight 2^l; new tokens are at level 0. Halving level l evicts about half of its
+tokens and moves the others up to level l + 1, so that their weight doubles.
 A walk takes the tokens of a level one by one and gives each a random sign, such that the signed sum of the tokens'
-feature vectors stays short; the signs decide which half is evicted. The walk's threshold c sets how strongly a sign is
-drawn towards a short sum. A step of a walk is clamped where the rule would give a sign a probability outside [0, 1].
+feature vectors stays short; the signs decide which half is evicted. The sign that shortens the sum is the more likely
+one, and the walk's threshold c sets how much more likely. A step of a walk (one sign) is clamped if its formula for the
+probability of a sign leaves [0, 1].
 A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits). A `Spec` holds the
 sizes and constants of a cache, such as d and dv, the scale and the softcap on logits. In shapes, r are the rows of a
 call, m queries per row, s slots, d and dv the widths of a key and a value; n is the number of tokens seen.
@@ -48,22 +49,22 @@ class Balance(Method):
     Halving a level evicts half of the level's tokens and moves the other half up one level. The walk chooses the kept
     half so that the sum of e^{k} (v, const) over kept tokens minus the sum over evicted tokens is short.
     Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and (v, const) is a value v with the
-    number const appended, the same for all tokens. The paper halves separate sets of tokens, each through levels of its
-    own: one set for each part of the numerator's tokens, and one set for the denominator. Here one set serves both,
-    thanks to the coordinate const: numerator and denominator have the same weights, so answers are convex combinations
-    of values.
+    number const appended, the same for all tokens. The paper keeps separate sets of tokens for the numerator and for
+    the denominator. Here one set serves both, because the entry const balances the denominator too. So numerator and
+    denominator have the same weights, and answers are convex combinations of values.
     batch     number of tokens that makes a level full. Without a budget, a row halves every full level at each batch-th
-              token, and newer tokens are read exactly. This leaves at most batch tokens per level and
+              token; tokens since then have weight 1. This leaves at most batch tokens per level and
               log2(n / batch) + 2 levels.
-    budget    upper bound on tokens per row at all times. At the end of each block, the budget must have room for the
-              next block; a block has (budget - sinks - recent) / 8 tokens, rounded down, or `batch` if that is less.
-              While there is no room, the oldest tokens of one level are halved, at most four blocks of them: halving
-              few at once keeps the held tokens' weights similar. The level halved is the l with the largest (number
-              of tokens) / 4^l, because halving level l adds 4^l to the squared error however many tokens are halved.
-              Where every level has one token, a fair coin drops the token of the lowest level or doubles its weight.
+    budget    upper bound on tokens per row at all times. At the end of each block, tokens are halved until the held
+              tokens and those of the next block fit into the budget; a block has (budget - sinks - recent) / 8 tokens,
+              rounded down, or `batch` if that is less. A halving takes the oldest tokens of one level, at most four
+              blocks of them: halving few at once keeps the held tokens' weights similar. The level is the l with the
+              largest (number of tokens, at most four blocks) / 4^l, because halving level l adds to the squared error
+              in proportion to 4^l, however many tokens are halved. Where every level has one token, a fair coin drops
+              the token of the lowest level or doubles its weight.
     keep      "pairs": of each two tokens of the level that are next to each other in age, one stays, so weights add up
-              to n; "smaller": the paper's rule, by which the tokens of the rarer sign in the walk stay, which loses a
-              little mass each time
+              to n; "smaller": the paper's rule, by which the tokens of the rarer sign in the walk stay, so the sum of
+              weights falls a little each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
               `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
     constant  const^2, in units of the largest |v|^2 of the tokens halved; the paper's code has 0.025, and the error
@@ -129,9 +130,9 @@ class Balance(Method):
         """Return what this method promises, and what it does not, as `Traits`.
 
         constant_memory   True if there is a budget: the bytes of the memory never grow
-        normalised        True: answers are averages of values, as numerator and denominator have the same positive
-                          weights
-        lossy_values      True: values count with an error, as held tokens do not all have weight 1 in answers
+        normalised        True: answers are convex combinations of values
+        lossy_values      True: a value enters answers with an error even where its token is held, as its weight may be
+                          2^l instead of 1
         value_linear      False: answers are not linear in the values, on which the choice of kept tokens depends
         """
         return Traits(value_linear=False, lossy_values=True, constant_memory=self.budget is not None)
@@ -145,10 +146,10 @@ class Balance(Method):
 
     @property
     def threshold(self) -> float:
-        """Return the walk's threshold: c, or if c is None the safe threshold for `horizon` tokens.
+        """Return the walk's threshold: c, or the safe threshold for `horizon` tokens if c is None.
 
-        At the safe threshold, steps are rarely clamped. It is computed for the number of steps of all walks together:
-        at most n for n tokens with keep="pairs", and 2n with keep="smaller".
+        At the safe threshold, probably no step of any walk is clamped in a stream of `horizon` tokens. All walks over n
+        tokens together have at most n steps with keep="pairs", and 2n with keep="smaller".
         """
         if self.c is not None:
             return self.c
@@ -181,18 +182,16 @@ class Balance(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the bound ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F for one query fixed in advance.
 
-        V is the matrix of all values, and softmax the vector of exact attention weights. `spec` describes the cache
-        that the bound is for; dv and softcap are used. With probability 1 - `failure` the bound holds for epsilon =
-        sqrt(spread) x / (batch - y). The numbers x and y do not depend on the tokens; the function `tree_error` derives
-        them.
+        V is the matrix of all values, and softmax the vector of exact attention weights. With probability
+        1 - `failure` the bound holds for epsilon = sqrt(spread) x / (batch - y). The numbers x and y do not depend on
+        the tokens; the function `tree_error` derives them. Of `spec`, dv and the softcap are used. The method's
+        arguments give the assumptions:
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
-        The bound needs keep="pairs" without a budget and without softcap, and c at least the safe threshold. There is
-        no guarantee otherwise: the paper's theorem for keep="smaller" does not state its constants. Every answer errs
-        by at most 2 max|v|, so an epsilon of 2 sqrt(spread) or more says nothing. Returns None if radius,
-        spread or horizon is not given, or if keep, budget or softcap rule the bound out. If c is too small or epsilon
-        says nothing, the result has holds=False.
+        Returns None if one of these is None, if there is a budget or a softcap, or if keep is "smaller", as the paper's
+        theorem for it does not state its constants. The result has holds=False if c is below the safe threshold, or if
+        epsilon is 2 sqrt(spread) or more: such a bound says nothing, as no answer errs by more than 2 max|v|.
         """
         if self.radius is None or self.spread is None or self.horizon is None:
             return None
@@ -224,10 +223,10 @@ class Balance(Method):
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Balance:
         """Return this method with the least even `batch` that gives error epsilon and failure probability delta.
 
-        The error is that of `guarantee`, for a cache with the value width dv of `spec`; c becomes the safe threshold
-        and budget None. Returns the method unchanged if radius, spread or horizon is not given.
-        Law: x / (batch - y) <= epsilon / sqrt(spread), where the error is at most x max |v| / (batch - y) in l2 norm
-        (`tree_error`).
+        This is the epsilon of ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_F, as in `guarantee`, for the
+        value width dv of `spec`. c becomes the safe threshold and budget None. Returns the method unchanged if radius,
+        spread or horizon is None, or if epsilon or delta is not positive. Raises ValueError if batch exceeds 2^40.
+        Law: sqrt(spread) x / (batch - y) <= epsilon, with x and y from `tree_error`.
         """
         if self.radius is None or self.spread is None or self.horizon is None or not (epsilon > 0 and delta > 0):
             return self
@@ -310,10 +309,11 @@ class BalanceState(Blocked[Balance]):
                 self._halve(rows, level[due], size[due], free[due])
 
     def _due(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the level to halve in each of `rows`, the number of tokens to halve, and a mask of slots.
+        """Return (level, number, members): the level to halve in each of `rows`, and how many of its tokens to halve.
 
-        Level and number are (r,); the number is 0 if a row needs no halving now. The mask (r, s), bool, is True for the
-        slots of the tokens of that level that are neither sinks nor recent.
+        level and number are (r,); number is 0 if a row needs no halving now. members (r, s), bool, is True for the
+        slots with a token of this level that may be halved, i.e. is neither among the first `sinks` tokens nor among
+        the newest `recent` tokens.
         """
         plan, seen = self.method, self.seen[rows].unsqueeze(1)
         view = self.slots.view(rows)
@@ -370,9 +370,9 @@ class BalanceState(Blocked[Balance]):
     # ---- the guarantee's assumptions -----------------------------------------------------------------------
 
     def _measure(self, rows: Tensor) -> None:
-        """Update the longest key, longest value and sum of |v|^2 of each of `rows` at the end of a block.
+        """Update the longest key, longest value and sum of |v|^2 of each of `rows` by the tokens of the ended block.
 
-        Only the tokens of this block, the newest of each row, are not in these numbers yet.
+        These are the newest `block` tokens of each row; older tokens were counted at earlier block ends.
         """
         slot = (self.slots.offset + self.slots.held - self.block)[rows].unsqueeze(1) + torch.arange(self.block)
         at, slot = rows.to(self.slots.k.device), slot.to(self.slots.k.device)

@@ -1,11 +1,12 @@
 """Hold the memory of SubGen: online clusters of keys with uniform samples, and pairs drawn in proportion to |v|^2.
 
-In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row. New
-tokens are kept whole, each in a slot, and go into clusters and pairs at the next block end.
+In this file a row is one (batch item, kv head) stream; a block end comes after every `block`-th token of a row. The key
+and value of a new token are held in a slot, and go into clusters and pairs at the next block end.
 A cluster is a set of keys around one key, the centre; a sample is one of these keys and represents the others.
 A pair is the (key, value) of one sampled token, and mu is the sum of |v|^2 over all tokens of its row.
-The random number of a token is fixed by the token's position in the stream, not drawn anew. In shapes, r are the rows
-of a call and b new tokens of each; an argument `rows` (r,) has the indices of these rows.
+A token's random numbers are computed from the seed, the row's identity number and the token's position in the stream.
+So they are the same whenever they are computed. In shapes, r are the rows of a call and b the new tokens of each of
+them, d and dv the widths of a key and a value; an argument `rows` (r,) has the indices of these rows.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Clusters(Memory):
     """Hold online clusters of keys: per row, c centres (c, d), cluster sizes (c,), and t samples per cluster (c, t, d).
 
     A key within a distance delta (l2) of the nearest centre joins that centre; any other key becomes a centre. Once a
-    row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance; beyond delta this sets
-    the row's flag `overfull` (rows,) to True. Samples are uniform: sample i of a cluster is the key whose i-th random
-    number, fixed by the key's position, is smallest. So samples do not depend on how the stream is split into calls.
+    row has `cap` centres (None: no cap), a key joins its nearest centre whatever the distance. `overfull` (rows,) is
+    True for rows in which a key joined a centre farther than delta. Samples are uniform: sample i of a cluster is the
+    key whose i-th random number, fixed by the key's position, is smallest. So samples do not depend on how the stream
+    is split into calls.
     """
 
     def __init__(self, spec: Spec, t: int, cap: int | None) -> None:
@@ -83,10 +85,10 @@ class Clusters(Memory):
     def join(self, rows: Tensor, k: Tensor, position: Tensor, delta: float, purpose: str) -> None:
         """Add the keys k (r, b, d) of `rows` to their clusters: each joins a centre within delta or becomes a centre.
 
-        Old centres are the centres from before this call. One search compares all b keys with the old centres. The keys
-        that have no old centre within delta are then taken in order: while the cap permits, each becomes a centre
-        unless a new centre is within delta. Finally every key joins the nearest of the old centres and of the new
-        centres that come no later in the stream than the key. position (r, b): the keys' positions in the stream.
+        Old centres are the centres from before this call. New centres are found among the keys without an old centre
+        within delta. In the order of the stream, each of these keys becomes a new centre, unless an earlier new centre
+        is within delta or the row has reached its cap. Then every key joins the nearest centre: an old one, or a new
+        one that is not later in the stream than the key itself. position (r, b): the keys' positions in the stream.
         purpose: a text that sets the random draws of these samples apart from all other draws.
         """
         used = self.used[rows]
@@ -115,11 +117,13 @@ class Clusters(Memory):
 
     @staticmethod
     def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
-        """Return a mask (r, b) of the keys that become new centres, at most room (r,) per row.
+        """Return a mask (r, b), True for the keys that become new centres.
 
-        wide (r, b, d) are the keys in float32 or wider; uncovered (r, b) is True for keys that have no centre from
-        before this call within delta. The uncovered keys are taken in order, and each becomes a centre unless an
-        earlier new centre is within delta.
+        wide       (r, b, d) the keys, in float32 or wider, in the order of the stream
+        uncovered  (r, b) True for keys that are farther than delta from every centre from before this call
+        room       (r,) the most new centres that each row may get
+        Each uncovered key becomes a centre, unless an earlier new centre is within delta or the row already has room[r]
+        new centres.
         """
         most = int(uncovered.sum(1).max())
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
@@ -134,11 +138,13 @@ class Clusters(Memory):
         return torch.zeros_like(uncovered).scatter(1, order, chosen)
 
     def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
-        """Update the t uniform samples of each cluster by the keys k (r, b, d) that joined the cluster.
+        """Update the t uniform samples of the clusters by the keys k (r, b, d) that have just joined them.
 
-        A key may be in several samples (sampling with replacement). joined (r, b) is the index of each key's cluster.
-        Sample i of a cluster is the key whose i-th random number, fixed by position (r, b) and the text `purpose`, is
-        smallest.
+        joined    (r, b) index of the cluster that each key joined
+        position  (r, b) the keys' positions in the stream, which fix their t random numbers each
+        purpose   a text that sets these random numbers apart from all others
+        Sample i of a cluster is the key whose i-th random number is smallest. So one key may be several of the samples
+        (sampling with replacement).
         """
         t = self.sample.shape[2]
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows].view(-1, 1, 1)
@@ -165,10 +171,10 @@ class Clusters(Memory):
 class Reservoir(Memory):
     """Hold s sampled (key, value) pairs per row, k (s, d) and v (s, dv), drawn with probability proportional to |v|^2.
 
-    Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. A slot is
-    here the place of one pair. Every token has an exponential random number of rate |v|^2 for each slot, Exp(1) /
-    |v|^2, and the slot keeps the token with the smallest number. The draws are fixed by the token's position, so pairs
-    do not depend on how the stream is split into calls.
+    Each pair is an independent draw of a token with probability |v|^2 / mu, where mu is the sum of all |v|^2. Here a
+    slot is the place of one of the s pairs. Every token has one exponential random number of rate |v|^2 for each slot,
+    and each slot keeps the token with the smallest number for it. The numbers are fixed by the token's position, so the
+    pairs do not depend on how the stream is split into calls.
     """
 
     def __init__(self, spec: Spec, s: int) -> None:
@@ -201,13 +207,14 @@ class Reservoir(Memory):
     def offer(self, rows: Tensor, k: Tensor, v: Tensor, position: Tensor, purpose: str) -> None:
         """Update the sampled pairs of `rows` by new tokens k (r, b, d), v (r, b, dv), position (r, b).
 
-        Each token draws one number Exp(1) / |v|^2 for each of the s slots, and a slot keeps the token with the smallest
-        number. So a slot keeps token j with probability |v_j|^2 / mu.
-        A token's s numbers are drawn as one Poisson process of rate s |v|^2. Each event falls in a uniform slot, and
-        the time of the first event in a slot is the token's number for that slot. Drawing stops once the time exceeds
-        the numbers of all kept tokens. A stream of n tokens thus costs O(log(s) s / n) draws per token instead of s,
-        and the kept tokens do not depend on how the stream is split into calls. `purpose` is a text that sets these
-        random draws apart from all other draws.
+        position has the tokens' positions in the stream, which fix their random numbers; the text `purpose` sets these
+        numbers apart from all others.
+        Law: a token has one exponential random number of rate |v|^2 for each of the s slots, and each slot keeps the
+        token with the smallest number for it. So a slot keeps token j with probability |v_j|^2 / mu.
+        A token's s numbers come from one Poisson process of rate s |v|^2, whose events fall into slots chosen
+        uniformly: the number for a slot is the time of the first event there. Events later than the numbers of all kept
+        pairs change nothing, so drawing stops at that time. In a stream of n tokens this takes O(s log(s) / n) draws
+        per token on average, instead of s.
         """
         norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
@@ -237,9 +244,10 @@ class Reservoir(Memory):
 
 
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Evict the b = `block` tokens that each of `rows` holds in its slots, and return these tokens, oldest first.
+    """Evict all tokens from the slots of `rows`, `block` tokens in each row, and return them, oldest first.
 
-    `slots` has the new tokens of a row since its last block end. Returns k (r, b, d), v (r, b, dv) and position (r, b).
+    `slots` has the tokens of a row since its last block end. Returns their keys k (r, b, d), values v (r, b, dv) and
+    positions in the stream (r, b), with b = block.
     """
     view = slots.view(rows, block)
     order = view.position.argsort(1)
@@ -254,11 +262,12 @@ def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block: int) -> None:
-    """Raise ValueError unless the slots and clusters of a saved state together have every token seen.
+    """Raise ValueError unless slots and clusters of a saved state have as many tokens as its rows have seen.
 
-    The slots must hold the tokens since the last block end, and the clusters all earlier tokens. fields are the saved
-    fields of the state, parts the saved fields of each `Clusters` in it. A block end comes after every `block`-th
-    token.
+    The slots of a row must hold the tokens since its last block end, and its clusters all earlier tokens.
+    fields  name -> saved value of the state, such as "seen" (rows,), the number of tokens of each row
+    parts   the same for each `Clusters` object of the state
+    block   tokens from one block end to the next
     """
     require_equal(fields["slots"]["held"], fields["seen"] % block, "tokens of the open block")
     for keys in parts:
@@ -268,8 +277,8 @@ def require_sketched(fields: dict[str, Any], parts: list[dict[str, Any]], block:
 def longest(q: Tensor, take: Tensor) -> Tensor:
     """Return the largest norm |q| (rows,), float64, over the queries q (rows, g, a, d) of each row.
 
-    There are g queries per token and up to a tokens per row. Row r has only take[r] tokens; the others are padding. The
-    norm is 0 for a row without queries.
+    g is the number of queries per token, a the largest number of tokens per row. Row r has take[r] tokens, and its
+    further entries are padding. The result is 0 for a row without queries.
     """
     if q.numel() == 0:
         return torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
@@ -281,9 +290,9 @@ def longest(q: Tensor, take: Tensor) -> Tensor:
 def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
     """Return the number s of sampled pairs and the cap on centres that fit into a budget in tokens.
 
-    `block` tokens of the budget are set aside for the newest tokens, which are not clustered yet. Half of the rest is
-    for pairs, which cost one token each, and half for centres: a centre with its t sampled keys costs (1 + t) / 2
-    tokens.
+    `block` tokens of the budget are set aside for the newest tokens, which are not clustered yet. Half of the other
+    tokens pays for pairs, at one token each. The other half pays for centres: a centre with its t sampled keys counts
+    as (1 + t) / 2 tokens, as it has no values.
     """
     free = tokens(budget, 1)[0] - block
     s = max(1, free // 2)
@@ -291,10 +300,11 @@ def shared_out(budget: Budget, block: int, t: int) -> tuple[int, int]:
 
 
 def check_budget(owner: str, budget: Budget | None, block: int, t: int) -> None:
-    """Raise ValueError if the budget differs by row, or is too small for a block, a sampled pair and a cluster.
+    """Raise ValueError if the budget is given row by row, or is less than block + 2 + t tokens.
 
-    budget: tokens per row; None, and a text such as "25%" or "64MiB", are not checked. t: number of sampled keys of a
-    cluster; owner: the method's name, for the error.
+    These pay for the newest `block` tokens, at least one sampled pair, and at least one cluster with t sampled keys.
+    owner   the method's name, for the error
+    budget  tokens per row; None, and a text such as "25%" or "64MiB", are not checked
     """
     if isinstance(budget, tuple):
         raise ValueError(f"{owner} takes one budget for all rows, not one per row")

@@ -1,4 +1,4 @@
-"""Find the nearest of many points (l2) by one matrix product, and by direct distances to the few candidates left."""
+"""Find the nearest of many points (l2): a matrix product rules out most points, and distances to the others decide."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
 def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the l2 distance to the nearest allowed point and its index, both (r, b), for vectors x (r, b, d).
 
-    points (r, c, d) are the points of each row; allowed (r, b or 1, c) is True for the points that count. The distance
-    is inf where no point is allowed. One matrix product gives rough distances, which rule out all points except a few
-    within rounding error of the nearest. The distances to these few are computed directly. The result equals that of
-    computing all distances directly, whatever the shapes. The first of equally near points is returned.
+    points (r, c, d) are the points of each row; allowed (r, b or 1, c) is True for the points that a vector may be
+    matched with. The distance is inf where no point is allowed. Of equally near points the one of lowest index is
+    returned. One matrix product gives rough distances, which rule out all points except a few. The distances to these
+    few are computed directly, as norms of differences. So the result equals that of computing all distances directly.
     """
     (r, b, _d), c = x.shape, points.shape[1]
     apart = x.new_full((r * b,), torch.inf)
@@ -40,12 +40,12 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _likely(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, ...]:
-    """Return the triples (row, index in x, index in points) of every point that may be the nearest to a vector of x.
+    """Return all pairs of a vector of x and a point that may be its nearest: three tensors (e,), for e pairs.
 
-    The e triples are sorted, and are returned as three tensors (e,): rows, indices in x, indices in points.
-    x (r, b, d): b vectors per row; points (r, c, d): c points per row; allowed (r, b or 1, c): True for points that
-    count.
-    Distances are computed by one matrix product. A point is left out only if its distance is above the smallest one by
+    The tensors are the pair's row, the vector's index in x and the point's index in `points`; pairs are sorted by them.
+    x (r, b, d): b vectors per row; points (r, c, d): c points per row; allowed (r, b or 1, c): True for points that a
+    vector may be matched with.
+    Distances are computed by one matrix product. A point is left out only if its distance exceeds the smallest one by
     more than the product's rounding error. So the nearest allowed point of every vector is included.
     """
     norm, size = (torch.linalg.vector_norm(one, dim=-1).square_() for one in (x, points))

@@ -29,9 +29,12 @@ from kvfloor.validation import count
 class Quantized(Method):
     """Quantise keys per channel over groups of `group` tokens, and values per token.
 
-    Quantisation is asymmetric and rounds to nearest, after KIVI (Liu et al. 2024, arXiv 2402.02750). The newest
-    tokens, up to group - 1 of them, stay unquantised. No token is evicted, so memory grows with the stream.
-    bits: 8, 4 or 2 per number. The offset and step of the codes are kept in the cache's own dtype.
+    Quantisation is asymmetric and rounds to nearest, after KIVI (Liu et al. 2024, arXiv 2402.02750): a code stands for
+    the number offset + step * code. Keys have one offset and step per channel of a group, values one per token; both
+    are kept in the cache's own dtype. The newest tokens, up to group - 1 of them, stay unquantised. No token is
+    evicted, so memory grows with the stream.
+    bits   bits per code: 8, 4 or 2
+    group  tokens that are quantised together
     """
 
     name: ClassVar[str] = "quant"
@@ -107,7 +110,8 @@ class Codes(Memory):
     """Hold the quantised keys, or the quantised values, of full groups: codes with an offset and a step.
 
     There is one offset and step per channel of a group (keys) or per token (values). The number that a code stands for
-    is offset + step * code. The numbers are (rows, groups, group, width), with the width of a key or value.
+    is offset + step * code. These numbers have the shape (rows, groups, group, width), with the width of a key or
+    value.
     packed     (rows, groups, group, bytes) uint8: the codes of the width axis, one or more per byte
     low, step  offset and step: (rows, groups, 1, width) per channel, or (rows, groups, group, 1) per token
     """
@@ -139,7 +143,7 @@ class Codes(Memory):
     def decode(self, groups: int, spec: Spec) -> Tensor:
         """Return the dequantised numbers of every row's first `groups` groups: (rows, groups * group, width).
 
-        spec: sizes and constants of the state; the result has the dtype in it, that of the cache.
+        The result has the dtype of the cache, which `spec` (the cache's sizes and constants) tells.
         """
         code = self.packed[:, :groups]
         if self.bits < 8:

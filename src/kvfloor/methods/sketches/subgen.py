@@ -5,9 +5,10 @@ over all tokens, the numerator the sum of exp(logit) v.
 A cluster is a set of keys around one key, its centre. A sample is a randomly drawn key of a cluster, which represents
 the cluster's other keys too. A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the
 reservoir holds the drawn pairs. mu is the sum of |v|^2 over all tokens of a row.
-Tokens enter clusters and reservoir `block` at a time: a block end comes after every `block`-th token of a row. The
-newer tokens are held whole. A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of
-logits). A `Spec` holds the sizes and constants of a cache, among them d and dv, the widths of a key and of a value.
+A block end comes after every `block`-th token of a row. The last `block` tokens then enter clusters and reservoir.
+Of tokens since the last block end, the keys and values themselves are held. A `Partial` is a result of attention: the
+mean of values and the log-mass (log-sum-exp of logits). A `Spec` holds the sizes and constants of a cache, among them d
+and dv, the widths of a key and of a value.
 """
 
 from __future__ import annotations
@@ -50,17 +51,20 @@ class SubGen(Method):
     Mirrokni and Karbasi 2024 (arXiv 2402.06082).
 
     Keys are clustered online: a key within `delta` of the nearest centre joins it, any other key becomes a centre.
-    Each cluster keeps `t` uniform samples of its keys; `s` (key, value) pairs are kept with probability
-    proportional to |v|^2. The answer is z / tau, where q.k is a logit (scale included), with
+    Each cluster keeps `t` uniform samples of its keys. The reservoir keeps `s` (key, value) pairs, each of them drawn
+    from all tokens with probability proportional to |v|^2. The answer is z / tau, where q.k is a logit (scale
+    included), with
         z   = sum over the s pairs of  mu / (s |v|^2) * exp(q.k) * v        (mu: sum of all |v|^2)
         tau = sum over clusters of     n' / t * sum over its samples of exp(q.k)   (n': keys in the cluster)
     delta    cluster radius in key space (l2)
+    t, s     number of samples per cluster; number of pairs per row
     centres  largest number of clusters per row; None: as many as the stream needs. Once it is reached, a key joins its
              nearest centre at any distance; if that is more than delta, the error bound (`guarantee`) no longer holds.
     block    at most the last `block - 1` tokens stay unclustered and are read exactly; 1 is the paper's rule.
              With any block, the clusters are those of clustering token by token.
     radius, failure   for `guarantee`: bound on |q| * scale, and failure probability
-    budget   memory per row, counted in tokens; s and centres follow from it: half for the pairs, half for the clusters
+    budget   memory per row, in units of one token's key and value. If it is given, s and centres follow from it: what
+             the newest `block` tokens leave is shared equally between pairs and clusters
     """
 
     name: ClassVar[str] = "subgen"
@@ -112,9 +116,9 @@ class SubGen(Method):
 
         V is the matrix of all values, ||V||_op its operator norm, and softmax the vector of exact attention weights.
         Law (Chebyshev): an epsilon needs s = 9 dv / (epsilon^2 f) pairs for the numerator, and for the denominator
-        t = 9 (R-1)^2 / (4 R epsilon^2 f) samples per cluster. R = exp(2 delta radius), and f = failure / 2 is the
-        failure probability of each of the two. An epsilon of 1 or more is vacuous.
-        `spec` describes the cache; dv is used. Returns None without a radius.
+        t = 9 (R-1)^2 / (4 R epsilon^2 f) samples per cluster. R is exp(2 delta radius), with the method's `delta` and
+        `radius`. f = failure / 2 is the failure probability of each of the two. An epsilon of 1 or more is vacuous;
+        the result then has holds=False. Of `spec`, only the value width dv is used. Returns None if `radius` is None.
         """
         if self.radius is None:
             return None
@@ -137,8 +141,8 @@ class SubGen(Method):
         ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op, for one query fixed in advance, where V is the
         matrix of all values, of the width dv in `spec`, and softmax the vector of exact weights. The argument delta
         is not the cluster radius, which stays as it is. The returned method has no budget and no limit on clusters.
-        Returns the method unchanged without a radius, or if epsilon is not in (0, 1). Raises ValueError where the
-        number of samples overflows.
+        Returns the method unchanged if its `radius` is None, if epsilon is not in (0, 1) or if delta is not positive.
+        Raises ValueError where the number of samples overflows.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -151,7 +155,7 @@ class SubGen(Method):
 
 
 class SubGenState(Blocked[SubGen]):
-    """Hold the clusters of keys, the sampled (key, value) pairs, and the whole tokens since the last block end."""
+    """Hold key clusters, sampled (key, value) pairs, and the keys and values of the tokens since the last block end."""
 
     def __init__(self, method: SubGen, spec: Spec) -> None:
         super().__init__(method, spec, Slots(spec, [method.block] * spec.rows), method.block)
@@ -226,7 +230,7 @@ def ratio(z: Partial, log_tau: Tensor) -> Partial:
     z        attention over the sampled pairs, weighted so that z.mean * exp(z.log_mass) estimates the numerator
     log_tau  the log of tau, of the shape of z.log_mass
     Returns a `Partial` with the quotient as mean and log_tau as log-mass. The factor exp(z.log_mass) / tau is limited
-    to e^60, so that the answer stays finite: it could be any number if some cluster is wider than its radius delta.
+    to e^60, so that the answer stays finite even where a key joined a cluster from beyond its radius delta.
     """
     share = torch.exp((z.log_mass - log_tau).clamp_max(_LOG_RATIO_LIMIT))
     return Partial(z.mean * torch.where(log_tau == -torch.inf, 0.0, share).unsqueeze(-1), log_tau)

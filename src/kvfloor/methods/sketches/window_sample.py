@@ -40,11 +40,11 @@ from kvfloor.validation import count, positives
 class WindowSample(Method):
     """Answer with the value of one token, drawn from the window or from a reservoir of older tokens.
 
-    The reservoir is a uniform sample of the c tokens outside the window.
-    Law (Haris and Onak 2025, section 4, Algorithm 1): with S = c + the sum of exp(logit) over the window, the answer is
-    the reservoir's value with probability c / S, and each window token's value with probability exp(logit) / S. Theorem
-    23: the answer's mean is unmasked window attention, exactly. The variance of a coordinate is at most max|value|
-    times its mean (values >= 0). While all tokens are in the window the answer is exact.
+    The reservoir holds, for each draw, the value of a token drawn uniformly from the c tokens outside the window.
+    Law (Haris and Onak 2025, section 4, Algorithm 1): let S be c plus the sum of exp(logit) over the window. The answer
+    is the value of a window token with probability exp(logit) / S, and the reservoir's value with probability c / S.
+    Theorem 23: the answer's expectation is unmasked window attention, exactly. For values >= 0, the variance of a
+    coordinate is at most max|value| times its expectation. While all tokens are in the window the answer is exact.
 
     budget   tokens of the window per row. A token's query is answered before the oldest token is evicted, so the
              paper's window W is budget + 1
@@ -98,8 +98,8 @@ class WindowSample(Method):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the error bound for the median of `groups` means of `copies` draws (Theorem 24).
 
-        `spec` gives dv: the bound holds for all horizon * dv coordinates of the answers at once. Returns None without
-        spread and horizon, and where too few groups make the bound vacuous.
+        The bound holds for all horizon * dv coordinates of the answers at once; `spec` gives dv. Returns None if
+        `spread` or `horizon` is None, or if there are so few groups that the failure probability would be 1 or more.
         """
         if self.spread is None or self.horizon is None:
             return None
@@ -120,11 +120,13 @@ class WindowSample(Method):
 
 
 class WindowSampleState(Blocked[WindowSample]):
-    """Hold the tokens of the window, one sampled older value per draw, and the least and largest value entry so far.
+    """Hold the tokens of the window, and one sampled value of an older token per draw.
 
+    For the guarantee, whose assumptions are tested, each row also holds the least and the largest entry of all values
+    so far, and the number of answers given.
     The random number of a draw is fixed by the seed, the identity number of the row, the number of tokens seen and the
     index of the draw. So all queries of a row that are answered after the same number of tokens share this random
-    number, and a repeated query gets the same answer. Answers that share random numbers depend on one another; the
+    number, and a repeated query gets the same answer. Answers that share random numbers are not independent; the
     method's guarantee still holds, as it is a union bound over answers.
     """
 
@@ -153,9 +155,9 @@ class WindowSampleState(Blocked[WindowSample]):
         return self._draw(q, self.seen)
 
     def _draw(self, q: Tensor, n: Tensor) -> Partial:
-        """Return a random answer to each query of q (rows, m, d), as a `Partial` (rows, m).
+        """Return the method's answer, from random draws, to each query of q (rows, m, d): a `Partial` (rows, m).
 
-        n (rows,) is the number of tokens seen, which enters the random numbers.
+        n (rows,) is the number of tokens seen, which is one of the numbers that fix the draws.
         """
         view, spec = self.slots.view(), self.spec
         hide = None if view.live is None else ~view.live.unsqueeze(1)
@@ -201,7 +203,7 @@ class WindowSampleState(Blocked[WindowSample]):
     def _extend(self, v: Tensor, newest: Tensor) -> None:
         """Update each row's least and largest value entry so far by the entries of the newest tokens.
 
-        v (rows, s, dv) are the values in all slots; newest (rows, s) marks the slots of the newest tokens.
+        v (rows, s, dv) are the values in all slots; newest (rows, s), bool, is True in the slots of the newest tokens.
         """
         new = newest.to(v.device).unsqueeze(-1)
         wide = v.to(self.least.dtype)

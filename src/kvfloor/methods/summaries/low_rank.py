@@ -2,9 +2,9 @@
 
 In this file a row is one (batch item, kv head) stream. A kernel is a trained feature map, i.e. a small network that
 maps a query (phi) or a key (psi) to R non-negative numbers, its features; kernels come in pairs (phi, psi), one pair
-per kv head. In shapes, P are kv heads or rows, m queries and c keys of each, d, h and R the widths of a head, of a
-kernel's hidden layer and of its features; dv is the width of a value. A `Spec` holds the sizes and constants of a cache
-and, in a model, each row's layer and kv head.
+per kv head of each layer. In shapes, P are kv heads or rows, m queries and c keys of each, d the width of a key, h that
+of a kernel's hidden layer, R the number of features; dv is the width of a value. A `Spec` holds the sizes and constants
+of a cache and, in a model, each row's layer and kv head.
 """
 
 from __future__ import annotations
@@ -47,19 +47,18 @@ class Less(Summary):
 
     Law (Dong et al. 2024): the state is H = sum of psi(k) v^T and z = sum of psi(k) over the evicted tokens of a row.
     The evicted tokens add phi(q) H to the numerator and phi(q) z to the denominator of attention, so psi(k).phi(q)
-    replaces exp(scale q.k). phi and psi are small networks with non-negative outputs (`Kernels`), trained for
-    one model and eviction policy by `kvfloor train-less`. So the evicted tokens' own answer, phi(q) H / phi(q) z, is a
-    convex combination of their values. The state is R (dv + 1) float32 numbers per row: with R = 8, as much memory as
-    4 tokens in float32. To compare fairly, let the same policy without this summary keep that many more tokens. There
-    is no guarantee.
+    replaces exp(scale q.k). phi and psi are small networks (`Kernels`), trained for one model and eviction policy by
+    `kvfloor train-less`. Their outputs are non-negative, so phi(q) H / phi(q) z is a convex combination of the evicted
+    tokens' values. The state is R (dv + 1) float32 numbers per row: with R = 8, as much memory as 4 tokens in float32.
+    To compare fairly, let the same policy without this summary keep that many more tokens. There is no guarantee.
 
     rank     R
     kernels  the safetensors file that `kvfloor train-less` wrote, with one pair of networks per (layer, kv head); a row
              uses the pair of its own layer and kv head. A file with a single pair serves every row. "builtin": the
              kernels of the small language model that kvfloor ships. None: untrained networks, which give the evicted
              tokens almost no weight.
-    A message (a saved state) holds the path of the kernels' file and a tag of its contents. Loading the message is
-    refused once the file has changed.
+    A saved state holds the path of the kernels' file and a number computed from the file's contents. Loading the state
+    is refused once the file has changed.
     """
 
     name: ClassVar[str] = "less"
@@ -97,7 +96,7 @@ class Less(Summary):
         return Traits(trained_for=(file.layers, file.heads, file.kernels.query_in.shape[1]))
 
     def open(self, spec: Spec) -> LessState:
-        """Return an empty summary for the rows of `spec`, with the trained feature maps (kernels) of every row.
+        """Return an empty summary for the rows of `spec`, with the feature maps (kernels) for every row.
 
         Raises ValueError if the kernels were trained for another head width, or if the file has none for the layer and
         kv head of a row.
@@ -128,14 +127,14 @@ class Less(Summary):
 
 @dataclass(frozen=True)
 class Kernels:
-    """Hold the feature maps phi of queries and psi of keys, of P kv heads; every tensor has the heads as first axis.
+    """Hold P pairs of feature maps, phi of queries and psi of keys: one per kv head, the first axis of every tensor.
 
         phi(q) = | gelu(gelu(q query_in) query_out) |          query_in (P, d, h), query_out (P, h, R)
         psi(k) = | x + (x key_mix) s2 |                        key_mix (P, R, R), s2 (P, R)
              x = |s1| gelu(gelu(k key_in) key_out)             key_in (P, d, h), key_out (P, h, R), s1 (P, R)
 
-    The maps take queries and keys as the cache receives them, after RoPE. Neither is multiplied by
-    the model's scale of logits, which the maps learn in training.
+    Queries q and keys k are those that the cache receives, after RoPE. They are not multiplied by the scale of logits,
+    as training fits the maps to it.
     """
 
     query_in: Tensor
@@ -150,8 +149,8 @@ class Kernels:
     def untrained(cls, heads: int, d: int, rank: int, hidden: int, seed: int) -> Kernels:
         """Return random kernels from which training starts: uniform in +-sqrt(6 / (fan in + fan out)), s1 = s2 = 1e-4.
 
-        heads: number of kv heads P; d: width of a head; rank: R, the number of features; hidden: h, the width of the
-        hidden layer; seed: fixes the random numbers.
+        heads: P, the number of pairs of maps; d: width of a key; rank: R, the number of features; hidden: h, the width
+        of the hidden layer; seed: fixes the random numbers.
         """
         source = torch.Generator().manual_seed(seed)
 
@@ -168,16 +167,16 @@ class Kernels:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def of(self, head: Tensor) -> Kernels:
-        """Return r pairs of feature maps: those of the kv heads whose indices are in `head` (r,), in that order.
+        """Return r of the P pairs of feature maps: those with the indices `head` (r,), in this order, also repeatedly.
 
-        If these kernels have only one pair, it is returned r times, as views without a copy.
+        If there is only one pair (P = 1), it is returned r times whatever the indices, as views without a copy.
         """
         if self.s1.shape[0] == 1:
             return Kernels(*(x.expand(len(head), *x.shape[1:]) for x in self.tensors().values()))
         return Kernels(*(x[head] for x in self.tensors().values()))
 
     def one(self, place: int) -> Kernels:
-        """Return the feature maps of the kv head with index `place`, in contiguous tensors aligned to 64 bytes.
+        """Return the pair of feature maps with index `place`, in contiguous tensors aligned to 64 bytes.
 
         Matrix products of aligned tensors round alike in every call.
         """
@@ -200,9 +199,10 @@ def _hidden(x: Tensor, weight: Tensor, dropout: float) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelFile:
-    """Hold the contents of a kernels file: a pair of feature maps per (layer, kv head), layer by layer.
+    """Hold the contents of a kernels file: layers * heads pairs of feature maps, those of layer 0 first.
 
-    tag: a number from the SHA-256 of the file, which changes with its contents.
+    heads  kv heads per layer; the pair of (layer, kv head) has the index layer * heads + kv head
+    tag    a number from the SHA-256 of the file, which changes with its contents
     """
 
     kernels: Kernels
@@ -215,9 +215,9 @@ class KernelFile:
 def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
     """Read the trained feature maps from a safetensors file.
 
-    Results are cached by path and `stamp`. The caller passes as `stamp` numbers that change with the file, such as its
-    time of change and its size, so that a changed file is read anew. Raises ValueError if the file is damaged or holds
-    no such maps.
+    A result is cached, and returned again for the same path and `stamp`. The caller passes as `stamp` numbers that
+    change with the file, such as its size and the time of its last change, so that a changed file is read anew. Raises
+    ValueError if the file is damaged or holds other tensors than such maps.
     """
     del stamp
     try:
@@ -232,10 +232,10 @@ def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], path: str) -> tuple[int, int]:
-    """Return the numbers of layers and of kv heads of a kernels file, whose tensors are (layers, heads, ...).
+    """Return the numbers (layers, kv heads) of a kernels file, which are the first two axes of each of its tensors.
 
-    tensors: the file's, by name; path: the file's, for the error. Raises ValueError where the names, shapes, dtypes or
-    values do not fit together.
+    tensors: the file's tensors by name; path: the file's path, for the error. Raises ValueError if a tensor is missing
+    or unknown, has a shape that does not fit the others, or has entries that are not finite floats.
     """
     names = {f.name for f in fields(Kernels)}
     if set(tensors) != names:
@@ -269,7 +269,7 @@ class LessState(SummaryState):
     """Hold the linear-attention state of each row: sums (rows, R, dv + 1), which are H with z as last column.
 
     H = sum of psi(k) v^T and z = sum of psi(k), over the row's evicted tokens. sums are float32 (float64 for a float64
-    cache). `tag` is a number that identifies the contents of the kernels' file.
+    cache). `tag` is a number that identifies the contents of the file that the feature maps were read from.
     """
 
     def __init__(self, kernels: Kernels, places: list[tuple[int, int]], tag: int, spec: Spec) -> None:
@@ -282,7 +282,7 @@ class LessState(SummaryState):
         self.sums = torch.zeros(spec.rows, kernels.s1.shape[1], spec.dv + 1, **like)
 
     def _kernels(self, row: Tensor | None = None) -> Kernels:
-        """Return the feature maps for the rows of index `row` (r,), one pair per row (None: for all rows)."""
+        """Return one pair of feature maps for each row whose index is in `row` (r,), in this order; None: all rows."""
         of_places = Kernels(*(self.shared[_SHARED + f.name] for f in fields(Kernels)))
         head = torch.zeros(self.spec.rows, dtype=torch.int64)
         place = self.shared[_SHARED + "place"]

@@ -33,15 +33,16 @@ class Moments(Summary):
     Law, for c evicted tokens, with x = scale q.k of mean mu = scale q.mean(k) and variance s2 = scale^2 q^T cov(k) q:
         mass       c E[e^x]                = c exp(mu + s2/2)
         numerator  c E[v e^x]              = c (mean(v) + scale cov(v, k) q) exp(mu + s2/2)
-    exact for jointly Gaussian (k, v), and to second order in the logits for others. The log-mass is capped at
-    log c + scale |q| max|k|, a bound that holds for any keys; where the cap applies, it shrinks s2/2, and
-    scale cov(v, k) q shrinks by the same factor. Under a softcap the expectations over x use Gauss-Hermite quadrature.
-    The mass is always positive.
+    These are exact if (k, v) is jointly Gaussian, and otherwise right to second order in the logits. The log-mass is
+    limited to log c + scale |q| max|k|, which no keys can exceed. Where the formula exceeds the limit, s2/2 is reduced
+    to meet it, and scale cov(v, k) q is reduced by the same factor. Under a softcap the expectations over x are
+    computed by Gauss-Hermite quadrature. The mass is always positive.
 
     covariance  "full":      cov(k) and cov(v, k): 2 + d + dv + d(d+1)/2 + d dv numbers per row
-                "diagonal":  the diagonal of cov(k): 2 + 2d + dv numbers; the answer is mean(v), in the hull of the
-                             values
-                "none":      mass c exp(mu), a lower bound of the exact mass: 2 + d + dv numbers
+                "diagonal":  the diagonal of cov(k), with cov(v, k) = 0: 2 + 2d + dv numbers. Attention over the evicted
+                             tokens is then mean(v) for every query
+                "none":      both covariances 0: 2 + d + dv numbers. The mass c exp(mu) is a lower bound of the exact
+                             mass
     Averages are kept in float32 (float64 for float64 caches), so that they do not stall in long streams.
     """
 
@@ -64,10 +65,11 @@ class MomentsState(SummaryState):
     """Hold the count, means and covariances of the evicted keys and values of each row.
 
     count    (rows,) number of evicted tokens
-    mean_k   (rows, d)                              mean_v   (rows, dv)
+    mean_k   (rows, d) mean of their keys
+    mean_v   (rows, dv) mean of their values
     longest  (rows,) largest |k| of an evicted key
-    cov_k    (rows, d(d+1)/2) lower triangle row by row, or (rows, d) diagonal only
-    cov_vk   (rows, dv, d)
+    cov_k    covariance of their keys: (rows, d(d+1)/2), the lower triangle row by row; or (rows, d), the diagonal
+    cov_vk   (rows, dv, d) covariance of their values with their keys
     cov_k and cov_vk are None if the argument `covariance` of `Moments` leaves them out.
     """
 
@@ -96,9 +98,9 @@ class MomentsState(SummaryState):
             self._join(at, keys, values)
 
     def _join(self, at: Tensor, k: Tensor, v: Tensor) -> None:
-        """Update the count, means and covariances of rows `at` (r,) by c new tokens each: k (r, c, d), v (r, c, dv).
+        """Update count, means and covariances of rows `at` (r,) by c more evicted tokens each.
 
-        Law: the pairwise update of Chan, Golub and LeVeque 1983.
+        These have keys k (r, c, d) and values v (r, c, dv). Law: the pairwise update of Chan, Golub and LeVeque 1983.
         """
         c, n = k.shape[1], self.count[at].to(torch.float64)
         new = (c / (n + c)).unsqueeze(1)
@@ -120,12 +122,12 @@ class MomentsState(SummaryState):
         self.count[at] += c
 
     def _blend(self, name: str, at: Tensor, new: Tensor, inside: Tensor, between: Tensor) -> None:
-        """Update the attribute `name` ("cov_k" or "cov_vk") of rows `at` (r,) by new tokens.
+        """Update the covariance `name` ("cov_k" or "cov_vk") of rows `at` (r,) by newly evicted tokens.
 
-        new      share of the new tokens among all evicted tokens, old and new
-        inside   the new tokens' own covariance, of the shape of the attribute's rows, like `between`
-        between  for each entry of the covariance, the product of two differences: new mean minus stored mean, of either
-                 of its two variables
+        new      (r, 1) or (r, 1, 1): the new tokens' share of all evicted tokens, the new ones included
+        inside   covariance of the new tokens alone, (r, ...) as the attribute is (rows, ...)
+        between  of the shape of `inside`: for the covariance of x and y, the product of two differences, mean x of the
+                 new tokens minus mean x of the old ones, and the same for y
         """
         old: Tensor = getattr(self, name)
         old[at] = ((1 - new) * old[at] + new * inside + new * (1 - new) * between).to(old.dtype)
@@ -144,7 +146,7 @@ class MomentsState(SummaryState):
         return Partial(mean, log_count + growth)
 
     def _variance(self, x: Tensor) -> Tensor:
-        """Return x^T cov(k) x, (rows, m), for scaled queries x (rows, m, d); zeros if no covariance is kept."""
+        """Return x^T cov(k) x, (rows, m), for queries times scale, x (rows, m, d); zeros if no covariance is kept."""
         if self.cov_k is None:
             return x.new_zeros(x.shape[:2])
         if self.cov_vk is None:
@@ -157,13 +159,13 @@ class MomentsState(SummaryState):
         return (torch.matmul(x, whole) * x).sum(-1).clamp_min(0.0)
 
     def _growth(self, centre: Tensor, variance: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log of an evicted token's mean weight, and the factor on scale cov(v, k) q in the numerator.
+        """Return log E[e^y], and the factor E[(dy/dx) e^y] / E[e^y] on scale cov(v, k) q: (rows, m) each.
 
-        Both are (rows, m): log E[e^y] and E[(dy/dx) e^y] / E[e^y]. Here x ~ N(centre, variance) is the logit before a
-        softcap; the logit itself is y = c tanh(x / c) under a softcap c, and y = x without one.
-        centre, variance and largest are (rows, m); `largest` bounds |x| for every evicted key. Under a softcap |x| is
-        limited to `largest`. Without a softcap the first result is limited to `largest`, and the second shrinks by the
-        same factor as variance / 2.
+        x is scale q.k of an evicted key k, modelled as normal with mean `centre` and variance `variance`. y is the
+        logit: c tanh(x / c) under a softcap c, otherwise x. So E[e^y] is the mean weight of an evicted token.
+        centre, variance and largest are (rows, m); `largest` is a bound on |x| for every evicted key. Under a softcap
+        |x| is limited to it. Without one, log E[e^y] = centre + variance / 2 is limited to it by a smaller second term,
+        and the factor is the ratio of this term to variance / 2.
         """
         cap = self.spec.softcap
         if cap is None:

@@ -39,12 +39,15 @@ class Taylor(Summary):
 
     An evicted token has the weight p(x) = sum over j <= g of x^j / j! instead of e^x, with x = scale q.k. One pass
     over the tokens suffices, and no token is kept.
-    Law: with phi_a(u) = u^a / sqrt(a!) over the t = C(d+g, g) monomials a of degree <= g, p(q.k) = phi(q).phi(k), so S
-    = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t) give the answer phi(q) S / phi(q) z. S and z are t (dv + 1)
-    float64 numbers per row. The method is useful where |x| is below about 2.
+    Law, with the scale put into q: let phi(u) have the entries u^a / sqrt(a!), one for each of the t = C(d+g, g) tuples
+    a of d exponents with a sum <= g, where u^a = u_1^a_1 ... u_d^a_d and a! = a_1! ... a_d!. Then p(q.k) =
+    phi(q).phi(k). So S = sum of phi(k) v^T (t x dv) and z = sum of phi(k) (t), over the evicted tokens, give the answer
+    phi(q) S / phi(q) z. S and z are t (dv + 1) float64 numbers per row. The method is useful where |x| is below about
+    2.
 
-    degree  g. Even: every weight is positive for every query, so answers stay in the hull of the values. Odd: the
-            answer to a query whose weights sum to 0 or less leaves the evicted tokens out (1 + x is negative below -1).
+    degree  g. Even: every weight is positive for every query, so answers are convex combinations of the values. Odd:
+            weights can be negative, as 1 + x is below x = -1; where the weights for a query sum to 0 or less, its
+            answer leaves the evicted tokens out
     radius  r of the guarantee below, which holds as long as |scale| |q| |k| <= radius for the longest query and the
             longest evicted key of each row. None: no guarantee
     Under a softcap c the series of exp(c tanh(x/c)) is used; an even degree whose series is not positive for every x
@@ -103,9 +106,9 @@ class Taylor(Summary):
     def sized_for(self, epsilon: float, delta: float, spec: Spec) -> Taylor:
         """Return this summary with the least even degree whose guarantee has an error of at most epsilon.
 
-        There are at most FEATURES_LIMIT features for keys of width spec.d, even if the error then exceeds epsilon.
-        Without a radius there is no guarantee, and the degree is 0. The failure probability delta is not used, as the
-        error bound is certain.
+        If this takes more than FEATURES_LIMIT features for keys of width spec.d, the largest even degree within the
+        limit is used, and the error exceeds epsilon. If `radius` is None there is no guarantee, and the degree is 0.
+        The failure probability delta is not used, as the error bound is certain.
         """
         del delta
         degree = 0
@@ -117,7 +120,7 @@ class Taylor(Summary):
 
 
 def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
-    """Return the error bound `stated` with `epsilon` in place of its own, marked as not holding if epsilon >= 1."""
+    """Return the error bound `stated` with this epsilon in place of its own, and with holds=False if epsilon >= 1."""
     why = "" if epsilon < 1 else f"epsilon = {epsilon:.3g} is vacuous: another degree is needed"
     return replace(stated, epsilon=epsilon, holds=not why, why=why)
 
@@ -125,8 +128,8 @@ def bounded_by(epsilon: float, stated: Guarantee) -> Guarantee:
 def relative_error(degree: int, r: float) -> float:
     """Return the largest relative error of an answer with weights p(x) instead of e^x, for logits |x| <= r.
 
-    p is the Taylor polynomial of e^x of this degree. The error is inf where p may be <= 0. Law: high / low - 1 with low
-    and high the extremes of p(x) e^-x, which are at x = -r, 0 or r.
+    p is the Taylor polynomial of e^x of this degree. The error is inf if p is 0 or negative for some such x.
+    Law: high / low - 1, where low and high are the least and largest p(x) e^-x, which are taken at x = -r, 0 or r.
     """
     ratio = [1.0] + [_truncated(degree, x) for x in (-r, r)]
     return max(ratio) / min(ratio) - 1.0 + 4.0 * _UNIT if min(ratio) > 0 else math.inf
@@ -163,9 +166,12 @@ def series(degree: int, cap: float | None) -> list[float]:
 class Monomials:
     """Hold a table of the t monomials of degree <= g in d variables, from which features are computed.
 
-    Monomial 0 is the constant. Every other monomial is the product of a monomial of one degree less and a variable:
-    monomial[i] = monomial[parent[i-1]] * x[variable[i-1]] * factor[i-1], where x are the variables and `factor` is
-    1 / sqrt(the exponent of that variable).
+    Monomials are in ascending order of degree. Monomial 0 is the constant 1. Every other one is made from a monomial of
+    one degree less, its parent, by multiplication with a variable:
+        monomial[i] = monomial[parent[i-1]] * x[variable[i-1]] * factor[i-1]
+    parent, variable  (t - 1,) index of the parent; index of the variable
+    factor            (t - 1,) 1 / sqrt(e), where e is the variable's exponent in the monomial that is made
+    degree            (t,) degree of each monomial
     """
 
     parent: Tensor
@@ -240,9 +246,9 @@ class TaylorState(SummaryState):
 
     @property
     def _step(self) -> int:
-        """Return the number of tokens or queries whose features are computed and multiplied at once.
+        """Return the number of a row's tokens (or queries) whose features are computed at a time, to bound memory.
 
-        The number does not depend on the number of rows, so the sums of a row round alike in every batch.
+        The number does not depend on how many rows there are, so the sums of a row round alike in every batch.
         """
         return max(1, _FEATURES_PER_ROW // self.moments.shape[1])
 
@@ -282,12 +288,12 @@ class TaylorState(SummaryState):
         return {"longest_key": length, "longest_query": length}
 
     def guarantee(self, stated: Guarantee) -> Guarantee:
-        """Return the error bound with the epsilon for r, the largest logit that can have occurred so far.
+        """Return the error bound `stated` with another epsilon: the one for the logits that can have occurred so far.
 
-        stated: the method's bound, which holds for logits of size up to `radius`. For one row, the largest possible
-        logit is |scale| times the largest norm of a query times the largest norm of an evicted key; r is the largest
-        of these over the rows. If r exceeds the radius, the bound is returned as not holding. Epsilon includes rounding
-        errors, which grow with the number of tokens, the number of features and e^(2r).
+        `stated` is the bound for logits up to `radius`. Let r be the largest product |scale| |q| |k| of the longest
+        query and the longest evicted key of a row, over all rows: no logit so far exceeds it. If r exceeds the radius,
+        the result has holds=False. Otherwise its epsilon is that for logits up to r, plus a bound on rounding errors,
+        which grow with the number of tokens, the number of features and e^(2r).
         """
         r = float((self.longest_key * self.longest_query).max()) * abs(self.spec.scale)
         if r > self.radius * (1.0 + 1e-12):  # the rounding of a norm

@@ -31,11 +31,11 @@ class ValueSample(Summary):
     """Summarise the evicted tokens by reservoir samples of their values, which estimate the mean value.
 
     The summary `value_sum` keeps the exact mean in less memory.
-    Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law the c evicted tokens
-    have total weight c and contribute their mean value. In the paper an answer is one value, drawn by weight: the value
-    of a token of the window (the held tokens), or one evicted value from a reservoir. Here attention over the window is
-    exact (Rao-Blackwell: the same mean, no more variance), and samples only estimate the mean of the evicted values.
-    The method `window_sample` has the paper's own form.
+    Law (Haris and Onak 2025, section 4, Algorithm 1, Theorems 23 and 24): under the unmasked law, attention over the c
+    evicted tokens has the total weight c and the mean of their values as result. The samples estimate this mean;
+    attention over the held tokens is exact. In the paper an answer is one value, drawn by its weight from the held
+    tokens and a reservoir of evicted values (method `window_sample`). The form here has the same expectation and no
+    more variance (Rao-Blackwell).
 
     copies    T: independent samples in a mean; 1 unless given
     groups    Q: number of such means, whose coordinatewise median is the answer; odd, 1 unless given
@@ -45,12 +45,12 @@ class ValueSample(Summary):
                      `horizon` tokens are evicted
 
     Guarantee, for a stream fixed beforehand: with probability 1 - delta, the error of every coordinate of every answer,
-    to any query at any time, is at most epsilon times the coordinate's exact value. Each mean is wrong by more than
-    epsilon with probability <= 1/8 by Chebyshev, as a value's variance is at most spread times its squared mean. A
-    median of Q means is wrong by more with probability <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q / 2.5), KL the relative
-    entropy of two coins with these chances. There are horizon * dv such medians. (The paper has 3 instead of 8 and 12
-    ln instead of 2.5 ln, for means that fail with probability 1/3. These constants do not fit together: with 1/3, the
-    exponent is Q / 17.)
+    to any query at any time, is at most epsilon times the coordinate's exact value. Proof: a drawn value's variance is
+    at most spread times its squared expectation. So each mean of T draws has a relative error above epsilon with
+    probability <= 1/8 (Chebyshev), and a median of Q means with probability <= exp(-Q KL(1/2 || 1/8)) <=
+    exp(-Q / 2.5), where KL is the relative entropy of two coins with these chances. There are horizon * dv such
+    medians. (The paper has 3 instead of 8 and 12 ln instead of 2.5 ln, for means that fail with probability 1/3. These
+    constants do not fit together: with 1/3, the exponent is Q / 17.)
     """
 
     name: ClassVar[str] = "value_sample"
@@ -97,8 +97,9 @@ class ValueSample(Summary):
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the error bound for the median of Q means of T samples (Theorem 24).
 
-        `spec` gives dv: the bound holds for all horizon * dv coordinates of the means at once. Returns None without
-        spread and horizon, and where too few groups make the bound vacuous.
+        The bound holds at once for all dv coordinates of the estimates after each of up to `horizon` evicted tokens;
+        `spec` gives dv. Returns None if `spread` or `horizon` is None, or if there are so few groups that the failure
+        probability would be 1 or more.
         """
         if self.spread is None or self.horizon is None:
             return None
@@ -131,10 +132,11 @@ def check_sampling(owner: str, copies: int | None, groups: int | None) -> None:
 
 
 def sizes_for(epsilon: float, delta: float, spread: float, answers: int) -> tuple[int, int]:
-    """Return (T, Q) such that `answers` medians of Q means of T draws all have a relative error of at most epsilon.
+    """Return (T, Q) for which `answers` medians of Q means of T draws all have a relative error of at most epsilon.
 
-    A draw is the value of a randomly chosen token; errors are relative to the mean of a draw. The bound holds with
-    probability 1 - delta, if the variance of a draw is at most spread times its squared mean. Q is odd.
+    This holds with probability 1 - delta, if the variance of a draw is at most spread times its squared expectation. A
+    draw is one coordinate of the value of a randomly chosen token, and errors are relative to its expectation. Q is
+    odd.
     """
     q = math.ceil(2.5 * math.log(answers / delta))
     return math.ceil(8.0 * spread / epsilon**2), max(1, q + 1 - q % 2)
@@ -145,9 +147,9 @@ def median_of_means(
 ) -> Guarantee | None:
     """Return the error bound of `answers` medians of q means of t draws, or None if its failure probability is >= 1.
 
-    A draw is the value of a randomly chosen token, whose variance must be at most spread times its squared mean.
-    The error is relative to that mean. The texts `quantifier` (the answers and streams that the bound holds for) and
-    `assumptions` become attributes of the guarantee.
+    A draw is one coordinate of the value of a randomly chosen token; its variance must be at most spread times its
+    squared expectation, to which errors are relative. The texts `quantifier` (the answers and streams that the bound
+    holds for) and `assumptions` are only copied into the result.
     """
     delta = answers * math.exp(-q / 2.5)
     if delta >= 1:
@@ -163,9 +165,10 @@ def median_of_means(
 
 
 def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
-    """Return a sentence on rows whose values fit into no interval [a, spread * a], a > 0, or "" if all rows fit.
+    """Return "" if the values of each row lie in an interval [a, spread * a], a > 0; otherwise a text with the reason.
 
-    least (rows,) and largest (rows,) are the least and the largest entry of each row's values.
+    least (rows,) and largest (rows,) are the least and the largest entry of each row's values. Each row has an interval
+    of its own.
     """
     low, high = float(least.min()), float(largest.max())
     if low <= 0:
@@ -176,15 +179,16 @@ def out_of_range(least: Tensor, largest: Tensor, spread: float) -> str:
 
 
 class ValueSampleState(SummaryState):
-    """Hold T Q sampled values per row, the number of evicted tokens, and the least and largest evicted value.
+    """Hold T Q sampled values per row, the number of evicted tokens, and the range of their values.
 
-    value  (rows, T Q, dv) sampled values
-    key    (rows, T Q) sampling key of each sampled value
-    count  (rows,) number of evicted tokens
-    A sampling key is a uniform random number, one for each evicted token and each slot of the T Q samples. It is fixed
-    by the seed, the identity number of the row, the token's position in the stream, and the index i of the slot. Slot i
-    keeps the value of smallest sampling key. Each slot is therefore a uniform draw from all evicted tokens, independent
-    of the other slots, and the same however the stream is split into calls.
+    value           (rows, T Q, dv) sampled values, each in a slot of its own
+    key             (rows, T Q) sampling key of each sampled value
+    count           (rows,) number of evicted tokens
+    least, largest  (rows,) least and largest entry of all evicted values
+    A sampling key is a uniform random number, one for each pair of evicted token and slot. It is fixed by the seed, the
+    identity number of the row, the token's position in the stream, and the slot's index. Each slot keeps the value of
+    the token with the smallest sampling key for this slot. So each slot is a uniform draw from all evicted tokens,
+    independent of the other slots, and the same however the stream is split into calls.
     """
 
     def __init__(self, summary: ValueSample, spec: Spec) -> None:
@@ -211,9 +215,10 @@ class ValueSampleState(SummaryState):
             self.count[at] += values.shape[1]
 
     def _sample(self, at: Tensor, v: Tensor, position: Tensor) -> None:
-        """Replace the sampled values of rows `at` (r,) by the new values v (r, c, dv) that have smaller sampling keys.
+        """Update the samples of rows `at` (r,) by c newly evicted tokens each, with values v (r, c, dv).
 
-        position (r, c) is each value's position in the stream, which fixes its sampling keys.
+        position (r, c) has the tokens' positions in the stream, which fix their sampling keys. A slot's sample is
+        replaced if a new token has a smaller sampling key for the slot.
         """
         samples = self.key.shape[1]
         lane = row_keys(self.spec.seed, self.spec.ids(), "value sample")[at].view(-1, 1, 1)

@@ -23,10 +23,10 @@ from kvfloor.core.summary import Summary, SummaryState
 class ValueSum(Summary):
     """Summarise the evicted tokens by the sum and count of their values.
 
-    The summary takes dv + 1 numbers per row, and computes the following form of attention without error (Haris and Onak
-    2025, section 4, "sliding window with unmasked values"). The logit of an evicted token is 0 rather than -inf, so
-    that c evicted tokens add c to the softmax's denominator and the sum of their values to its numerator. The paper's
-    Algorithm 1 estimates this sum with a reservoir sample; keeping the sum is exact.
+    In attention the logit of an evicted token is then 0 rather than -inf: c evicted tokens add c to the softmax's
+    denominator, and the sum of their values to its numerator. This is the "sliding window with unmasked values" of
+    Haris and Onak 2025, section 4, computed without error from dv + 1 numbers per row. The paper's Algorithm 1
+    estimates the sum with a reservoir sample.
     """
 
     name: ClassVar[str] = "value_sum"
@@ -54,7 +54,7 @@ class ValueSum(Summary):
 class ValueSumState(SummaryState):
     """Hold the sum of the evicted tokens' values, total (rows, dv), and the number of these tokens, count (rows,).
 
-    In float64, 2**29 bfloat16 or float32 values (24 bits) of the same exponent add up without rounding error.
+    The sum is float64, in which 2**29 bfloat16 or float32 numbers of the same exponent add up without rounding error.
     """
 
     def __init__(self, spec: Spec) -> None:

@@ -1,18 +1,21 @@
 """Estimate tensor attention, which is over pairs of tokens, from key clusters and sampled (key, value) pairs (SubGen).
 
-Every token has two keys and two values. A side of the cache is (K1, V1) or (K2, V2). Tensor attention is over token
-pairs (j1, j2): the key and value of j1 are taken from the first side, those of j2 from the second.
-A point is what stands for tokens of one side: a whole token, a sample of a key cluster, or a sampled (key, value) pair,
-i.e. key and value of one token, drawn with probability proportional to |v|^2. A point has a weight, the number of
-tokens that it stands for. A row is one (batch item, kv head) stream. A block end comes after every `block`-th token of
-a row; newer tokens are held whole. A `Partial` is a result of attention: the mean of values and the log-mass
-(log-sum-exp of logits). A state is what the method keeps of a stream. A `Spec` holds the sizes and constants of a
-cache, among them d and dv, the widths of one key and of one value.
-A side becomes two sets of points: samples of its key clusters, whose weights sum to the number n of tokens, and its
-sampled (key, value) pairs. Denominator and numerator are each one sum over the product of two such sets, one per side,
-so neither the n^2 token pairs nor clusters of token pairs are ever stored. After Zandieh et al. 2024, who sketch
-standard attention; Chen et al. 2025 (arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not
-known to us. Constants are derived in docs/floors.md.
+Every token has two keys and two values. The first side is (K1, V1), the first key and value of every token; the second
+side is (K2, V2). Tensor attention is over token pairs (j1, j2): the key and value of j1 are taken from the first side,
+those of j2 from the second.
+A cluster is a set of keys of one side around one key, its centre. A point is what stands for tokens of one side: a
+token itself, a sampled key of a cluster, or a sampled (key, value) pair, i.e. key and value of one token, drawn with
+probability proportional to |v|^2. A point has a weight, the number of tokens that it stands for. A row is one (batch
+item, kv head) stream. A block end comes after every `block`-th token of a row; tokens since then are held with their
+own keys and values. A `Partial` is a result of attention: the mean of values and the log-mass (log-sum-exp of logits).
+A state is what the method keeps of a stream. A `Spec` holds the sizes and constants of a cache, among them d and dv,
+the widths of one key and of one value.
+A side becomes two sets of points: sampled keys of its clusters, whose weights sum to the number n of tokens, and its
+sampled (key, value) pairs. The denominator of attention is one sum over all pairs of a sampled key of the first side
+and one of the second, and the numerator the same with sampled (key, value) pairs. So neither the n^2 token pairs nor
+clusters of token pairs are ever stored. After Zandieh et al. 2024, who sketch standard attention; Chen et al. 2025
+(arXiv 2503.11108) announce such an algorithm, SubGen4Cache, whose text is not known to us. Constants are derived in
+docs/floors.md.
 """
 
 from __future__ import annotations
@@ -63,13 +66,16 @@ class SubGenTensor(Method):
     value) pair and v_x its value. n_x is the number of keys in x's cluster, and w_x = mu1 / (s |v_x|^2) with mu1 the
     sum of |v1|^2 over all tokens. y, v_y, n_y and w_y are the same on the second side.
     delta1, delta2  cluster radius of the first and of the second keys (l2)
-    t               sampled keys per cluster, on each side: a product of two clusters is estimated by t^2 pairs of keys
-    s               tokens drawn per side, in proportion to |v1|^2 on the first and |v2|^2 on the second: s^2 pairs
+    t               sampled keys per cluster, on each side: t^2 pairs of keys represent a pair of clusters
+    s               sampled (key, value) pairs per side, drawn in proportion to |v1|^2 or |v2|^2: z has s^2 terms
     centres         largest number of clusters of a side; None: as many as the stream needs. Once it is reached, a key
-                    joins its nearest centre at any distance, and the error bound may no longer hold
+                    joins its nearest centre at any distance; if that is more than delta1 (or delta2), the error bound
+                    no longer holds
     block           at most the last `block - 1` tokens stay unclustered, as points of weight 1
-    radius, largest, failure  for `guarantee`: bounds on |q| * scale and on the keys' entries; failure probability
-    budget          memory per row, counted in tokens; s and centres follow: half for the pairs, half for the clusters
+    radius, largest, failure  for `guarantee`: bound on |q| * scale, bound on the size of a key's entries, and failure
+                    probability
+    budget          memory per row, in units of one token's keys and values. If it is given, s and centres follow from
+                    it: what the newest `block` tokens leave is shared equally between sampled pairs and clusters
     A state takes keys (rows, a, 2d) and values (rows, a, 2dv) of `a` new tokens: k1 and k2 of a token concatenated, and
     likewise v1 and v2.
     """
@@ -132,7 +138,8 @@ class SubGenTensor(Method):
         score(x', y') differ by at most D = 2 radius largest (delta1 + delta2); let R = exp(D).
         By Chebyshev, an error of epsilon takes s = 9 / (epsilon^2 f) sampled pairs for the numerator, and t =
         9 (R-1)^2 / (4 R epsilon^2 f) sampled keys per cluster for the denominator. f = failure / 2 is the failure
-        probability of each of the two. `spec` is not used. Returns None if `radius` is None.
+        probability of each of the two. If epsilon is 1 or more, the result has holds=False. `spec` is not used. Returns
+        None if `radius` is None.
         """
         del spec
         if self.radius is None:
@@ -167,10 +174,11 @@ class SubGenTensor(Method):
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
         s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in
-        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F, for one query fixed in advance, with the
-        matrices and weights of `guarantee`. delta is not a cluster radius; `spec` gives dv. The returned method has no
-        budget and no limit on clusters. Returns the method unchanged if `radius` is None, or if epsilon is not in (0,
-        1). Raises ValueError where the number of samples overflows.
+        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V1||_F ||V2||_F, for one query fixed in advance. V1 and V2
+        are the matrices of all first and second values, softmax the vector of exact weights of all token pairs. The
+        cluster radii delta1 and delta2 stay as they are; `spec` does not change the result. The returned method has no
+        budget and no limit on clusters. Returns the method unchanged if `radius` is None, if epsilon is not in (0, 1)
+        or if delta is not positive. Raises ValueError where the number of samples overflows.
         """
         if self.radius is None or not (0 < epsilon < 1 and delta > 0):
             return self
@@ -193,8 +201,8 @@ class Side(Memory):
     def masses(self, waiting: Points) -> Points:
         """Return this side's weighted points for the denominator: the sampled keys, then the `waiting` points.
 
-        `waiting` are the tokens since the last block end, as points; they are in no cluster yet. All values are 0,
-        because the denominator needs none.
+        `waiting` are the tokens since the last block end, as points; they are in no cluster yet. All values of the
+        result are 0 and have width 1, because the denominator needs none.
         """
         keys, weight = self.keys.weighted(int(self.keys.used.max()))
         nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
@@ -209,7 +217,7 @@ class Side(Memory):
 
 
 class SubGenTensorState(Blocked[SubGenTensor]):
-    """Hold the memory of the sides (K1, V1) and (K2, V2), and the whole tokens since the last block end."""
+    """Hold the memory of both sides, and the keys and values of the tokens since the last block end."""
 
     def __init__(self, method: SubGenTensor, spec: Spec) -> None:
         tokens = replace(spec, d=2 * spec.d, dv=2 * spec.dv)
@@ -274,21 +282,22 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         return self._pairs(q, self.slots.held)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
-        """Compute causal attention of the newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
+        """Estimate causal tensor attention of the a newest tokens' queries q (rows, g, a, d): a `Partial` (rows, g, a).
 
-        g is the number of query heads per kv head, a the number of these tokens.
-        The query of a token attends to all token pairs (j1, j2) in which neither j1 nor j2 is newer than that token.
-        This set differs from token to token, so one token is computed at a time. before (rows,) is the number of older
-        tokens that came since the last block end. new_k and new_v are not used: the state holds these tokens already.
+        g is the number of query heads per kv head. The query of a token attends to all token pairs (j1, j2) in which
+        neither j1 nor j2 is newer than that token. These pairs differ from token to token, so the queries of one token
+        are answered at a time. before (rows,) is the number of tokens held in slots before the a newest ones came.
+        new_k and new_v are not used: the state holds these tokens already.
         """
         parts = [self._pairs(q[:, :, i], torch.minimum(before + i + 1, self.slots.held)) for i in range(q.shape[2])]
         return Partial(torch.stack([part.mean for part in parts], 2), torch.stack([part.log_mass for part in parts], 2))
 
     def _pairs(self, q: Tensor, visible: Tensor) -> Partial:
-        """Return a `Partial` (rows, m): the tensor attention of q (rows, m, d) over all pairs of points, one per side.
+        """Return a `Partial` (rows, m): the estimated tensor attention of q (rows, m, d), the ratio of two sums.
 
-        The points of a side are its samples and the first visible[r] of row r's tokens since the last block end, which
-        are in no sample yet.
+        Both sums are over all pairs of a point of the first side and a point of the second. The points of a side are
+        its samples (sampled pairs for the numerator, sampled keys for the denominator) and the first visible[r] of row
+        r's tokens since the last block end, which are in no sample yet.
         """
         view = self.slots.view(width=self.block)  # of fixed shape, so that every chunking rounds alike
         hidden = (torch.arange(self.block) >= visible.unsqueeze(1)).to(q.device)

@@ -41,13 +41,14 @@ class TensorAttention(Method):
     """Compute tensor attention over all pairs of the tokens that `store` keeps.
 
     The answer is exact if `store` keeps every token.
-    store   a method that keeps whole tokens: exact, or an eviction policy without a summary of the evicted tokens. The
-            store receives a token's two keys concatenated into one key of width 2d, and its two values into one value
-            of width 2dv; it receives no queries. A text such as "window@64" is parsed.
-    A state takes keys (rows, t, 2d) and values (rows, t, 2dv) of t tokens, so concatenated, and queries of width d; it
-    returns answers of width dv. The products of all n^2 pairs are never stored: for n tokens the state holds
-    2n(d + dv) numbers, and a query is answered from the products of one block of pairs at a time.
-    Raises ValueError for a store that does not keep whole tokens.
+    store   a method that keeps tokens' own keys and values: exact (all tokens), or an eviction policy without a summary
+            of the evicted tokens. A text such as "window@64" is parsed. The store receives a token's two keys
+            concatenated into one key of width 2d, and its two values into one value of width 2dv. It receives no
+            queries, so policies that use queries have none to judge by
+    A state takes keys (rows, t, 2d) and values (rows, t, 2dv) of t tokens, concatenated in this way, and queries of
+    width d; it returns answers of width dv. The products of all n^2 pairs are never stored: for n tokens the state
+    holds 2n(d + dv) numbers, and a query is answered from the products of one block of pairs at a time.
+    Raises ValueError for any other store.
     """
 
     name: ClassVar[str] = "tensor"
@@ -99,9 +100,9 @@ class TensorAttention(Method):
 
 
 class TensorState(State[TensorAttention]):
-    """Hold the tokens that tensor attention is over, in the state of another method.
+    """Hold the tokens that tensor attention is over, in the attribute `store`: a state of another method.
 
-    This method is the argument `store` of `TensorAttention`, and decides which tokens are kept. In its state a token's
+    That method is the argument `store` of `TensorAttention`, and decides which tokens are kept. In its state a token's
     key is k1 and k2 concatenated along the width, (..., 2d), and its value is v1 and v2 likewise, (..., 2dv).
     """
 
@@ -145,11 +146,12 @@ class TensorState(State[TensorAttention]):
 
 @dataclass(frozen=True)
 class Points:
-    """Hold s points per row, which are paired with other points: keys k (rows, s, d) and values v (rows, s, dv).
+    """Hold s points per row, the members of token pairs: keys k (rows, s, d) and values v (rows, s, dv).
 
     A point is a token with one of its two keys and values, or a sample that represents many tokens. Tensor attention is
-    over all pairs (x, y), with x of one `Points` (first keys and values) and y of another (second ones). log_weight
-    (rows, s) is the log of the number of tokens that a point represents, -inf for 0; None: each represents 1 token.
+    over all pairs (x, y), where x is a point of one `Points` object (first keys and values) and y of another (second
+    keys and values). log_weight (rows, s) is the log of the number of tokens that a point represents, -inf for 0; None:
+    each represents 1 token.
     """
 
     k: Tensor
@@ -165,8 +167,8 @@ class Points:
 def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
     """Return the tensor attention of q (rows, m, d) over all pairs (x, y), x a point of `one` and y a point of `two`.
 
-    The weight of a pair is the product of its points' weights. Pairs are taken in blocks of bounded size. `spec` is
-    that of the cache: its scale, its softcap and the dtype to compute in are used. Returns a `Partial` (rows, m).
+    The weight of a pair is the product of its points' weights. Pairs are computed in blocks of bounded size. Of `spec`,
+    the scale, the softcap and the compute dtype are used. Returns a `Partial` (rows, m).
     """
     (rows, m, _), s = q.shape, one.k.shape[1]
     part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
@@ -179,10 +181,9 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
     """Return the tensor attention of q (rows, m, d) over all pairs (x, y), x of `one` and y of `two`, in one block.
 
-    For one point x of `one` with key k1, tensor attention is standard attention of the query q * k1 over the points of
-    `two`. The points of `one` are then weighted by the masses (sums of exp of scores) of these standard attentions.
-    `spec` is that of the cache: its scale, its softcap and the dtype to compute in are used. The result is a `Partial`
-    (rows, m).
+    Over the pairs of one point x, with key k1, this is standard attention of the query q * k1 (entry by entry) over the
+    points of `two`. The results for all points x are then weighted by their masses (sums of exp of scores). Of `spec`,
+    the scale, the softcap and the compute dtype are used. The result is a `Partial` (rows, m).
     """
     (rows, m, d), s = q.shape, one.k.shape[1]
     dtype = spec.compute_dtype

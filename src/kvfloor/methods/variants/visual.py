@@ -1,4 +1,4 @@
-"""Stream an image from coarse to fine, one scale of tokens and queries at a time (visual autoregression).
+"""Cache an image that is made from coarse to fine, one scale of tokens at a time (visual autoregression).
 
 Scale k is a map of h_k x h_k tokens. Its queries attend to all earlier scales and their own scale (block-wise
 causal). The earlier scales are in a KV cache, which any method of this library may compress. The definition is that of
@@ -32,10 +32,10 @@ def tokens_in(sides: Sequence[int]) -> int:
 def scale_budgets(sides: Sequence[int], total: int, share: float = 0.5) -> list[int]:
     """Return the number of tokens to keep of each scale under a budget of `total` tokens per row.
 
-    sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole: as many of
-    the first scales as fit into `share` of the budget. The rest of the budget is divided among the other
-    scales in proportion to their numbers of tokens, rounded down. The tokens that rounding leaves go one each to the
-    finest scales. A budget with room for all tokens keeps all.
+    sides are the sides of the scales' square maps, coarse first. Coarse scales are kept whole: as many of the first
+    scales as fit together into the share `share`, from 0 to 1, of the budget. The budget that they leave is divided
+    among the other scales in proportion to their numbers of tokens, rounded down. The few tokens that rounding leaves
+    over go one each to the finest scales. A budget of as many tokens as the image has, or more, keeps all.
     """
     total = whole("total", total)
     share = within("share", share, 0.0, 1.0)
@@ -54,10 +54,11 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
     """Pin the tokens of an image's coarse scales against eviction, and return the number of pinned scales.
 
     sides are the sides of the scales' square maps, coarse first. The coarse scales are as many of the first scales as
-    fit into `share` of the state's budget (the smallest one, if rows have different budgets). The eviction policy
-    chooses among the tokens of the finer scales; random eviction (the policy `random`) keeps of each finer scale a
-    number in proportion to its tokens, in expectation. Raises ValueError for a state that cannot pin, that has seen
-    tokens, or whose policy protects so many other tokens that the coarse scales do not fit.
+    fit together into the share `share`, from 0 to 1, of the state's budget (the smallest one, if rows have different
+    budgets). Only tokens of the finer scales can then be evicted, as the eviction policy chooses; random eviction (the
+    policy `random`) keeps the same fraction of each finer scale, in expectation. Raises ValueError for a state that
+    cannot pin tokens, that has seen tokens, or whose policy protects so many other tokens that the coarse scales do not
+    fit.
     """
     if not isinstance(state, BoundedState):
         raise ValueError(f"{state.method} has no budget to share out over scales: give an eviction policy")
@@ -71,10 +72,9 @@ def keep_coarse(state: State, sides: Sequence[int], share: float = 0.5) -> int:
 
 
 def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
-    """Return the number of coarse scales, which together take at most `share` of the budget `total`.
+    """Return the number of coarse scales: as many of the first ones as fit together into `share` * `total` tokens.
 
-    They are as many of the first scales as fit. sizes are the numbers of tokens of the scales, coarse first; `total`
-    is in tokens per row.
+    sizes are the scales' numbers of tokens, coarse first; total is the budget in tokens per row, share from 0 to 1.
     """
     return sum(taken <= share * total for taken in accumulate(sizes))
 
@@ -82,10 +82,9 @@ def _coarse(sizes: Sequence[int], total: int, share: float) -> int:
 class NextScale:
     """Feed the scales of an image to a state (a method's compressed cache), one at a time, and compute their attention.
 
-    The queries of a scale attend to the tokens that the state holds and to the whole scale itself, before the state may
-    evict any of the scale's tokens: every token can be read by its own scale, whatever the budget. During the
-    call of `step` all tokens of the new scale are held, as in any forward pass; afterwards only the tokens that the
-    method keeps.
+    The queries of a scale attend to the tokens that the state holds and to all tokens of the scale itself, whatever the
+    budget. Only afterwards does the state evict tokens, those of this scale included. So during the call of `step` all
+    keys and values of the new scale are in memory, as in any forward pass.
     """
 
     def __init__(self, state: State) -> None:
@@ -95,9 +94,9 @@ class NextScale:
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append a scale's tokens k (rows, t, d), v (rows, t, dv) and return attention (rows, g, t, dv) of its queries.
 
-        q (rows, g, t, d) are the queries; all of them see all t tokens of the scale. A policy that uses attention
-        weights receives these queries. Raises TypeError or ValueError for keys and values that the state
-        cannot append; a refused input leaves the state unchanged.
+        q (rows, g, t, d) are the queries; all of them see all t tokens of the scale. An eviction policy that learns
+        from queries learns from these. Raises TypeError or ValueError for keys and values that the state cannot append;
+        the state is then unchanged.
         """
         spec = self.state.spec
         if q.ndim != 4:
@@ -132,7 +131,8 @@ class NextScale:
 def scale_by_scale(sides: Sequence[int], x: Tensor) -> list[Tensor]:
     """Split the tokens x (..., t, width) of all scales of an image into a list of one tensor per scale.
 
-    Raises ValueError unless t is `tokens_in(sides)`.
+    sides are the sides of the scales' square maps, coarse first, as the tokens are. Raises ValueError unless t is the
+    number of tokens of all scales.
     """
     sizes = [side**2 for side in sides]
     if sum(sizes) != x.shape[-2]:
