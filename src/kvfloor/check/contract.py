@@ -135,7 +135,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 def check_read_pure(method: Method, at: Setting) -> None:
     """Require that `read` changes nothing, gives the same bits when repeated, and agrees with `attend`.
 
-    Only `attend` may change the state: a method may use its queries to decide which tokens to evict later.
+    Unlike `read`, `attend` may change the state: a method may use its queries to decide which tokens to evict later.
     """
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)

@@ -223,7 +223,8 @@ def _read(state: State, q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> lis
 def check_input_forms(method: Method, at: Setting) -> None:
     """Require that transposed, expanded, gradient-carrying and inference-mode inputs give the results of plain ones.
 
-    Equal numbers in any memory layout must give equal answers and states, and answers must carry no gradient.
+    Equal numbers in any memory layout must give the same answers and states up to rounding. Answers must carry no
+    gradient.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = prompt_length(method)

@@ -55,7 +55,7 @@ def check_row_order(method: Method, at: Setting) -> None:
 
 
 def check_row_isolation(method: Method, at: Setting) -> None:
-    """Require that other tokens in one row never change a bit of another row's answers and stored data.
+    """Require that changed tokens in one row never change a bit of the other rows' answers and stored data.
 
     If the changed row then holds a different number of tokens, matrix products over all rows change shape, and with it
     their rounding. In that case the other rows' answers need to agree up to rounding only, while their stored data must

@@ -27,10 +27,10 @@ _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a contai
 
 
 def storages(state: State) -> tuple[dict[int, int], int]:
-    """Return ({address: bytes} of all tensor storages that the state refers to, most bytes for all other objects).
+    """Return ({address: bytes} of all tensor storages that the state refers to, limit in bytes for all other objects).
 
-    Every attribute and container is followed, without the code that computes nbytes. The second number is the most that
-    nbytes may count for the other objects: 8 bytes each, and for strings and large integers their own size besides. The
+    Every attribute and container is followed, without the code that computes nbytes. The limit is the most that nbytes
+    may count for the other objects: 8 bytes each, and for strings and large integers their own size besides. The
     method, specs and `state.shared` (tensors that method and spec determine) are left out, because a saved state need
     not contain them.
     """

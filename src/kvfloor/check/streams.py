@@ -134,8 +134,8 @@ def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | N
     """Draw a random stream of n tokens: queries and keys from a normal distribution, values uniform in [-1, 1].
 
     at    the setting: dtype, GQA group size and seed
-    spec  None: the spec that `spec_for` returns
-    n     None: `stream_length(method)`
+    spec  sizes and dtype of the stream; None: those of `spec_for(method, at)`
+    n     number of tokens per row; None: `stream_length(method)`
     salt  another number gives another stream
     """
     spec = spec_for(method, at) if spec is None else spec

@@ -4,8 +4,8 @@ A state is the cache of a method (KV-cache compressor). A game hides random bits
 state, rebuilds the state from its saved bytes, and decodes the bits from the attention outputs for queries. The
 certified bits are those that the outputs prove to be in the state. A barrier is one kind of game, such as "spike"; a
 theorem says how many bytes any method needs so that the bits can be decoded. A sweep is a series of games of one
-barrier, from easy to hard; its figure shows from which difficulty on fewer bits are certified than are hidden, or than
-the theorem demands.
+barrier, from easy to hard; its figure shows the difficulty at which the certified bits fall below the hidden bits, or
+below the bits that the theorem demands.
 """
 
 from collections.abc import Sequence

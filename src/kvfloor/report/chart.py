@@ -46,7 +46,7 @@ class Axis:
 
     values      numbers that the axis must span. A linear axis also spans 0. A logarithmic axis spans the positive ones
                 alone, and places any other number at its lower end
-    start, end  page coordinates of the axis's ends, before the margins
+    start, end  page coordinates of the axis's two ends; the margins lie between them
     log         True for a logarithmic axis
     room        margin at both ends, as a share of the span
     base        a logarithmic axis has ticks at powers of this number, 2 or 10

@@ -73,9 +73,9 @@ def note_below_floor(row: Row) -> str:
 
 
 def _shifts(rows: Sequence[Row], across: Axis) -> dict[str, float]:
-    """Map each setting to the sideways shift of its point, so that points of almost equal bytes stand side by side.
+    """Map each setting to its point's sideways shift, so that points of almost equal bytes stand side by side.
 
-    `rows` are ordered from the fewest bytes up; `across` is the figure's axis of bytes.
+    Shifts are in page coordinates. `rows` are ordered from the fewest bytes up; `across` is the figure's axis of bytes.
     """
     clusters: list[list[Row]] = []
     for row in rows:

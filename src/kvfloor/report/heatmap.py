@@ -50,7 +50,10 @@ class Heatmap:
 
     @property
     def labels(self) -> tuple[tuple[int, int], ...]:
-        """Return (column, layer's number) for the columns with a label: all of at most 12, else every fifth."""
+        """Return (column, layer's number) for the columns that get a label.
+
+        These are all columns if the map has at most 12, else every fifth.
+        """
         step = 1 if len(self.layers) <= _ALL_LABELS else 5
         return tuple((column, layer) for column, layer in enumerate(self.layers) if column % step == 0)
 

@@ -45,11 +45,11 @@ def render(
 ) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
-    rows        one per setting and cell
+    rows        one per setting and cell, with the setting's score, bytes and times
     answer      the recommended setting, with the verdict on every candidate
     meta        the source of the numbers: model, command, versions, machine
-    by_head     the kv heads' floors (the least bytes that any method needs), if they were measured
-    texts       one row per setting and text
+    by_head     floor (lower bound on any method's bytes) and cheapest good setting of each kv head, if measured
+    texts       one row per setting and text, with the setting's divergence from exact (KL of next-token distributions)
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
     Raises ValueError if both `rows` and `texts` are empty, if the rows mix models, and if the file cannot be written.
@@ -68,11 +68,11 @@ def page(
 ) -> str:
     """Return the report of an audit as HTML text.
 
-    rows        one per setting and cell
+    rows        one per setting and cell, with the setting's score, bytes and times
     answer      the recommended setting, with the verdict on every candidate
     meta        the source of the numbers: model, command, versions, machine
-    by_head     the kv heads' floors (the least bytes that any method needs), if they were measured
-    texts       one row per setting and text
+    by_head     floor (lower bound on any method's bytes) and cheapest good setting of each kv head, if measured
+    texts       one row per setting and text, with the setting's divergence from exact (KL of next-token distributions)
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
     Raises ValueError if both `rows` and `texts` are empty.

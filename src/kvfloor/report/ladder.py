@@ -1,8 +1,8 @@
 """Draw the floor, the cheapest good setting and the exact cache of every kv head on one logarithmic axis of bytes.
 
 A setting is a method (KV-cache compressor) with its budget. It is good for a head if the relative error of the head's
-attention output is small on everything that was measured. A floor is the least bytes that any method needs for a head's
-keys. The exact cache keeps every token.
+attention output is small on everything that was measured. A floor is a lower bound on the bytes that any method needs
+to answer queries over a head's keys. The exact cache keeps every token.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Rung:
     y                   page coordinate of the line, downwards
     floor, best, exact  x coordinates of its floor, its cheapest good setting and the exact cache; best is None if only
                         exact is good
-    compressible        True if queries can tell apart only a small share of the head's tokens
+    compressible        True if queries can tell apart only a small share, at most a quarter, of the head's tokens
     """
 
     name: str

@@ -17,7 +17,7 @@ from kvfloor.report.text import visible
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
-    """Print a plan to the terminal `console`: facts on the model, a table with a line per method, notes.
+    """Print a plan to the terminal `console`: facts on the model, a table with a line per method, and notes.
 
     One of the facts is the floor, a lower bound on any method's bytes for worst-case keys and values.
     """

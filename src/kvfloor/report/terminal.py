@@ -94,7 +94,7 @@ def _print_example(one: SideBySide, console: Console) -> None:
 
 
 def _brief(text: str, most: int = 60) -> str:
-    """Return a text in one line, cut to its first `most` characters; if `most` is negative, to its last -most."""
+    """Return a text in one line, cut to its first `most` characters; if `most` is negative, to its last |most|."""
     line = " ".join(text.split())
     if len(line) <= abs(most):
         return line

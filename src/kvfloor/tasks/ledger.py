@@ -25,11 +25,11 @@ HEAD = "Read the following text, and keep in mind what each box holds.\n\n"
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: an essay that says what each box holds, and four turns, each more essay with a question.
+    """Return a sample: an essay that says what each box holds, then four turns, each of further text and a question.
 
-    Among the essay's sentences in each turn are three that change what a box holds. The request has the random
-    generator, the largest number of tokens, and the difficulty, which is the number of boxes. Raises ValueError if the
-    number of tokens is too small.
+    The text of each turn continues the essay; three of its sentences change what a box holds. The request has the
+    random generator, the largest number of tokens, and the difficulty, which is the number of boxes. Raises ValueError
+    if the number of tokens is too small.
     """
     rng = request.rng
     boxes = [f"the {trait} box" for trait in rng.sample(request.lexicon.traits, request.difficulty)]

@@ -45,10 +45,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold a context, and at least one question about it. The answers follow from the context alone.
+    """Hold a context, and at least one question about it.
 
-    in_turn  True if the questions are asked one after the other in one conversation, and may contain further text;
-             False if each is asked in a conversation of its own
+    in_turn  True if the questions are asked one after the other in one conversation, and may contain further text, from
+             which answers follow too; False if each is asked in a conversation of its own and its answer follows from
+             the context alone
     """
 
     context: str

@@ -46,7 +46,7 @@ class Task:
     unit             what `difficulty` counts, such as "pairs"
     lowest, highest  limits of the difficulty
     default          returns the usual difficulty for a context of a given number of tokens
-    make             makes the sample that a request asks for
+    make             makes a sample from a `Request`, the settings of one sample
     depth_moves      name of the fact, such as "the key", whose place in the context the caller can choose by the
                      argument `depth`; None if the facts are spread over the whole context and `depth` cannot be given
     things           largest number of nouns that the task's facts need at the default difficulty. Facts of several

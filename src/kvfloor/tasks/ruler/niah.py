@@ -33,7 +33,7 @@ class Needles:
 
     haystack      "noise", "essay" or "needle"
     key, value    kinds of keys and values: "words", "numbers" or "uuids"
-    keys          number of keys that have needles, or `asked` if that is more. The haystack "needle" consists of
+    keys          number of keys that have needles; raised to `asked` if smaller. The haystack "needle" consists of
                   further needles, with other keys
     values        number of needles per key, each with a value of its own
     asked         number of keys whose values the question asks for

@@ -1,4 +1,4 @@
-"""Define RULER's task vt (variable tracking): name all variables that a chain of assignments gives one value.
+"""Define RULER's task vt (variable tracking): name all variables that get a given value by a chain of assignments.
 
 A chain is five assignments "VAR ABCDE = 12345", "VAR FGHIJ = VAR ABCDE", ..., hidden between repeats of a paragraph
 (noise lines). A worked example with names of three letters and its answer comes first. Templates and parameters are
