@@ -102,8 +102,9 @@ def mean_interval(
     `tests/audit/test_statistics.py`.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; blocks as one observation:
-    Kuensch, Annals of Statistics 17 (1989). Raises ValueError for fewer than MIN_BLOCKS blocks, too few to estimate
-    their spread.
+    Kuensch, Annals of Statistics 17 (1989).
+
+    Raises ValueError for fewer than MIN_BLOCKS blocks, too few to estimate their spread.
     """
     _quantile(confidence)
     if len(observed) < MIN_BLOCKS:
@@ -136,7 +137,9 @@ def confidence_of_look(confidence: float, look: int) -> float:
 
     With these confidences, all intervals together hold with probability `confidence`, however often the interval is
     computed, so one may stop after any computation. Look k gets the share 1 / (k (k + 1)) of the error 1 - confidence;
-    these shares sum to 1 (union bound). Raises ValueError for a confidence outside (0, 1) and a look below 1.
+    these shares sum to 1 (union bound).
+
+    Raises ValueError for a confidence outside (0, 1) and a look below 1.
     """
     _quantile(confidence)
     whole("look", look)
@@ -193,7 +196,9 @@ def paired_difference_interval(gained: int, lost: int, n: int, confidence: float
     Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design", Statistics in Medicine 17 (1998), 891-908. The interval covers the true difference, at n = 32
     and 95 %, with probability 0.967 on average and 0.934 at worst over a grid of true shares of gained and lost
-    (`tests/audit/test_statistics.py`). Raises ValueError where the counts or the confidence are impossible.
+    (`tests/audit/test_statistics.py`).
+
+    Raises ValueError where the counts or the confidence are impossible.
     """
     if n < 1 or gained < 0 or lost < 0 or gained + lost > n:
         raise ValueError(f"{gained} gained and {lost} lost of {n} pairs is impossible: the two must sum to at most n")
