@@ -1,10 +1,14 @@
 """Run attention over a stream of tokens in bounded memory, and bound from below the memory that any method needs.
 
 A method is a way to keep a KV cache, such as `h2o@256`: H2O eviction down to 256 tokens per kv head. `parse` makes a
-method from such a text, and `Method.open` makes an empty cache (a state) that runs it. The modules: `floors` computes
-lower bounds on memory; `game` tests such a bound: it hides random values in the tokens, and decodes them from the
-answers of a method's cache, which needs many bytes to give them all; `tasks` makes test samples; `audit` measures
-methods on a model; `hf` runs them in transformers; `models` loads models.
+method from such a text, and `Method.open` makes an empty cache (a state) that runs it. The modules:
+floors  computes lower bounds on memory
+game    tests these bounds: hides random values in the tokens, and decodes them from the attention outputs of a method's
+        cache, which needs many bytes for that
+tasks   makes test samples
+audit   measures methods on a model
+hf      runs methods in transformers
+models  loads models
 """
 
 from __future__ import annotations

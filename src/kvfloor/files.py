@@ -88,10 +88,10 @@ def read_exactly(stream: FileIO, size: int, path: str | Path, what: str) -> byte
 
 
 def sampled_digest(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hex digits; of a file above 16 MiB, that of its size and a sample of its bytes.
+    """Return the SHA-256 of a file in hex digits; above 16 MiB, the SHA-256 of its size and a sample of its bytes.
 
-    The sample has evenly spaced pieces, the first and the last bytes among them. So a model of many gigabytes is told
-    from another one without reading all of it. Raises ValueError for a path that is no regular file.
+    The sample is 1024 evenly spaced pieces of 4 KiB, from the file's first bytes to its last. So two models of many
+    gigabytes are told apart without reading all of them. Raises ValueError for a path that is no regular file.
     """
     with open_regular(path, "file") as (stream, size):
         if size <= _PIECE_BYTES:
@@ -106,8 +106,8 @@ def sampled_digest(path: str | Path) -> str:
 def append_to(path: str | Path, data: bytes) -> None:
     """Append `data` to a file, made if it is missing, and flush it to the disk.
 
-    Raises ValueError with one line naming the path and the reason, such as a full disk. The file then has the bytes
-    that it had before.
+    On any failure the file is cut back to the bytes that it had before. Raises ValueError with one line naming the path
+    and the reason, such as a full disk.
     """
     target = _replaceable(path)
     try:
@@ -124,7 +124,10 @@ def append_to(path: str | Path, data: bytes) -> None:
 
 
 def cut_to(path: str | Path, size: int) -> None:
-    """Cut a file down to its first `size` bytes, if it has more. A missing file stays missing."""
+    """Cut a file down to its first `size` bytes, if it has more. A missing file stays missing.
+
+    Raises ValueError with one line naming the path and the reason.
+    """
     try:
         if os.path.exists(path) and os.path.getsize(path) > size:
             os.truncate(path, size)
@@ -133,9 +136,10 @@ def cut_to(path: str | Path, size: int) -> None:
 
 
 class FolderLock:
-    """Keep other processes from using a folder, from `take` to `release` or the end of the process.
+    """Keep other processes of this program from using a folder, from `take` to `release` or the end of the process.
 
-    The lock is on a hidden file, which stays. Where the file system has no locks, `take` does nothing.
+    Every process that uses the folder must take this lock first. The lock is on the hidden file `.kvfloor.lock`, which
+    is not removed. Where the system or the file system has no locks, `take` does nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,7 +147,7 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Lock the folder. Raises ValueError where another process has it."""
+        """Lock the folder. Raises ValueError if another process has locked it, or if the folder is not writable."""
         try:
             import fcntl
         except ImportError:  # a system without this kind of lock

@@ -30,7 +30,7 @@ def outline(text: str) -> str:
 def split_once(text: str, mark: str) -> tuple[str, str, str]:
     """Split `text` once, at the first separator `mark` outside parentheses and quotes: return (before, mark, after).
 
-    Spaces around before and after are stripped. Returns (text, "", "") if there is no such separator.
+    Before and after are returned without surrounding spaces. Without such a separator, (text, "", "") is returned.
     """
     at = outline(text).find(mark)
     return (text, "", "") if at < 0 else (text[:at].strip(), mark, text[at + len(mark) :].strip())

@@ -2,7 +2,7 @@
 
 The two-sided intervals (Wilson, Tango) are score intervals: they invert a test instead of estimating a standard error.
 So they keep a positive width at 0 and at n of n, where a Wald interval or a bootstrap has width zero. In a paired
-difference, a method is compared with a reference (such as exact attention) on the same samples.
+difference, a method's share is compared with that of a reference (such as exact attention) on the same samples.
 """
 
 import math
@@ -95,6 +95,7 @@ def mean_interval(
 
     observed   (sum of the values, number of values) of each block of successive values, as `blocks` returns them
     resamples  number of bootstrap resamples; None: 2,000, or more at high confidence
+    seed       seed of the resampling
     Values within a block may depend on each other; whole blocks are resampled with replacement. The interval inverts
     the resampled t statistics (bootstrap-t), so its two sides may differ in length, as skewed values such as
     divergences require. It has width 0 if all blocks have the same mean. Coverage is tested in
@@ -102,6 +103,7 @@ def mean_interval(
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; blocks as one observation:
     Kuensch, Annals of Statistics 17 (1989).
+
     Raises ValueError for fewer than MIN_BLOCKS blocks, too few to estimate their spread.
     """
     _quantile(confidence)
@@ -133,9 +135,10 @@ def _ratio(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def confidence_of_look(confidence: float, look: int) -> float:
     """Return the confidence that an interval must have at its k-th computation (look k, from 1) on growing data.
 
-    With these confidences, all intervals together hold with probability `confidence`, however often one looks at the
-    data, so one may stop after any look. Look k gets the share 1 / (k (k + 1)) of the error 1 - confidence; these
-    shares sum to 1 (union bound).
+    With these confidences, all intervals together hold with probability `confidence`, however often the interval is
+    computed, so one may stop after any computation. Look k gets the share 1 / (k (k + 1)) of the error 1 - confidence;
+    these shares sum to 1 (union bound).
+
     Raises ValueError for a confidence outside (0, 1) and a look below 1.
     """
     _quantile(confidence)
@@ -186,14 +189,15 @@ def paired_difference_interval(gained: int, lost: int, n: int, confidence: float
     The difference is a method's share minus a reference's, over `n` samples that both have answered.
 
     gained, lost: numbers of samples that only the method has right, and that only the reference has right. On all other
-    samples the two agree, so only their number matters. The interval holds every difference that Tango's score test
-    does not reject. If gained = lost = 0 it is +-z^2 / (n + z^2), with z the normal quantile: +-0.107 at n = 32 and
-    95 %, never zero.
+    samples the method and the reference agree, so only the number of these matters. The interval holds every difference
+    that Tango's score test does not reject. If gained = lost = 0 it is +-z^2 / (n + z^2), with z the normal quantile:
+    +-0.107 at n = 32 and 95 %, never zero.
 
     Source: Tango, "Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design", Statistics in Medicine 17 (1998), 891-908. The interval covers the true difference, at n = 32
     and 95 %, with probability 0.967 on average and 0.934 at worst over a grid of true shares of gained and lost
     (`tests/audit/test_statistics.py`).
+
     Raises ValueError where the counts or the confidence are impossible.
     """
     if n < 1 or gained < 0 or lost < 0 or gained + lost > n:

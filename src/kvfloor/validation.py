@@ -15,7 +15,7 @@ MOST_WHOLE = 2**63 - 1
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """Return `value` as an int, checked to be a whole number from `least` to `most` (None: no upper limit).
 
-    Raises ValueError, naming the argument `name`, for any other value, bools included.
+    Raises ValueError, naming the argument `name`, for any other value. A bool is not taken for a number.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -33,7 +33,7 @@ def within(
 ) -> float:
     """Return `value` as a float. Raises ValueError, naming the argument `name`, unless it lies from `low` to `high`.
 
-    low_open, high_open: True if that end itself is not allowed.
+    low_open, high_open: True if `low` itself, or `high` itself, is not allowed.
     """
     interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
     refusal = f"{name} must lie in {interval}, got {value!r}"

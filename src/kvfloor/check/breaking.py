@@ -23,8 +23,8 @@ _POINTS = 7  # failures per call, so that the check is fast; characterize/broken
 def check_broken(method: Method, at: Setting) -> None:
     """Require that an exception within a call leaves the state as it was, or makes it refuse every further call.
 
-    It is tested on calls that change a state, such as `append`. An exception is raised after some of their torch
-    operations.
+    Every kind of call that changes a state, such as `append`, is made several times on copies of a state. Each time an
+    exception is raised after a different one of the call's torch operations.
     """
     for what, (state, call) in situations(method, at).items():
         tally = broken(state, call, _POINTS)
@@ -47,8 +47,8 @@ def broken(state: State, call: Call, most: int | None = None) -> FaultTally:
 def situations(method: Method, at: Setting) -> dict[str, tuple[State, Call]]:
     """Return {description: (state, call)} for each call that changes a state, such as `append`; call(state) makes it.
 
-    The states hold a random stream of tokens, up to the middle of a block. All have evicted tokens, except perhaps the
-    one whose call marks the end of the prompt (`seal`).
+    Each state holds the first tokens of a random stream, which end inside a block. All states have evicted tokens,
+    except perhaps the one whose call marks the end of the prompt (`seal`).
     """
     block, prompt = method.block, prompt_length(method)
     spec, source = spec_for(method, at), torch.Generator().manual_seed(at.seed)

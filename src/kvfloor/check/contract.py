@@ -2,10 +2,11 @@
 
 A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
-GQA group, seed), and raises `Broken` if the law fails. The spec has the sizes, dtype and constants that a state is
-opened for. A method's text, such as "h2o(recent=64)@512", names it, and `parse` reads it. A log-mass is the log-sum-exp
-of a query's logits. A state's calls: `append` takes in keys and values, `step` takes in tokens and answers their
-queries, `read` and `attend` answer queries without new tokens. The message is the saved state (`to_bytes`).
+GQA group, seed), and raises `Broken` if the law fails. An answer is the attention output for a query. The spec has the
+sizes, dtype and constants that a state is opened for. A method's text, such as "h2o(recent=64)@512", names it, and
+`parse` reads it. A log-mass is the log-sum-exp of a query's logits. A state's calls: `append` stores keys and values;
+`step` stores tokens and returns the answers to their queries; `read` and `attend` return the answers to queries without
+storing tokens. The message is the saved state (`to_bytes`).
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def check_guarantee(method: Method, at: Setting) -> None:
 
 
 def check_empty(method: Method, at: Setting) -> None:
-    """Require that a read before any token gives mean 0 and log-mass -inf, and calls without tokens change nothing.
+    """Require that `read` gives mean 0 and log-mass -inf before any token, and calls without tokens change nothing.
 
     Mean and log-mass are the two results of `read`: the weighted mean of the values, and the log-sum-exp of the logits.
     """
@@ -106,7 +107,11 @@ def check_empty(method: Method, at: Setting) -> None:
 
 
 def check_shapes(method: Method, at: Setting) -> None:
-    """Require that answers have the shapes and dtypes that follow from the spec and the queries."""
+    """Require that answers have the shapes and dtypes that follow from the spec and the queries.
+
+    They must also be finite and carry no gradient. The same is required of the two token counts per row: `seen` (all
+    tokens so far) and `held` (tokens still stored).
+    """
     spec = dataclasses.replace(spec_for(method, at), dv=24)
     state, stream = method.open(spec), stream_for(method, at, spec)
     outputs = play(state, stream)
@@ -130,7 +135,7 @@ def check_shapes(method: Method, at: Setting) -> None:
 def check_read_pure(method: Method, at: Setting) -> None:
     """Require that `read` changes nothing, gives the same bits when repeated, and agrees with `attend`.
 
-    Only `attend` lets the method learn from the queries.
+    Unlike `read`, `attend` may change the state: a method may use its queries to decide which tokens to evict later.
     """
     spec = spec_for(method, at)
     state, stream = method.open(spec), stream_for(method, at)

@@ -25,9 +25,10 @@ class Injected(Exception):
 
 
 class Faults(TorchDispatchMode):
-    """Raise `Injected` after a chosen torch operation inside a `with` block; the attribute `done` counts them.
+    """Raise `Injected` after a chosen torch operation inside a `with` block.
 
-    at: number of the chosen operation, from 1; None: raise nothing, only count.
+    at    number of the chosen operation, from 1; None: raise nothing
+    done  number of torch operations so far in the block
     """
 
     def __init__(self, at: int | None = None) -> None:
@@ -43,7 +44,7 @@ class Faults(TorchDispatchMode):
 
 
 def operations(call: Callable[[], object]) -> int:
-    """Run the call, and return the number of its torch operations."""
+    """Run `call`, a function without arguments, and return the number of its torch operations."""
     with Faults() as faults:
         call()
     return faults.done
@@ -61,11 +62,11 @@ def spread_out(operations: int, most: int | None) -> list[int]:
 
 @dataclass
 class FaultTally:
-    """Count the calls that were made to fail, by what became of the state (or, for a model's forward, the cache).
+    """Count failures of calls by what became of the state. For a model's forward pass, the state is the model's cache.
 
-    as_before  number of failures after which it was as before the call, and the call made again succeeded
-    taken_in   number of failed forwards of a model whose tokens every layer of the cache had already appended; the
-               cache can be used further
+    as_before  number of failures after which the state was as before the call, and the call made again succeeded
+    taken_in   number of failures of a forward pass after which every layer of the cache held the new tokens, so that
+               the cache can be used further
     refused    number of failures after which every further call raises BrokenState
     silent     one sentence for each failure with any other outcome, which is a fault
     """
@@ -90,10 +91,11 @@ class FaultTally:
 def broken_at(state: State, call: Call, points: Iterable[int]) -> FaultTally:
     """Make the call fail at each torch operation in `points`, each time on a clone of `state`, and count the outcomes.
 
+    A failure has one of these outcomes:
     as_before  the clone's saved form (`to_bytes`) has the same bytes as before the call, and the call made again gives
                the same bits as a call without failure
     refused    every public call on the clone raises BrokenState
-    silent     a sentence for every other outcome
+    silent     neither of the two; a sentence says what happened instead
     """
     before, twin, tally = state.to_bytes(), state.clone(), FaultTally()
     answer = call(twin)
@@ -124,7 +126,10 @@ def _verdict(trial: State, call: Call, before: bytes, answer: Tensor | None, aft
 
 
 def public_calls(state: State) -> dict[str, Callable[[], object]]:
-    """Return the public calls of a state that answer, append or copy, by name, each ready to run with valid input."""
+    """Return {name: call} for the public methods of a state, such as `append`, `read` and `to_bytes`.
+
+    Each call is a function without arguments that makes the call with valid input.
+    """
     spec = state.spec
     like = {"dtype": spec.dtype, "device": spec.device}
     k, v = torch.ones(spec.rows, 1, state.key_width, **like), torch.ones(spec.rows, 1, state.value_width, **like)

@@ -1,10 +1,10 @@
-"""Check that a state's calls refuse wrong input, and neither change nor keep the tensors that they are given.
+"""Check that a state's calls refuse wrong input, leave their inputs unchanged, and share no storage with them.
 
 A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
-GQA group, seed), and raises `Broken` if the law fails. A state's calls: `append` takes in keys k and values v, `step`
-takes in tokens and answers their queries q, `read` and `attend` answer queries without new tokens. The mask `present`
-is False for padding.
+GQA group, seed), and raises `Broken` if the law fails. An answer is the attention output for a query. A state's calls:
+`append` stores keys k and values v; `step` stores tokens and returns the answers to their queries q; `read` and
+`attend` return the answers to queries without storing tokens. The mask `present` is False for padding.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def check_wrong_input(method: Method, at: Setting) -> None:
 
 
 def _nested(x: Tensor) -> Tensor:
-    """Return x as a nested torch tensor: a list of rows of different length, here every other one item shorter."""
+    """Return x as a nested torch tensor, a list of rows of different lengths: every other row is one item shorter."""
     rows = [row[: len(row) - i % 2] for i, row in enumerate(x)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype
@@ -170,7 +170,10 @@ def check_non_finite(method: Method, at: Setting) -> None:
 
 
 def check_inputs_untouched(method: Method, at: Setting) -> None:
-    """Require that calls neither change nor keep their inputs, and that answers share no storage with the state."""
+    """Require that calls do not change their inputs, and that a state shares no storage with inputs and answers.
+
+    So a caller may overwrite both after the call without changing the state.
+    """
     spec, stream = spec_for(method, at), stream_for(method, at)
     for start, size in ((0, 1), (0, 7), (prompt_length(method), 1), (prompt_length(method), 7)):
         state = method.open(spec)
@@ -192,7 +195,7 @@ def check_inputs_untouched(method: Method, at: Setting) -> None:
 
 
 def _overwrite(x: Tensor) -> None:
-    """Fill the whole storage behind x with the number 3, also the parts of it that x, as a view, does not show."""
+    """Fill the whole storage behind x with the number 3, also where x is a view of a part of it."""
     torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).fill_(3)
 
 
@@ -220,7 +223,8 @@ def _read(state: State, q: Tensor, k: Tensor, v: Tensor, present: Tensor) -> lis
 def check_input_forms(method: Method, at: Setting) -> None:
     """Require that transposed, expanded, gradient-carrying and inference-mode inputs give the results of plain ones.
 
-    Equal numbers in any memory layout must give equal answers and states, and answers must carry no gradient.
+    Equal numbers in any memory layout must give the same answers and states up to rounding. Answers must carry no
+    gradient.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     middle = prompt_length(method)

@@ -45,8 +45,8 @@ class Check:
 
     run           function of a method and a setting that raises Broken if the law fails
     not_claimed   function of a method that returns the reason why the law does not apply to it, None if it applies
-    over          the parts of a setting ("dtype", "g") on which the outcome may depend: the law is tested for several
-                  values of these, and for one value of the others
+    over          names of the fields of a setting, "dtype" or "g", on which the outcome may depend: the law is tested
+                  for several values of these fields, and for one value of the others
     """
 
     run: Callable[[Method, Setting], None]

@@ -2,9 +2,9 @@
 
 A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
-GQA group, seed), and raises `Broken` if the law fails. The spec has the sizes, dtype, seed and constants that a state
-is opened for. A row is the stream of one kv head of one sequence. Its row id is a number in the spec that, with the
-seed, determines its random draws.
+GQA group, seed), and raises `Broken` if the law fails. An answer is the attention output for a query. The spec has the
+sizes, dtype, seed and constants that a state is opened for. A row is the stream of one kv head of one sequence. Its row
+id is a number in the spec that, with the seed, determines its random draws.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check_shared(method: Method, at: Setting) -> None:
 
 
 def check_clone(method: Method, at: Setting) -> None:
-    """Require that a clone shares no storage with its original and continues with the same bits.
+    """Require that a clone shares no storage with its original, and gives the same bits on the same further tokens.
 
     A clone is the copy that the state's call `clone` returns.
     """

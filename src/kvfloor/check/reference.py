@@ -2,12 +2,12 @@
 
 A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
-GQA group, seed), and raises `Broken` if the law fails. The other claims are normalised weights, linearity in values and
-constant memory. A selector is the part of a method that picks, for each query, the held tokens to read. A slot is the
-storage of one held token: key, value and position. "unmasked" is the attention law by which evicted tokens stay in the
-softmax with logit 0. In shapes, rows are streams of one kv head of one sequence, m is the number of queries per row, d
-and dv are the widths of a key and a value. Plain attention is softmax attention without compression, in the dtype of
-the cache.
+GQA group, seed), and raises `Broken` if the law fails. An answer is the attention output for a query. The other claims
+are normalised weights, linearity in values and constant memory. A selector is the part of a method that picks, for each
+query, the held tokens to read. A slot is the storage of one held token: key, value and position. "unmasked" is the
+attention law by which evicted tokens stay in the softmax with logit 0. In shapes, rows are streams of one kv head of
+one sequence, m is the number of queries per row, d and dv are the widths of a key and a value. Plain attention is
+softmax attention without compression, in the dtype of the cache.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def unread(method: Method, state: State, q: Tensor) -> Tensor | None:
 
 
 def waits_whole(method: Method) -> bool:
-    """Return True if a state holds a token's own key and value, in a slot, just after the token is appended.
+    """Return True if a state stores the first appended token as it is, with its own key and value in a slot.
 
-    This is asked about the first token. False: the method stores even this token only in another form.
+    False: the method stores even the first token only in another form, such as quantised.
     """
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
     state.append(stream.k, stream.v)
@@ -51,7 +51,10 @@ def waits_whole(method: Method) -> bool:
 
 
 def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
-    """Return True if the state holds every token that it has seen, and every query q (rows, m, d) reads all of them."""
+    """Return True if the state holds every token that it has seen, and every query q (rows, m, d) reads all of them.
+
+    A state without slots is also taken to hold all tokens if its method sets no bound on their number.
+    """
     slots = state.slots
     held = state.held if slots is None else slots.held
     whole = bool((held == state.seen).all())
@@ -62,11 +65,12 @@ def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
 
 
 def check_reference(method: Method, at: Setting) -> None:
-    """Require exact attention until a token is evicted, up to 1.5 times plain attention's error in the same dtype.
+    """Require exact attention until a token is evicted, with at most 1.5 times the error of plain attention.
 
-    Errors are differences from attention in float64. Answers are compared as long as the state holds all tokens and
-    queries read all of them, with and without a softcap of the logits. A method with a budget of b tokens and no
-    selector must hold all of a row's first b - 15 tokens, unless it claims to store values with an error.
+    Plain attention is computed in the dtype of the cache. Errors are differences from attention in float64. Answers are
+    compared as long as the state holds all tokens and queries read all of them, with and without a softcap of the
+    logits. A method with a budget of b tokens and no selector must hold all of a row's first b - 15 tokens, unless it
+    claims to store values with an error.
     """
     for softcap in (None, 4.0):
         spec, stream = replace(spec_for(method, at), softcap=softcap), stream_for(method, at)
@@ -142,7 +146,7 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
 
 
 def check_hull(method: Method, at: Setting) -> None:
-    """Require normalised weights: each coordinate of an answer lies in that coordinate's range of the values so far."""
+    """Require normalised weights: coordinate by coordinate, an answer lies in the range of the values so far."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     # Values far from 0 reveal weights that do not sum to 1; a different range per coordinate reveals mixed coordinates.
     stream = replace(stream, v=stream.v / 4.0 + torch.linspace(2.0, 6.0, spec.dv).to(at.dtype))
@@ -156,7 +160,7 @@ def check_hull(method: Method, at: Setting) -> None:
 def check_value_linear(method: Method, at: Setting) -> None:
     """Require that answers are linear in values: f(a v + b w) = a f(v) + b f(w), with f(v) the answers for values v.
 
-    Keys and queries are fixed, and the tokens that are kept must be the same.
+    Keys and queries are the same for all values. The state must hold the same tokens, whatever the values.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     one = (4.0 * stream.v).round() / 4.0  # quarters: their combination below is exact in every dtype
@@ -175,7 +179,7 @@ def check_value_linear(method: Method, at: Setting) -> None:
 
 
 def check_constant_memory(method: Method, at: Setting) -> None:
-    """Require constant memory: nbytes never grows after the first step."""
+    """Require constant memory: `nbytes`, the size of the state in bytes, never grows after the first step."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
     play(state, stream, stop=1)

@@ -2,8 +2,9 @@
 
 A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
-GQA group, seed), and raises `Broken` if the law fails. A row's row id is a number in the spec, the sizes and constants
-that a state is opened for; with the seed it determines the row's random draws.
+GQA group, seed), and raises `Broken` if the law fails. An answer is the attention output for a query. A row's row id is
+a number in the spec, the sizes and constants that a state is opened for; with the seed it determines the row's random
+draws.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ def _row(state: State, *index: int) -> State:
 
 
 def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
-    """Feed a stream to a new state piece by piece; return how many bytes each row has when saved: [piece][row].
+    """Feed a stream to a new state piece by piece, and return each row's saved size in bytes after each piece.
 
-    A piece has at most `method.block` tokens, the number between two evictions. If the results for two streams differ,
-    some row held more tokens at the end of a piece of one stream than of the other.
+    The result is indexed [piece][row]. A piece has at most `method.block` tokens, the number between two evictions. If
+    the results for two streams differ, some row held more tokens after a piece of one stream than after that piece of
+    the other.
     """
     state, sizes = method.open(spec_for(method, at)), []
 
@@ -41,7 +43,7 @@ def _fill(method: Method, at: Setting, stream: Stream) -> list[list[int]]:
 
 
 def check_row_order(method: Method, at: Setting) -> None:
-    """Require that permuting the rows of the input permutes answers and memory, and changes nothing else."""
+    """Require that permuting the rows of the input permutes the rows of answers and state, and changes nothing else."""
     spec, stream = spec_for(method, at), stream_for(method, at)
     order = [(r + 1) % spec.rows for r in range(spec.rows)]
     state = method.open(spec)
@@ -53,11 +55,11 @@ def check_row_order(method: Method, at: Setting) -> None:
 
 
 def check_row_isolation(method: Method, at: Setting) -> None:
-    """Require that other input in one row never changes a bit of another row's answers and memory.
+    """Require that changed tokens in one row never change a bit of the other rows' answers and stored data.
 
-    If the row with other input then holds another number of tokens, matrix products over all rows change shape, which
-    changes their rounding. In that case the other rows' answers need to agree up to rounding only, while their memory
-    must still have the same bits.
+    If the changed row then holds a different number of tokens, matrix products over all rows change shape, and with it
+    their rounding. In that case the other rows' answers need to agree up to rounding only, while their stored data must
+    still have the same bits.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     changed, intruder = spec.rows - 1, stream_for(method, at, salt=1)
@@ -80,7 +82,7 @@ def check_row_isolation(method: Method, at: Setting) -> None:
 
 
 def check_row_alone(method: Method, at: Setting) -> None:
-    """Require that a row keeps the same tokens in a state of its own as in a batch, under the same row id.
+    """Require that a row holds the same tokens in a state of its own as in a batch, given the same row id.
 
     The answers must agree too.
     """
@@ -95,10 +97,10 @@ def check_row_alone(method: Method, at: Setting) -> None:
 
 
 def check_select_rows(method: Method, at: Setting) -> None:
-    """Require that rows kept by `select_rows` continue as in the batch, and copies of a row become independent.
+    """Require that rows kept by `select_rows` answer as they would in the batch, and copies of a row are independent.
 
-    The call `select_rows` of a state keeps the rows that are named, in the given order, as beam search needs; a row may
-    be named repeatedly.
+    The call `select_rows` of a state keeps the rows that are named, in the given order, as beam search needs. A row may
+    be named repeatedly, which copies it.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     last = rows_of(method) - 1

@@ -2,8 +2,8 @@
 
 A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
-GQA group, seed), and raises `Broken` if the law fails. A message is the bytes of `State.to_bytes`, from which
-`Method.from_bytes` restores a state.
+GQA group, seed), and raises `Broken` if the law fails. An answer is the attention output for a query. A message is the
+bytes of `State.to_bytes`, from which `Method.from_bytes` restores a state.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a contai
 
 
 def storages(state: State) -> tuple[dict[int, int], int]:
-    """Return ({address: bytes} of every tensor storage that the state reaches, total bytes of all other objects).
+    """Return ({address: bytes} of all tensor storages that the state refers to, limit in bytes for all other objects).
 
-    The walk follows every attribute and container, and does not use the code that computes nbytes. The method, specs
-    and `state.shared` (tensors that method and spec determine) are left out, because a saved state need not contain
-    them.
+    Every attribute and container is followed, without the code that computes nbytes. The limit is the most that nbytes
+    may count for the other objects: 8 bytes each, and for strings and large integers their own size besides. The
+    method, specs and `state.shared` (tensors that method and spec determine) are left out, because a saved state need
+    not contain them.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
@@ -61,7 +62,7 @@ def storages(state: State) -> tuple[dict[int, int], int]:
 
 
 def check_nbytes(method: Method, at: Setting) -> None:
-    """Require that at every step nbytes equals the bytes of the tensors that an independent walk of the state finds.
+    """Require that at every step nbytes equals the bytes of all tensors of the state, which this check finds by itself.
 
     nbytes may exceed them by the few bytes of numbers, flags and containers.
     """
@@ -79,7 +80,7 @@ def check_nbytes(method: Method, at: Setting) -> None:
 
 
 def check_message_round_trip(method: Method, at: Setting) -> None:
-    """Require that a state restored from its message (`to_bytes`) answers and continues with the same bits.
+    """Require that a state restored from its message gives the same bits as the live one, at once and on later tokens.
 
     It is restored several times in the course of one stream with padding, and after rows were selected.
     """

@@ -2,8 +2,9 @@
 
 A method is a KV-cache compressor; its state is the cache of the tokens that it was given, empty when `Method.open`
 makes it. A check tests one law of docs/contract.md on a method under a setting `at` (dtype of the cache, size of the
-GQA group, seed), and raises `Broken` if the law fails. A method evicts tokens at block ends, which are the multiples of
-`Method.block` tokens of a row; a row is the stream of one kv head of one sequence.
+GQA group, seed), and raises `Broken` if the law fails. An answer is the attention output for a query. A method evicts
+tokens at block ends, which are the multiples of `Method.block` tokens of a row; a row is the stream of one kv head of
+one sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from kvfloor.core.method import Method
 
 
 def check_chunking(method: Method, at: Setting) -> None:
-    """Require that any split of a stream into calls keeps the same tokens and gives the same answers.
+    """Require that the held tokens and the answers are the same, however a stream is split into calls.
 
     The stream has at least 20 block ends and is tested with and without padding. It is cut at random places; without
     padding it is also cut token by token at its start and after the prompt. The pieces lie at other memory addresses
@@ -78,7 +79,7 @@ def check_causality(method: Method, at: Setting) -> None:
 def check_queries_independent(method: Method, at: Setting) -> None:
     """Require that the answer to a query does not depend on the other queries of the same `read`.
 
-    The call `read` of a state answers queries without new tokens.
+    The call `read` of a state returns the answers to queries without storing tokens.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)

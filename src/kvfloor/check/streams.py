@@ -2,9 +2,9 @@
 
 A method is the configuration of a KV-cache compressor. A state is the cache that a method opens for a spec: sizes,
 dtype and constants. A check tests one law that a method must keep, under a setting: dtype, GQA group size and seed. It
-raises Broken if the law fails.
-A row is the stream of one kv head of one sequence; its row id in the spec seeds its random draws. A block is
-`Method.block` consecutive tokens of a row; tokens are evicted at block ends. A slot is the place of one held token.
+raises Broken if the law fails. An answer is the attention output for a query. A row is the stream of one kv head of one
+sequence; its row id in the spec seeds its random draws. A block is `Method.block` consecutive tokens of a row; tokens
+are evicted at block ends. A slot is the place of one held token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Stream:
     """Hold a stream of n tokens per row: queries q (rows, g, n, d), keys k (rows, n, d) and values v (rows, n, dv).
 
     g is the GQA group, i.e. query heads per row; d and dv are the widths of a key and a value. The first `prompt`
-    tokens are the prompt. Where they end, the state is told so by `State.seal`.
+    tokens are the prompt. Where the prompt ends, the test calls `State.seal`, which tells the state so.
     """
 
     q: Tensor
@@ -80,7 +80,7 @@ def of_rows(method: Method, index: Sequence[int]) -> Method:
 
 
 def spec_for(method: Method, at: Setting) -> Spec:
-    """Return the spec to test a method with.
+    """Return the spec to test a method with, under the setting `at`.
 
     Row ids differ from row indices, so that code which confuses them fails a check.
     """
@@ -91,7 +91,10 @@ def spec_for(method: Method, at: Setting) -> Spec:
 
 
 def width_of(method: Method, otherwise: int = WIDTH) -> int:
-    """Return the key width d to test a method with: the one its parameters were trained for, or `otherwise`."""
+    """Return the key width d to test a method with.
+
+    It is the width that the method's parameters were trained for or, if it has no trained parameters, `otherwise`.
+    """
     return otherwise if method.traits.trained_for is None else method.traits.trained_for[2]
 
 
@@ -108,10 +111,10 @@ def placed(method: Method, spec: Spec) -> Spec:
 
 
 def prompt_length(method: Method) -> int:
-    """Return the prompt length to test a method with, in tokens: more than a row can hold, if that is bounded.
+    """Return the prompt length to test a method with, in tokens: so long that the prompt already causes evictions.
 
-    The bound is that for a long stream whose prompt was empty; 64 if there is none. One block and 5 tokens are added;
-    the 5 let the prompt end inside a block.
+    It is the most tokens that a row holds of a long stream with an empty prompt, plus one block and 5 tokens. A method
+    without such a limit gets 64 in place of it.
     """
     bound = method.capacity(_LONG, prompt=0)
     return method.block + 5 + (64 if bound is None else bound)
@@ -128,11 +131,11 @@ def long_stream_length(method: Method) -> int:
 
 
 def stream_for(method: Method, at: Setting, spec: Spec | None = None, n: int | None = None, salt: int = 0) -> Stream:
-    """Draw a random stream of n tokens: normal queries and keys, uniform values in [-1, 1].
+    """Draw a random stream of n tokens: queries and keys from a normal distribution, values uniform in [-1, 1].
 
     at    the setting: dtype, GQA group size and seed
-    spec  None: the spec that `spec_for` returns
-    n     None: `stream_length(method)`
+    spec  sizes and dtype of the stream; None: those of `spec_for(method, at)`
+    n     number of tokens per row; None: `stream_length(method)`
     salt  another number gives another stream
     """
     spec = spec_for(method, at) if spec is None else spec
@@ -154,9 +157,9 @@ def _off_boundary(x: Tensor) -> Tensor:
 
 
 def probes(spec: Spec, m: int = 5) -> Tensor:
-    """Draw m random queries per row, (rows, m, d), that came with no token of a stream.
+    """Draw m random queries per row, (rows, m, d), that belong to no token of a stream.
 
-    `State.read` answers such queries: it appends no tokens.
+    They are for `State.read`, which stores no tokens.
     """
     source = torch.Generator().manual_seed(977 + spec.seed)
     return (2.0 * torch.randn(spec.rows, m, spec.d, generator=source)).to(spec.dtype)

@@ -2,7 +2,7 @@
 
 A law is a property that every method must have (padding changes no answer), or one that a method may claim
 (its memory never grows). A check is a function that tests one law on a method, and raises Broken if the law fails. A
-setting is what a check varies: dtype, GQA group size and seed.
+setting is the dtype, the size of the GQA group and the seed with which a law is tested.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 A method is the configuration of a cache, a state the cache itself; a row is the stream of one kv head of one sequence.
 A slot is the place of one held token. A summary is the part of a method that absorbs evicted tokens in compressed form.
-A selector is the part that picks, for each query, the held tokens to read; it may keep an index of the held keys.
-A check requires a law, i.e. a property that every method must have, and raises Broken if the law fails. Its argument
+A selector is the part that picks, for each query, the held tokens to read; it may keep an index of the held keys. A
+check requires a law, i.e. a property that every method must have, and raises Broken if the law fails. Its argument
 `at`, a `Setting`, has the cache's dtype, the size of the GQA group and the seed. The check itself draws a random stream
-of tokens (`Stream`) from that seed.
+of tokens (`Stream`) from that seed. An answer is the attention output for a query.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _budgets(method: Method, rows: int) -> list[int] | None:
 def check_capacity(method: Method, at: Setting) -> None:
     """Require that a row holds at most `Method.capacity` tokens, and at least its budget, or all tokens if fewer came.
 
-    `Method.capacity` returns the most tokens that a row can hold after the number of tokens given so far. A method
-    without a budget in tokens has no least number.
+    `Method.capacity` returns the most tokens that a row can hold after the number of tokens given so far. For a method
+    without a budget in tokens only the upper limit is checked.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state, budgets = method.open(spec), _budgets(method, spec.rows)
@@ -89,8 +89,8 @@ def check_held_tokens(method: Method, at: Setting) -> None:
 def check_pinned(method: Method, at: Setting) -> None:
     """Require that tokens pinned by `State.pin` are never evicted, also after a reload, `clone` or `select_rows`.
 
-    A reload saves the state and restores it; `clone` copies it; `select_rows` here reorders its rows. A method that
-    refuses the pin with ValueError, for want of room, must be unchanged.
+    A reload saves the state and restores it; `clone` copies it; `select_rows` here reorders its rows. If the budget has
+    no room for a pinned token, `pin` may raise ValueError; the state must then be unchanged.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     state = method.open(spec)
@@ -146,8 +146,8 @@ class CountingProbeState(SummaryState):
 def check_absorbed_once(method: Method, at: Setting) -> None:
     """Require that each evicted token is absorbed by the summary exactly once.
 
-    The method is tested with a summary that counts. A method of "unmasked" attention, in which evicted tokens keep
-    logit 0, is also asked with queries of zeros, for which every token must have weight 1.
+    The method is tested with a summary that counts and sums the tokens it absorbs. A method of "unmasked" attention, in
+    which evicted tokens keep logit 0, is also asked with queries of zeros, for which every token must have weight 1.
     """
     spec, stream = spec_for(method, at), stream_for(method, at)
     whole = Stream(

@@ -1,8 +1,8 @@
 """Check a method that promises to rotate keys and queries (RoPE) by ranks instead of positions in the stream.
 
 A method is the configuration of a cache; its promise is `Traits.turns`. A row is the stream of one kv head of one
-sequence. The rank of a token is its index among the held tokens of its row, the oldest at 0. A `Setting` is the
-conditions of a check: the cache's dtype, the size of the GQA group and the seed.
+sequence. The rank of a token is its index among the held tokens of its row, the oldest at 0. An answer is the attention
+output for a query. A `Setting` is the conditions of a check: the cache's dtype, the size of the GQA group and the seed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Render the results of an audit as one self-contained HTML page and as tables for the terminal."""
+"""Render the results of an audit as one self-contained HTML page and as tables for the terminal.
+
+An audit measures KV-cache compressors on one model: their quality, bytes and speed.
+"""
 
 from kvfloor.audit.meta import Meta
 from kvfloor.report.html import render

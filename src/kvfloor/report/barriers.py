@@ -1,10 +1,11 @@
 """Render the page of `kvfloor break --out`: every game played against a method, and sweeps of harder games.
 
-A state is what a method keeps of a stream of tokens. A game hides random bits in the tokens that are appended to the
-state, rebuilds the state from its bytes, and decodes the bits from the answers to queries. The certified bits are those
-that the answers prove to be in the state. A barrier is one kind of game, such as "spike"; a theorem says how many bytes
-any method needs to win it. A sweep is a series of games of one barrier, from easy to hard; its figure shows from which
-difficulty on fewer bits are certified than are hidden, or than the theorem demands.
+A state is the cache of a method (KV-cache compressor). A game hides random bits in the tokens that are appended to the
+state, rebuilds the state from its saved bytes, and decodes the bits from the attention outputs for queries. The
+certified bits are those that the outputs prove to be in the state. A barrier is one kind of game, such as "spike"; a
+theorem says how many bytes any method needs so that the bits can be decoded. A sweep is a series of games of one
+barrier, from easy to hard; its figure shows the difficulty at which the certified bits fall below the hidden bits, or
+below the bits that the theorem demands.
 """
 
 from collections.abc import Sequence
@@ -62,8 +63,9 @@ def plots(results: Sequence[Result]) -> list[Chart]:
 
     spike    certified bits against hidden bits, per value; the values are hidden under keys that are queried one by one
     packing  certified bits against the largest logit allowed, for several widths of a key
-    probing  share of right answers against the number of scores q.k that are looked up for an answer
-    For "spike" and "packing" this plays a sweep against the method; for "probing" the game's result has all numbers.
+    probing  share of runs with a right answer against the number of logits q.k that were read for it
+    For "spike" and "packing" the call plays a sweep against the method. For "probing" it takes all numbers from the
+    result.
     """
     drawn = []
     for result in results:

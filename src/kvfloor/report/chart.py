@@ -1,8 +1,8 @@
-"""Lay out figures: curves of points on two axes, with labels and tooltips, for `chart.html` to draw as SVG.
+"""Lay out figures, i.e. curves of points on two axes with labels and tooltips, for the template `chart.html`.
 
-The figures are plain SVG, not made by a plotting library. So every name is escaped as all text of the page is, a figure
-follows the reader's light or dark mode, and a point shows its exact numbers without a script.
-Page coordinates are those of the SVG: x to the right, y downwards.
+The template draws plain SVG, without a plotting library. So every name is escaped as all text of the page is, a figure
+follows the reader's light or dark mode, and a point's tooltip shows its exact numbers without a script. Page
+coordinates are those of the SVG: x to the right, y downwards.
 """
 
 import math
@@ -44,9 +44,11 @@ def power_text(size: float) -> str:
 class Axis:
     """Map numbers to page coordinates between `start` and `end`.
 
-    The axis spans all of `values`; a linear axis also spans 0. A logarithmic axis spans the positive values alone, and
-    places any other number at the lower end. At both ends a margin of `room` times the span is added.
-
+    values      numbers that the axis must span. A linear axis also spans 0. A logarithmic axis spans the positive ones
+                alone, and places any other number at its lower end
+    start, end  page coordinates of the axis's two ends; the margins lie between them
+    log         True for a logarithmic axis
+    room        margin at both ends, as a share of the span
     base        a logarithmic axis has ticks at powers of this number, 2 or 10
     most_ticks  largest number of ticks of a logarithmic axis
     write       returns the label of a tick's number
@@ -137,12 +139,13 @@ class Rule:
 class Chart:
     """Hold everything that `chart.html` draws for one figure.
 
+    title       text above the figure
     label       text in place of the figure, for screen readers
     x_name      label of the horizontal axis
     across, up  horizontal and vertical axis
     series      the curves
     captions    lines of text below the figure
-    rules       vertical lines
+    rules       labelled vertical lines, such as that of a lower bound
     level       a point whose y is drawn as a line across the figure, with its interval as a band
     """
 
@@ -173,9 +176,9 @@ class Chart:
         return self.across.place(one.x) + one.shift
 
     def side(self, rule: Rule) -> str:
-        """Return the SVG `text-anchor` of the label of the vertical line `rule`.
+        """Return the SVG attribute `text-anchor` for the label of the vertical line `rule`: "start" or "end".
 
-        It is "start" if the label fits right of the line, else "end".
+        It is "start" if the label fits right of the line, else "end", which puts the label left of it.
         """
         width = LETTER * max(map(len, rule.words))
         return "start" if self.across.place(rule.x) + 6 + width <= WIDTH else "end"

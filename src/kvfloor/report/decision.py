@@ -1,9 +1,10 @@
-"""Draw quality against bytes for one cell: each method's settings, the exact cache, the floor and the token ids.
+"""Draw score against bytes for one cell: each method's settings, the exact cache, the floor and the token ids.
 
-A setting is a method with its budget. A cell is a task at a context length under a protocol (question asked before or
-after the compression). A row is one setting measured on one cell; the exact cache, which keeps every token, has a row
-too. The floor is a lower bound for the worst case: every method takes at least that many bytes on some input. The token
-ids of the context are all that a model must store if it recomputes the keys and values.
+A setting is a method (KV-cache compressor) with its budget. A cell is a task at a context length under a protocol
+(question asked before or after the compression). A row is one setting measured on one cell; the exact cache, which
+keeps every token, has a row too. A score is a share of right answers. The floor is a lower bound for the worst case:
+every method takes at least that many bytes on some input. The token ids of the context are all that a model must store
+if it recomputes the keys and values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,9 +73,9 @@ def note_below_floor(row: Row) -> str:
 
 
 def _shifts(rows: Sequence[Row], across: Axis) -> dict[str, float]:
-    """Map each setting to the sideways shift of its point, so that points of almost equal bytes stand side by side.
+    """Map each setting to its point's sideways shift, so that points of almost equal bytes stand side by side.
 
-    `rows` are ordered from the fewest bytes up; `across` is the figure's axis of bytes.
+    Shifts are in page coordinates. `rows` are ordered from the fewest bytes up; `across` is the figure's axis of bytes.
     """
     clusters: list[list[Row]] = []
     for row in rows:

@@ -1,8 +1,8 @@
-"""Draw the divergence from exact against bytes, and list it, for every setting that was run on the audit's texts.
+"""Draw each setting's divergence from the exact cache against its bytes, and list it, for the texts of an audit.
 
-A setting is a method with its budget. Its divergence is the mean KL(p || q) in nats per token, where q is the setting's
-next-token distribution and p that of the exact cache, which keeps every token. A row is one setting on one text: the
-model reads the first part of the text (the context), and the tokens of the rest are scored.
+A setting is a method (KV-cache compressor) with its budget. Its divergence is the mean KL(p || q) in nats per token,
+where q is the setting's next-token distribution and p that of the exact cache, which keeps every token. A row is one
+setting on one text: the model reads the first part of the text (the context), and the tokens of the rest are scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,10 +76,11 @@ def charts(rows: Sequence[TextRow], marks: Mapping[str, Mark], limit: float) -> 
 def judged_lines(rows: Sequence[TextRow], standard: Standard) -> list[tuple[TextSummary, Verdict | None, str]]:
     """Return the lines of the divergence table, from the smallest divergence up: (summary, verdict, sign) per setting.
 
-    rows: one per setting and text. The summary has the setting's mean divergence and bytes. `standard` holds the
-    largest tolerated divergence (the limit) and the confidence of the verdicts. The verdict is "holds" if the
-    divergence is shown to be within the limit, "falls" if it is shown to exceed the limit, else "open". Its sign is ✓,
-    ✗ or ?. `exact` has no verdict and no sign: (summary, None, "").
+    rows      one per setting and text
+    standard  the largest tolerated divergence (the limit), and the confidence of the verdicts
+    The summary has the setting's mean divergence and bytes. The verdict is "holds" if the divergence is shown to be
+    within the limit, "falls" if it is shown to exceed the limit, else "open". The sign is the verdict's: ✓, ✗ or ?. The
+    line of `exact` is (summary, None, "").
     """
     lines = []
     for one in sorted(summaries(rows, standard.racing), key=lambda one: one.figures.kl):

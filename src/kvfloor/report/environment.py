@@ -47,7 +47,7 @@ def environment() -> Environment:
 def _shown(value: Any) -> Any:
     """Return a field's value as text, its control characters replaced by `\\u` codes; return markup unchanged.
 
-    Markup is what templates and filters made, and is safe already.
+    Markup comes from templates and filters, where it is escaped already.
     """
     return value if isinstance(value, Markup) else visible(str(value))
 

@@ -1,8 +1,8 @@
-"""Draw the attention-output error per layer and kv head, one map per setting (a method with its budget).
+"""Draw the attention-output error per layer and kv head, one map per setting (a KV-cache compressor with its budget).
 
-The error is the relative l2 error of a head's attention output against the exact cache, which keeps every token. It was
-measured for each setting on the cells of an audit (task, context length, protocol), and on one text; a map shows the
-mean of these errors.
+The error is the relative l2 error of a head's attention output against the exact cache, which keeps every token. An
+audit measures it for each setting on cells (task, context length, protocol) and on one text. A map shows the mean over
+these.
 """
 
 import math
@@ -50,7 +50,10 @@ class Heatmap:
 
     @property
     def labels(self) -> tuple[tuple[int, int], ...]:
-        """Return (column, layer's number) for the columns with a label: all of at most 12, else every fifth."""
+        """Return (column, layer's number) for the columns that get a label.
+
+        These are all columns if the map has at most 12, else every fifth.
+        """
         step = 1 if len(self.layers) <= _ALL_LABELS else 5
         return tuple((column, layer) for column, layer in enumerate(self.layers) if column % step == 0)
 
@@ -63,8 +66,8 @@ class Heatmap:
 def heatmaps(rows: Sequence[Row | ErrorMap]) -> tuple[Heatmap, ...]:
     """Return one map per setting, in the order of `rows`; the setting `exact`, whose error is zero, gets none.
 
-    rows: the measured errors by layer and head, of one setting each: a `Row` on a cell, an `ErrorMap` on a text. Raises
-    ValueError where those of one setting differ in their number of layers or kv heads.
+    Each of `rows` has a setting's errors by layer and head, a `Row` those on a cell, an `ErrorMap` those on a text.
+    Raises ValueError where those of one setting differ in their number of layers or kv heads.
     """
     settings: dict[str, list[Row | ErrorMap]] = {}
     for row in rows:

@@ -1,10 +1,11 @@
-"""Render the report page of an audit: one file, no script, nothing fetched, every field escaped.
+"""Render the report page of an audit, a comparison of KV-cache compressors (methods) on one model.
 
-A setting is a method with its budget. A row is one setting measured on one cell, i.e. a task at a context length under
-a protocol (question asked before or after the compression). `exact` is the cache that keeps every token.
-A candidate is a setting that takes fewer bytes than exact. Its verdict says whether its loss of quality against exact
-is shown to be tolerable ("holds"), shown to be too large ("falls"), or neither ("open"). The recommended setting is the
-candidate of fewest bytes that the audit shows to be safe.
+The page is one file without scripts or fetched parts; every field is escaped. A setting is a method with its budget. A
+row is one setting measured on one cell, i.e. a task at a context length under a protocol (question asked before or
+after the compression). `exact` is the cache that keeps every token. A candidate is a setting that takes fewer bytes
+than `exact`. Its verdict says whether its loss of quality against `exact` is shown to be tolerable ("holds"), shown to
+be too large ("falls"), or neither ("open"). The recommended setting is the candidate of fewest bytes that the audit
+shows to be safe.
 """
 
 import json
@@ -44,11 +45,11 @@ def render(
 ) -> None:
     """Write the report of an audit to `path` as one HTML page, whole or not at all.
 
-    rows        one per setting and cell
+    rows        one per setting and cell, with the setting's score, bytes and times
     answer      the recommended setting, with the verdict on every candidate
     meta        the source of the numbers: model, command, versions, machine
-    by_head     the kv heads' floors (the least bytes that any method needs), if they were measured
-    texts       one row per setting and text
+    by_head     floor (lower bound on any method's bytes) and cheapest good setting of each kv head, if measured
+    texts       one row per setting and text, with the setting's divergence from exact (KL of next-token distributions)
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
     Raises ValueError if both `rows` and `texts` are empty, if the rows mix models, and if the file cannot be written.
@@ -67,11 +68,11 @@ def page(
 ) -> str:
     """Return the report of an audit as HTML text.
 
-    rows        one per setting and cell
+    rows        one per setting and cell, with the setting's score, bytes and times
     answer      the recommended setting, with the verdict on every candidate
     meta        the source of the numbers: model, command, versions, machine
-    by_head     the kv heads' floors (the least bytes that any method needs), if they were measured
-    texts       one row per setting and text
+    by_head     floor (lower bound on any method's bytes) and cheapest good setting of each kv head, if measured
+    texts       one row per setting and text, with the setting's divergence from exact (KL of next-token distributions)
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
     Raises ValueError if both `rows` and `texts` are empty.
@@ -128,9 +129,9 @@ def page(
 
 
 def _recommended_first(maps: Sequence[heatmap.Heatmap], answer: Recommendation) -> list[heatmap.Heatmap]:
-    """Return the maps of errors per layer and kv head, the recommended setting's first, the others by rising error.
+    """Sort the maps of errors per layer and kv head: the recommended setting's first, the others by rising error.
 
-    answer: the recommendation; if it has no setting, all maps are sorted by error.
+    answer: the recommendation. If it has no setting, all maps are sorted by error.
     """
     return sorted(maps, key=lambda one: (one.setting != answer.method, one.overall))
 
@@ -143,8 +144,8 @@ def _last_component(model: str) -> str:
 def _pasted_setting(rows: Sequence[Row | TextRow], answer: Recommendation) -> dict[str, Any] | None:
     """Return a dict with the recommended setting, to paste into Python; None where no setting is recommended.
 
-    rows: all of the audit, on tasks and on texts. answer: the recommendation, whose `method` is the setting or None.
-    The keys of the dict:
+    rows: all rows of the audit, on tasks and on texts. answer: the recommendation, whose `method` is the setting or
+    None. The keys of the dict:
     literal  the setting as a quoted string, such as '"h2o@512"'. A budget that is a share of the context is replaced by
              the largest number of tokens that it came to in the audit, because a cache for a stream of unknown length
              cannot take a share

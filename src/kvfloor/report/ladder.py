@@ -1,8 +1,8 @@
 """Draw the floor, the cheapest good setting and the exact cache of every kv head on one logarithmic axis of bytes.
 
-A setting is a method with its budget. It is good for a head if the relative error of the head's attention output is
-small on everything that was measured. A floor is the least bytes that any method needs for a head's keys. The exact
-cache keeps every token.
+A setting is a method (KV-cache compressor) with its budget. It is good for a head if the relative error of the head's
+attention output is small on everything that was measured. A floor is a lower bound on the bytes that any method needs
+to answer queries over a head's keys. The exact cache keeps every token.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Rung:
     y                   page coordinate of the line, downwards
     floor, best, exact  x coordinates of its floor, its cheapest good setting and the exact cache; best is None if only
                         exact is good
-    compressible        True if queries can tell apart only a small share of the head's tokens
+    compressible        True if queries can tell apart only a small share, at most a quarter, of the head's tokens
     """
 
     name: str
@@ -47,10 +47,10 @@ class Ladder:
 
 
 def ladders(heads: Sequence[Head]) -> list[Ladder]:
-    """Lay out the kv heads in two ladders: a number `WORST` of heads with the largest floors, then all others.
+    """Lay out the kv heads in two ladders: the `WORST` (10) heads with the largest floors, then all others.
 
     A ladder has one line per kv head. The first ladder is ordered from the largest floor down, the second by layer and
-    head. Both have the same axis of bytes. A model of at most WORST heads has one ladder, ordered by layer and head.
+    head. Both have the same axis of bytes. A model of at most 10 heads has one ladder, in the order of `heads`.
     """
     sizes = [size for one in heads for size in (one.floor_bytes, one.best_bytes, one.exact_bytes) if size]
     across = Axis(sizes, LEFT, RIGHT, log=True, room=0.02, most_ticks=9, write=power_text)

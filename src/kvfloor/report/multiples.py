@@ -1,8 +1,9 @@
 """Draw one small figure of score against bytes per cell, all on the same axes, to be compared side by side.
 
 A cell is a task at a context length under a protocol (question asked before or after the compression). A setting is a
-method with its budget. A row is one setting measured on one cell. The setting `exact` keeps every token. The floor is a
-lower bound for the worst case: every method takes at least that many bytes on some input.
+method (KV-cache compressor) with its budget. A row is one setting measured on one cell. A score is a share of right
+answers. The setting `exact` keeps every token. The floor is a lower bound for the worst case: every method takes at
+least that many bytes on some input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,8 @@ class Multiple:
 def multiples(rows: Sequence[Row], marks: Mapping[str, Mark]) -> tuple[Multiple, ...]:
     """Return one small figure per cell, ordered by task. All have the same axis of bytes, and scores from 0 to 100 %.
 
-    rows: all of the audit; without any, the result is (). marks: maps each method (a setting without its budget) to
-    the colour and shape of its curve.
+    rows: all rows of the audit; without any, the result is (). marks: maps each method (a setting without its budget)
+    to the colour and shape of its curve.
     """
     if not rows:
         return ()

@@ -1,8 +1,8 @@
 """Tabulate scores by part of the answer, for tasks whose answers consist of several parts.
 
 A part is a named demand on an answer, such as "first word"; an answer meets a share of it, from 0 to 1. A setting is a
-method with its budget. A cell is a task at a context length under a protocol (question asked before or after the
-compression). A row is one setting measured on one cell.
+method (KV-cache compressor) with its budget. A cell is a task at a context length under a protocol (question asked
+before or after the compression). A row is one setting measured on one cell.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,9 @@ class PartTable:
 def part_tables(rows: Sequence[Row]) -> tuple[PartTable, ...]:
     """Return one table per cell, sorted by cell, with the mean share met of each part by each setting.
 
-    rows: all of the audit, on any number of cells. A cell gets no table where it would only repeat the scores: where
-    there is a single part, and each setting's mean share of it equals the setting's score (its share of right answers).
+    rows: all rows of the audit, on any number of cells. A cell gets no table if the table would only repeat the scores
+    (shares of right answers): if its answers have a single part, and each setting's mean share of this part equals the
+    setting's score.
     """
     tables = []
     for cell in sorted({row.cell for row in rows}):

@@ -1,4 +1,8 @@
-"""Print the memory plan of a model: a few named facts, then a table with a line per kind of cache."""
+"""Print the memory plan of a model: a few named facts, then a table with a line per kind of cache.
+
+A plan says how many bytes a model's weights and its KV cache take, the cache under each of several methods (KV-cache
+compressors).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,9 @@ from kvfloor.report.text import visible
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
-    """Print model, weights and floor of a plan, a table with one line per way to keep the cache, and notes.
+    """Print a plan to the terminal `console`: facts on the model, a table with a line per method, and notes.
 
-    All is printed to the terminal `console`. The floor is a lower bound on any method's bytes for worst-case keys and
-    values.
+    One of the facts is the floor, a lower bound on any method's bytes for worst-case keys and values.
     """
     for name, words in _pairs(plan):
         console.print(Text(f"{name:<9}", style="bold") + Text(visible(words)))

@@ -1,9 +1,9 @@
 """Compute the report's tables as plain data, for both the page and the terminal.
 
-A setting is a method with its budget; a cell is a task at a context length under a protocol (question asked before or
-after the compression). A row is one setting measured on one cell. Its verdict is on its loss of score against the exact
-cache, which keeps every token: "holds" (an intolerable loss is excluded), "falls" (a loss is certain) or "open"
-(neither is shown).
+A setting is a method (KV-cache compressor) with its budget; a cell is a task at a context length under a protocol
+(question asked before or after the compression). A row is one setting measured on one cell. Its verdict is on its loss
+of score against the exact cache, which keeps every token: "holds" (shown not to exceed the largest tolerated loss),
+"falls" (shown to be above 0) or "open" (neither is shown).
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,9 @@ class CellScore:
 class SettingScores:
     """Hold one line of the scoreboard: a setting, its bytes, and its score on every cell.
 
-    state_bytes and exact_bytes are those of the setting's and of the exact cache, as means over the cells. baseline:
-    True if every audit compares with the setting's method.
+    baseline     True if the setting's method is one that every audit compares with
+    state_bytes  bytes of the setting's cache, and `exact_bytes` those of the exact cache; means over the cells
+    scores       one entry per cell
     """
 
     setting: str
@@ -48,13 +49,14 @@ class SettingScores:
 class Sizes:
     """Hold the bytes of one setting's cache at one context length, the largest over tasks and protocols.
 
+    baseline              True if the setting's method is one that every audit compares with
+    context               tokens of context
+    budget_tokens         tokens kept per kv head; None if the budget is not one number
     state_bytes           bytes at the end of the context; `peak_state_bytes` the most bytes at any moment
     exact_bytes           bytes of the exact cache at the end of the same context
     floor_bytes           lower bound on any method's bytes, for worst-case keys and values
     token_id_bytes        bytes of the context's token ids, from which a model may recompute keys and values
-    bytes_read_per_token  bytes of state read to produce one token
-    The other fields: the setting, whether it is one that every audit compares with (`baseline`), tokens of context, and
-    tokens kept per kv head (None: unbounded).
+    bytes_read_per_token  bytes of the cache that are read to decode one token
     """
 
     setting: str
@@ -71,12 +73,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Speed:
-    """Hold one setting's times at one context length: medians over tasks and protocols. None: not measured.
+    """Hold one setting's times at one context length: medians over tasks and protocols.
 
-    prefill_ms           time to append the context
-    decode_ms_per_token  time of one decoding step
+    baseline             True if the setting's method is one that every audit compares with
+    context              tokens of context
+    prefill_ms           milliseconds to read the context
+    decode_ms_per_token  milliseconds to decode one token; None: not measured
     output_tokens        mean length of the answers, in tokens
-    The other fields: the setting, whether it is one that every audit compares with (`baseline`), tokens of context.
     """
 
     setting: str
@@ -130,7 +133,7 @@ def scoreboard(rows: Sequence[Row], standard: Standard) -> tuple[tuple[Cell, ...
 def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
     """Return the bytes of every setting's cache: one `Sizes` per setting and context length.
 
-    rows: all of the audit. The order is that of `ordered`: exact first, the baselines last.
+    rows: all rows of the audit. The order is that of `ordered`: exact first, the baselines last.
     """
     return tuple(
         Sizes(
@@ -152,7 +155,7 @@ def sizes(rows: Sequence[Row]) -> tuple[Sizes, ...]:
 def speeds(rows: Sequence[Row]) -> tuple[Speed, ...]:
     """Return the prefill and decode times: one `Speed` per setting and context length.
 
-    rows: all of the audit. The order is that of `ordered`: exact first, the baselines last.
+    rows: all rows of the audit. The order is that of `ordered`: exact first, the baselines last.
     """
     table = []
     for (setting, context), group in _by_context(rows).items():

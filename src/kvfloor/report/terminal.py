@@ -1,10 +1,10 @@
-"""Print the results of an audit, and of games against a method, as tables in the terminal.
+"""Print the results of an audit, and of games played against a method, as tables in the terminal.
 
-Control characters in names are escaped, so that they cannot colour or steer the terminal. A setting is a method with
-its budget. A row is one setting measured on one task at a context length under a protocol (question asked before or
-after the compression). `exact` is the cache that keeps every token. A divergence is a mean KL to exact in nats per
-token. A candidate is a setting that takes fewer bytes than exact; its verdict says whether its loss of quality against
-exact is shown to be tolerable ("holds"), shown to be too large ("falls"), or neither ("open").
+Control characters in names are escaped, so that they cannot colour or steer the terminal. A setting is a method
+(KV-cache compressor) with its budget. A row is one setting measured on one task at a context length under a protocol
+(question asked before or after the compression). `exact` is the cache that keeps every token. A divergence is a mean KL
+to exact in nats per token. A candidate is a setting that takes fewer bytes than exact; its verdict says whether its
+loss of quality against exact is shown to be tolerable ("holds"), shown to be too large ("falls"), or neither ("open").
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,8 +74,8 @@ def print_report(
 def _print_example(one: SideBySide, console: Console) -> None:
     """Print the end of an example's prompt, the right answer if there is one, exact's answer, and the other settings'.
 
-    `one` is the example, `console` the terminal to print to. Of another setting's answer the text is printed from the
-    first token on that differs from exact's answer. Each text is cut to 60 characters.
+    `one` is the example, `console` the terminal to print to. Another setting's answer is printed from the first token
+    on that differs from exact's answer. Each text is cut to 60 characters.
     """
     console.print()
     console.print(_line(f"Example, {one.name} after {one.context:,} tokens: ", f"…{_brief(one.prompt_end, -60)}"))
@@ -94,7 +94,7 @@ def _print_example(one: SideBySide, console: Console) -> None:
 
 
 def _brief(text: str, most: int = 60) -> str:
-    """Return a text in one line, cut to its first `most` characters; if `most` is negative, to its last -most."""
+    """Return a text in one line, cut to its first `most` characters; if `most` is negative, to its last |most|."""
     line = " ".join(text.split())
     if len(line) <= abs(most):
         return line
@@ -110,10 +110,11 @@ def print_notes(notes: Sequence[str], console: Console) -> None:
 def print_barriers(results: Sequence[Result]) -> None:
     """Print a table with one line per game played against a method, then each game's verdict in words.
 
-    A game hides random bits in a method's state (what it keeps of the tokens) and decodes them from its answers; by a
-    theorem this takes much memory. A game's verdict is "holds" (enough answers were right), "breaks" (too few were) or
-    "cheats" (more was answered than the state's bytes can hold). There are several kinds of games, the barriers. The
-    numbers that only games of one barrier have, such as the width of a window, follow the verdict.
+    A game hides random bits in the tokens of a method's state (its cache), and decodes them from attention outputs. By
+    a theorem, a state that lets all bits be decoded needs many bytes. A game's verdict is "holds" (enough outputs were
+    right), "breaks" (too few were right) or "cheats" (the outputs told more bits than the state's bytes can hold). A
+    barrier is one kind of game. The numbers that only games of one barrier have, such as the width of a window, follow
+    the verdict.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -133,9 +134,9 @@ def print_barriers(results: Sequence[Result]) -> None:
 
 
 def details_text(details: Mapping[str, Any]) -> str:
-    """Return the facts `details` of a game as one line: "name value, name value". Only numbers and texts are written.
+    """Return the facts `details` of a game as one line, "name value, name value", of numbers and texts only.
 
-    Lists are left out; the JSON document and the page show them.
+    Lists are left out; the JSON document has them.
     """
     shown = {name: value for name, value in details.items() if isinstance(value, (str, int, float))}
     return ", ".join(

@@ -1,6 +1,6 @@
 """Check a generated answer: each check returns the share of its demands that the answer meets, from 0 to 1.
 
-A part is a check with a name. A question has one part or more, and an answer is right if it meets every part in full.
+A part is a check with a name. A question has one part or more, and an answer is right if each part's check returns 1.
 In the methods `share`, `said` is the generated text, and `form` returns a text as the model's tokenizer would encode
 and decode it. The right words are put into this form before they are compared, because a tokenizer may change letters
 and spaces.
@@ -19,10 +19,10 @@ Form = Callable[[str], str]
 
 
 class AnswerCheck(Protocol):
-    """Define what every check has: the method `share`, which scores a generated answer."""
+    """Define the interface of a check: the method `share`, which scores a generated answer."""
 
     def share(self, said: str, form: Form) -> float:
-        """Return the share of the demands that `said` meets, from 0 to 1."""
+        """Return the share of the check's demands that the generated text `said` meets, from 0 to 1."""
         ...
 
 
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SameWords:
-    """Demand that the answer equals `words`, after runs of white space are made one space."""
+    """Demand that the answer equals `words` word for word; white space around and between words is not compared."""
 
     words: str
 
@@ -47,7 +47,7 @@ class SameWords:
 
 @dataclass(frozen=True)
 class BeginsWith:
-    """Demand that the answer begins with `words`, whatever follows them."""
+    """Demand that the first words of the answer are `words`, whatever follows them."""
 
     words: str
 
@@ -58,9 +58,10 @@ class BeginsWith:
 
 @dataclass(frozen=True)
 class Contains:
-    """Demand that the answer contains each of the texts `references`, in upper or lower case, as RULER does.
+    """Demand that the answer contains each of the texts `references`, ignoring case, as the benchmark RULER does.
 
-    The share is the number of references found, divided by `enough` and at most 1. enough None: all references.
+    The share is the number of references found, divided by `enough` and at most 1. If `enough` is None, all are
+    demanded.
     """
 
     references: tuple[str, ...]
@@ -75,7 +76,7 @@ class Contains:
 
 @dataclass(frozen=True)
 class Matches:
-    """Demand that the regular expression `pattern` is found in the answer, upper or lower case."""
+    """Demand that the regular expression `pattern` matches somewhere in the answer, ignoring case."""
 
     pattern: str
 
@@ -117,7 +118,10 @@ class JsonField:
 
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects in a text as dicts, from left to right; text between them is skipped."""
+    """Yield the JSON objects in a text as dicts, from left to right.
+
+    Text between them is skipped. An object inside another one is yielded as a part of it only.
+    """
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:
@@ -130,5 +134,5 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _canonical(value: Any) -> str:
-    """Write a value as JSON with sorted keys: two values give the same text if they are equal and of the same type."""
+    """Write a value as JSON with sorted keys, so that two values give the same text only if equal and of one type."""
     return json.dumps(value, sort_keys=True)

@@ -17,9 +17,10 @@ SLACK = 0.003  # share of the room that may stay empty, so that a long text is c
 
 
 def reserved(questions: tuple[Question, ...], count: Count) -> int:
-    """Return the number of tokens that these questions and their generated answers take, asked in one conversation.
+    """Return the number of tokens that must stay free after the context, for the questions and the generated answers.
 
-    An answer counts with its opening (first words that the model is given) and its limit of generated tokens (`most`).
+    All are asked in one conversation. A question counts with its answer's opening (first words that the model is
+    given), an answer with the largest number of tokens to generate (`Question.most`).
     """
     empty = count("")
     return sum(count(one.lead) - empty + (one.most or 0) for one in questions) + empty * (len(questions) - 1)
@@ -28,9 +29,10 @@ def reserved(questions: tuple[Question, ...], count: Count) -> int:
 def fill(build: Callable[[int], str], length: int, count: Count, least: int, what: str) -> str:
     """Return nearly the longest of the texts `build(n)` that has at most `length` tokens.
 
-    build  returns a text of n units of haystack, at least `least`; its tokens grow about in proportion to n
-    what   the units in words, for the error
-    Raises ValueError if not even the text of `least` units fits.
+    build  returns a text with n units of haystack, for any n >= `least`; its tokens grow about in proportion to n
+    count  returns the number of tokens of a text
+    what   first words of the error, such as "length=100: the facts"
+    Raises ValueError if not even the text with `least` units fits.
     """
     return build(fitting(build, length, count, least, what))
 
@@ -38,9 +40,10 @@ def fill(build: Callable[[int], str], length: int, count: Count, least: int, wha
 def fitting(build: Callable[[int], str], length: int, count: Count, least: int, what: str) -> int:
     """Return nearly the largest n for which the text `build(n)` has at most `length` tokens.
 
-    build  returns a text of n units of haystack, at least `least`; its tokens grow about in proportion to n
-    what   the units in words, for the error
-    Raises ValueError if not even the text of `least` units fits.
+    build  returns a text with n units of haystack, for any n >= `least`; its tokens grow about in proportion to n
+    count  returns the number of tokens of a text
+    what   first words of the error, such as "length=100: the facts"
+    Raises ValueError if not even the text with `least` units fits.
     """
     low, tokens = least, count(build(least))
     if tokens > length:

@@ -22,8 +22,8 @@ FEWEST_WORDS = 40
 def in_essay(request: Request, head: str, facts: list[str], questions: tuple[Question, ...]) -> str:
     """Return a context: the text `head`, then an essay with the sentences `facts` among its own, at most 40 facts.
 
-    Context, `questions` and generated answers together have nearly `request.length` tokens, never more; the questions
-    only take up room and are not written into the context. Raises ValueError if the length is too small for that.
+    Context, `questions` and generated answers together have nearly `request.length` tokens, never more. The questions
+    are counted, but not written into the context. Raises ValueError if the length is too small.
     """
     rest = request.rng.getrandbits(64)
 
@@ -37,8 +37,8 @@ def in_essay(request: Request, head: str, facts: list[str], questions: tuple[Que
 def among_sentences(rng: random.Random, sentences: list[str], needles: list[str]) -> list[str]:
     """Return a list of the sentences with the needles among them, at different random depths.
 
-    Sentences and needles each keep their order. A depth is a share of the sentences in percent, 0 first to 100 last; it
-    is one of the 40 in DEPTHS, so there are at most 40 needles.
+    Sentences and needles each keep their order. A needle's depth is the percentage of the sentences that stand before
+    it; it is drawn from the 40 values of DEPTHS, so there are at most 40 needles.
     """
     places = sorted(int(len(sentences) * depth / 100) for depth in rng.sample(DEPTHS, len(needles)))
     out = []
@@ -50,7 +50,8 @@ def among_sentences(rng: random.Random, sentences: list[str], needles: list[str]
 def between_lines(rng: random.Random, lines: list[str], needles: list[str]) -> list[str]:
     """Return a list of the lines with the needles among them, no two of them between the same two lines.
 
-    Lines and needles each keep their order; the places of the needles are random, and never after the last line.
+    Lines and needles each keep their order. The places of the needles are random; none stands after the last line.
+    There must not be more needles than lines.
     """
     places = sorted(rng.sample(range(len(lines)), len(needles)))
     out = []

@@ -14,9 +14,9 @@ MOST = 96
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: four instructions for an answer, then an essay, and a question about it that they apply to.
+    """Return a sample: four instructions for an answer, then an essay, and a question whose answer must follow them.
 
-    The request has the random generator and the largest number of tokens. Raises ValueError if that is too small.
+    The request has the random generator and the largest number of tokens. Raises ValueError if the number is too small.
     """
     rng = request.rng
     first, last, named = rng.sample(request.lexicon.things, 3)

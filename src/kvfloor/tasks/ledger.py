@@ -1,8 +1,8 @@
 """Define the task "ledger": answer questions about a state that a long stream of text goes on to change.
 
 The context says what some boxes hold. After it, further text with changes streams in, in four stretches. After each
-stretch comes a question what a box holds now: alternately for a box that never changed and for one that has just
-changed. The four stretches make up half of the whole text.
+stretch comes a question what a box holds now. The questions alternate between a box that never changed and one that has
+just changed. The four stretches make up half of the whole text.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ HEAD = "Read the following text, and keep in mind what each box holds.\n\n"
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: an essay that says what each box holds, and four turns, each more essay with a question.
+    """Return a sample: an essay that says what each box holds, then four turns, each of further text and a question.
 
-    Among the essay's sentences in each turn are three that change what a box holds. The request has the random
-    generator, the largest number of tokens, and the difficulty, which is the number of boxes. Raises ValueError if the
-    number of tokens is too small.
+    The text of each turn continues the essay; three of its sentences change what a box holds. The request has the
+    random generator, the largest number of tokens, and the difficulty, which is the number of boxes. Raises ValueError
+    if the number of tokens is too small.
     """
     rng = request.rng
     boxes = [f"the {trait} box" for trait in rng.sample(request.lexicon.traits, request.difficulty)]
@@ -69,11 +69,12 @@ def make(request: Request) -> Sample:
 
 
 def question(text: str, name: str, box: str, thing: str) -> Question:
-    """Return a turn of the conversation: more `text`, then a question about `box`, the name of a box.
+    """Return one turn of the conversation: the next stretch of text, then the question what a box holds now.
 
-    It asks what the box holds now, and the right answer is `thing`.
-
-    name: the name of this answer in reports, such as "kept 1" or "changed 2".
+    text   the stretch of text
+    name   name of this answer in reports, such as "kept 1" or "changed 2"
+    box    the asked box, such as "the red box"
+    thing  the right answer
     """
     return Question(
         ask=f"\n\n{text}\n\nWhat does {box} hold now?",

@@ -95,9 +95,12 @@ PAIRS = tuple(f"{i:02d}" for i in range(100))
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Hold the words and numbers that a task draws from: nouns, adjectives, two-digit numbers.
+    """Hold the words and numbers that a task draws from.
 
-    A smaller lexicon gives the same task with fewer different symbols.
+    things  nouns
+    traits  adjectives
+    pairs   two-digit numbers
+    A smaller lexicon gives the same task with fewer different words and numbers.
     """
 
     things: tuple[str, ...] = THINGS
@@ -105,7 +108,7 @@ class Lexicon:
     pairs: tuple[str, ...] = PAIRS
 
     def shrink(self, symbols: int) -> Lexicon:
-        """Return a lexicon with the first `symbols` nouns, adjectives and numbers only.
+        """Return a lexicon with only the first `symbols` nouns, `symbols` adjectives and `symbols` numbers.
 
         The training of the built-in model starts with such a lexicon. Raises ValueError if `symbols` is less than 1.
         """
@@ -114,16 +117,17 @@ class Lexicon:
         return Lexicon(self.things[:symbols], self.traits[:symbols], self.pairs[:symbols])
 
     def split(self, rng: random.Random, sizes: Sequence[int]) -> list[Lexicon]:
-        """Return one lexicon per entry of `sizes`, with that many random nouns; no noun is in two of the lexicons.
+        """Split the nouns at random: return one lexicon with `sizes[0]` nouns, one with `sizes[1]` nouns, and so on.
 
-        So several tasks in one context cannot use the same noun. Adjectives and numbers are shared.
+        No noun is in two of the lexicons, so several tasks in one context cannot use the same noun. Adjectives and
+        numbers are shared.
         """
         things = rng.sample(self.things, sum(sizes))
         ends = list(accumulate(sizes, initial=0))
         return [Lexicon(tuple(things[a:b]), self.traits, self.pairs) for a, b in pairwise(ends)]
 
     def number(self, rng: random.Random, digits: int) -> str:
-        """Draw a number of `digits` random digits: two-digit numbers of the lexicon, one after the other.
+        """Draw a number of `digits` digits, as text: two-digit numbers of the lexicon, joined.
 
         If `digits` is odd, the last digit is drawn from 0 to 9.
         """

@@ -13,7 +13,10 @@ from .weave import Count, weave
 
 
 def mixable() -> tuple[str, ...]:
-    """Return the names of the tasks that `mix` accepts: their facts can stand among other tasks' facts."""
+    """Return the names of the tasks that `mix` accepts.
+
+    They are the tasks whose facts stand among filler sentences, and so can stand among the facts of other tasks.
+    """
     return tuple(name for name, task in TASKS.items() if isinstance(task.make, Woven))
 
 
@@ -28,7 +31,7 @@ def mix(
     seed, index  decide all random choices
     count        returns the number of tokens of a text
     lexicon      words and numbers to draw from
-    Raises ValueError for a task that cannot be mixed, and where the facts do not fit.
+    Raises ValueError for a task that is not in `mixable()`, and where the facts do not fit.
     """
     rng = stream("mixture", seed, index)
     scale = len(lexicon.things) / sum(task.things for task in TASKS.values())

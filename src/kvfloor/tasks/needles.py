@@ -18,8 +18,8 @@ from .weave import Plot
 def plot(rng: random.Random, needles: int, lexicon: Lexicon) -> Plot:
     """Draw `needles` facts such as "the code of the pale fox is 4821.", and a question about each.
 
-    The keys combine few adjectives and nouns, so that a single word seldom identifies a fact. Raises ValueError if the
-    lexicon has too few words for so many keys.
+    A key is an adjective and a noun, such as "pale fox". The keys combine few adjectives and nouns, so that a single
+    word seldom identifies a fact. Raises ValueError if the lexicon has too few words for so many keys.
     """
     side = max(2, min(needles, len(lexicon.traits), len(lexicon.things)))
     traits, things = rng.sample(lexicon.traits, side), rng.sample(lexicon.things, side)

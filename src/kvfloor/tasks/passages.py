@@ -67,7 +67,8 @@ def facts() -> tuple[tuple[str, str, str, str], ...]:
 def asked_facts() -> tuple[tuple[str, str, str, str], ...]:
     """Return the facts that a question can ask for, as tuples (country, section, label, fact).
 
-    These are facts of at most 40 characters without parentheses, whose country and label name no other fact.
+    These are the facts of at most 40 characters without parentheses that are the only ones with their country and
+    label.
     """
     names = [(country, label) for country, _, label, _ in facts()]
     return tuple(

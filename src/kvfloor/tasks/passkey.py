@@ -18,7 +18,8 @@ from .weave import Plot
 def hide(rng: random.Random, digits: int, lexicon: Lexicon, kind: str) -> Plot:
     """Draw one fact such as "the pass key is 48213.", and the question that ends in "the pass key is".
 
-    digits: number of digits; kind: the word before "key", such as "pass".
+    digits  number of digits
+    kind    the word before "key", such as "pass"
     """
     number = lexicon.number(rng, digits)
     ask = f"what is the {kind} key? the {kind} key is"

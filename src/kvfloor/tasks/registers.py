@@ -1,7 +1,8 @@
 """Define the task "registers": recall the current values of all registers after many assignments "r3 = 47.".
 
-The registers' numbers of assignments grow geometrically, from two in the whole context for the slowest one. So some
-current values are recent and others very old, and every register also has outdated values in the context.
+A register is a variable r0, r1, ... The registers are assigned to at very different rates: the slowest one twice in the
+whole context, each faster one a constant factor more often. So some current values are recent and others very old, and
+every register also has outdated values in the context.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ def make(request: Request) -> Sample:
 
 
 def schedule(rng: random.Random, names: list[str], lines: int) -> list[str]:
-    """Draw the register that each of `lines` lines assigns to, one of `names`, in order of the lines.
+    """Draw the order of the assignments: return, for each of `lines` lines, the name of the register it assigns to.
 
-    rng: the sample's random generator. Each register is assigned to at roughly regular intervals, with random jitter.
-    The numbers of assignments grow geometrically from one register to the next, and it is random which register has
-    which number.
+    rng    the sample's random generator
+    names  the registers' names
+    Each register is assigned to at roughly regular intervals, with random jitter. The numbers of assignments are those
+    of `speeds`: each is a constant factor larger than the one before. It is random which register has which number.
     """
     times: list[tuple[float, str]] = []
     for name, writes in zip(rng.sample(names, len(names)), speeds(len(names), lines), strict=True):

@@ -52,7 +52,8 @@ def expand(names: Sequence[str]) -> list[str]:
 def lookup(name: str) -> Task:
     """Return the built-in task of this name, or import the task that `module:TASK` names.
 
-    Raises ValueError where there is none, naming the built-in tasks or the reason why the import failed.
+    Raises ValueError for an unknown name, listing the built-in tasks, and for an import that fails or gives no usable
+    task.
     """
     if ":" in name:
         return _imported(name)

@@ -26,7 +26,7 @@ class Question:
 
     @property
     def scored_parts(self) -> tuple[Part, ...]:
-        """Return the checks by which an answer is scored: `parts`, or without any, one for the words of `answer`."""
+        """Return the checks by which an answer is scored: `parts`, or if there are none, one that demands `answer`."""
         return self.parts or (Part("answer", SameWords(self.answer)),)
 
     @property
@@ -45,10 +45,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold a context, and at least one question about it. The answers follow from the context alone.
+    """Hold a context, and at least one question about it.
 
-    in_turn  True if the questions are asked one after the other in one conversation, and may bring text of their own;
-             False if each is a question about the context alone
+    in_turn  True if the questions are asked one after the other in one conversation, and may contain further text, from
+             which answers follow too; False if each is asked in a conversation of its own and its answer follows from
+             the context alone
     """
 
     context: str
@@ -66,7 +67,10 @@ class Sample:
 
 
 def apart(text: str) -> str:
-    """Return `text` with a space before it, to follow another text; unchanged if empty or if it begins with a space."""
+    """Return `text` with a space before it, so that it can follow another text.
+
+    A text that is empty or begins with white space is returned unchanged.
+    """
     return text if not text or text[0].isspace() else f" {text}"
 
 

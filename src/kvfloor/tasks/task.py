@@ -17,7 +17,8 @@ class Request:
     """Hold the checked settings of one sample that a task is to make.
 
     rng         the sample's own random generator
-    length      largest number of tokens of the context, as `count` counts them
+    length      largest number of tokens, as `count` counts them: of the context or, in tasks of the groups "ruler" and
+                "assistant", of the context, the questions and the generated answers together
     difficulty  size of the task, counted in the task's unit, e.g. a number of pairs
     depth       where the asked fact goes: a share of the context, 0 first to 1 last; None: at random
     questions   largest number of questions to ask
@@ -45,7 +46,7 @@ class Task:
     unit             what `difficulty` counts, such as "pairs"
     lowest, highest  limits of the difficulty
     default          returns the usual difficulty for a context of a given number of tokens
-    make             makes the sample that a request asks for
+    make             makes a sample from a `Request`, the settings of one sample
     depth_moves      name of the fact, such as "the key", whose place in the context the caller can choose by the
                      argument `depth`; None if the facts are spread over the whole context and `depth` cannot be given
     things           largest number of nouns that the task's facts need at the default difficulty. Facts of several
@@ -81,10 +82,12 @@ class Task:
     ) -> Sample:
         """Generate the sample that `seed` and `index` decide: a context of nearly `length` tokens, never more.
 
+        length      largest number of tokens of the context; in the tasks of the groups "ruler" and "assistant", the
+                    questions and the generated answers are counted too
         depth       share of the context, 0 first to 1 last, at which the asked fact stands; None: at random
-        difficulty  size of the task, counted in its `unit`; the default for this length unless given
+        difficulty  size of the task, counted in its `unit`; None: the default for this length
         questions   number of different questions; a task with fewer asks all it has
-        count       returns the number of tokens of a text; by default counted by the built-in tokenizer, BOS included
+        count       returns the number of tokens of a text; None: counted by the built-in tokenizer, BOS included
         lexicon     words and numbers to draw from
         Raises ValueError for a length in which the facts do not fit, and for arguments outside their limits.
         """
@@ -118,8 +121,8 @@ def builtin_count() -> Count:
 class Woven:
     """Make the samples of a task whose facts stand at random places among filler sentences.
 
-    `plot(rng, difficulty, lexicon)` draws the facts and the questions of one sample. Called with a `Request`, an object
-    of this class returns the `Sample`.
+    `plot(rng, difficulty, lexicon)` draws the facts and the questions of one sample. Called with a `Request` (the
+    settings of one sample), an object of this class returns the `Sample`.
     """
 
     plot: Callable[[random.Random, int, Lexicon], Plot]

@@ -1,7 +1,7 @@
 """Define the task "tool_call": write a JSON call whose exact arguments stand far apart in a long text.
 
 The tool is described at the start. The text tells of several deliveries, and the question names one of them. An
-argument is right if it equals the demanded value in type too.
+argument is right if it has the demanded value and JSON type.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HEAD = (
 
 
 def make(request: Request) -> Sample:
-    """Return a sample: the tool's description, a text with facts on several deliveries, and the demand for one call.
+    """Return a sample: the tool's description, a text with facts on several deliveries, and the request for a call.
 
     The request has the random generator, the largest number of tokens, and the difficulty, which is the number of
     deliveries. Raises ValueError if the number of tokens is too small.

@@ -1,7 +1,7 @@
 """Define the task "turns": answer three questions about one context, one after the other in one conversation.
 
-Each question asks for another fact of the context, and the cache was compressed before. So it may lack facts that a
-later question needs, even if it has those of the first.
+Each question asks for another fact of the context, and the cache is compressed before the first question. So the cache
+may have kept the fact for the first question, and lost those for the later ones.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ def plot(rng: random.Random, hops: int, lexicon: Lexicon) -> Plot:
     """Draw four chains of assignments, and for each a question about the chain's last variable.
 
     A chain begins with "let fox = 4821." and goes on with `hops` assignments such as "let hen = fox.". The answer
-    spells out the chain back to the number: "fox = 4821" completes "hen =". There are fewer chains if the lexicon has
-    too few nouns. Raises ValueError if it has too few for one.
+    spells out the chain back to the number: for one hop, the question ends in "hen =" and the answer is "fox = 4821".
+    There are fewer chains if the lexicon has too few nouns. Raises ValueError if the nouns do not suffice for one
+    chain.
     """
     chains = min(CHAINS, len(lexicon.things) // (hops + 1))
     if chains < 1:

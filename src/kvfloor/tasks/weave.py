@@ -69,7 +69,7 @@ def weave(
 
 
 def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[str, int]]:
-    """Draw filler sentences of nearly `room` tokens in all, never more; return (sentence, tokens) pairs.
+    """Draw filler sentences of nearly `room` tokens in all, never more; return (sentence, its number of tokens) pairs.
 
     count  returns the number of tokens of a text, with special tokens such as BOS
     empty  number of tokens that `count` returns for an empty text, subtracted from each sentence's count
@@ -89,12 +89,11 @@ def fill(rng: random.Random, room: int, count: Count, empty: int) -> list[tuple[
 
 
 def interleave(facts: list[tuple[float, str]], sizes: list[int], filler: list[tuple[str, int]]) -> str:
-    """Return facts and filler as one text, with each fact at a given place.
+    """Return facts and filler as one text, each fact as near to its place as whole filler sentences allow.
 
     facts   (place, sentence), sorted by place; a place is the share of the text's tokens before the fact, 0 to 1
     sizes   number of tokens of each fact
     filler  (sentence, number of tokens)
-    Places are met as nearly as whole filler sentences allow.
     """
     total = sum(sizes) + sum(size for _, size in filler)
     ahead = list(accumulate(sizes, initial=0))

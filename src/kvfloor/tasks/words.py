@@ -12,8 +12,8 @@ def make(request: Request) -> Sample:
     """Return a sample: a shuffled list of words, and the question for the most frequent one.
 
     The request has the random generator, the largest number of tokens, the lexicon, and the difficulty, which is the
-    number of other words. Counts fall as 1/rank, so the asked word is about twice as frequent as the next one. Raises
-    ValueError if the length or the lexicon is too small.
+    number of different words besides the most frequent one. Frequencies fall as 1/rank, so the most frequent word is
+    about twice as frequent as the next one. Raises ValueError if the number of tokens or the lexicon is too small.
     """
     rng, things = request.rng, request.lexicon.things
     if len(things) < 2:
@@ -34,9 +34,10 @@ def make(request: Request) -> Sample:
 
 
 def zipf(total: int, kinds: int) -> list[int]:
-    """Return how often each of `kinds` words comes in a list of `total` words: counts that fall as 1/rank.
+    """Return how often each of `kinds` words occurs in a list of `total` words: counts that fall as 1/rank.
 
-    The most frequent word is first. Rounded counts sum to `total` (largest remainders); the last words may get 0.
+    The most frequent word is first. The counts are rounded so that they sum to `total` (method of largest remainders);
+    the last ones may be 0.
     """
     mass = sum(1 / rank for rank in range(1, kinds + 1))
     shares = [total / (mass * rank) for rank in range(1, kinds + 1)]

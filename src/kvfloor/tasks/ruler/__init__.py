@@ -1,4 +1,4 @@
-"""Generate the synthetic tasks of RULER (Hsieh et al., 2024) by their published definitions, for any tokenizer.
+"""Generate the tasks of the long-context benchmark RULER (Hsieh et al., 2024) as published, for any tokenizer.
 
 The length of a sample is that of the context, the question and the generated answer together. A sample's score in RULER
 is the share of the references (the right words or numbers) that the answer contains.

@@ -27,7 +27,7 @@ _ZETA_2 = math.pi**2 / 6
 def make(request: Request) -> Sample:
     """Return a sample: the shuffled coded words, and the question for the three most frequent ones.
 
-    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
+    The request has the random generator and the largest number of tokens. Raises ValueError if the number is too small.
     """
     rng = request.rng
     found: dict[str, None] = {NOISE_WORD: None}
@@ -61,7 +61,10 @@ def make(request: Request) -> Sample:
 
 
 def counts(total: int, kinds: int) -> list[int]:
-    """Return how often the words of rank 1 to `kinds` are in a text of some `total` words: total / (zeta(2) rank^2)."""
+    """Return how often each of `kinds` words occurs in a text of about `total` words, the most frequent word first.
+
+    The word of rank k = 1, 2, ... occurs total / (zeta(2) k^2) times, rounded down.
+    """
     return [int(total / (_ZETA_2 * rank * rank)) for rank in range(1, kinds + 1)]
 
 

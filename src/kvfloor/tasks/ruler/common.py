@@ -30,7 +30,7 @@ _HEAD = (
 def make(request: Request) -> Sample:
     """Return a sample: the worked example, then the list, and the question for its ten common words.
 
-    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
+    The request has the random generator and the largest number of tokens. Raises ValueError if the number is too small.
     """
     rng, short = request.rng, request.length < SHORT
     pool = plain_words()
@@ -54,7 +54,7 @@ def make(request: Request) -> Sample:
 def numbered(rng: random.Random, words: list[str], often: int, seldom: int) -> str:
     """Return a shuffled list "1. fox 2. hen ...": the first ten words `often` times each, the others `seldom` times.
 
-    rng: the random generator that shuffles.
+    words: the different words, the ten common ones first. rng: the random generator that shuffles.
     """
     entries = words[:COMMON] * often + words[COMMON:] * seldom
     rng.shuffle(entries)
@@ -67,7 +67,7 @@ def in_order(words: list[str]) -> str:
 
 
 def question(words: list[str]) -> Question:
-    """Return the question for the common words, whose right answer is `words`."""
+    """Return the question for the ten common words; `words` is the right answer."""
     return Question(
         ask="\nQuestion: What are the 10 most common words in the above list?",
         answer=in_order(words),

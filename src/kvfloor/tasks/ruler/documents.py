@@ -1,8 +1,9 @@
 """Define RULER's task qa (question answering): answer a question from one of many numbered documents.
 
-The template is that of https://github.com/NVIDIA/RULER. RULER's questions are from SQuAD and HotpotQA; here they ask
-for facts of the World Factbook on two countries, and a document is one fact. The other documents are distractors; one
-of them is the other country's fact with the same label. Distractors repeat in contexts for which there are too few.
+The template is that of https://github.com/NVIDIA/RULER. RULER's questions are from SQuAD and HotpotQA. Here they ask
+for facts on two countries from the World Factbook, and each document has one fact. The other documents are distractors;
+one of them is the other country's fact with the same label. If there are too few distractors for a context, they
+repeat.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _ORDER = (
 def make(request: Request) -> Sample:
     """Return a sample: the documents in random order, and the question that one of them answers.
 
-    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
+    The request has the random generator and the largest number of tokens. Raises ValueError if the number is too small.
     """
     rng = request.rng
     asked = rng.choice(asked_facts())

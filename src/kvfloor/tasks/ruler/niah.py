@@ -1,10 +1,10 @@
 """Define RULER's eight needle tasks (niah): recall facts (needles) that are hidden in a longer text (the haystack).
 
 A needle is the sentence "One of the special magic numbers for KEY is: VALUE.". The haystack is a repeated paragraph
-("noise"), the text of essays ("essay"), or further needles ("needle"). In essays, needles are put at random ones of 40
-equally spaced depths from 0 to 100 %; in the other haystacks, between random lines.
-The parameters are those of https://github.com/NVIDIA/RULER, `scripts/synthetic.yaml`. Two things differ: the essays are
-the public-domain texts of this package, and no key is drawn twice, so that a question has one answer.
+("noise"), the text of essays ("essay"), or further needles ("needle"). In an essay, each needle stands at a depth of
+its own, drawn at random from 40 equally spaced ones from 0 to 100 %; in the other haystacks, between random lines. The
+parameters are those of https://github.com/NVIDIA/RULER, `scripts/synthetic.yaml`. Two things differ: the essays are the
+public-domain texts of this package, and no key is drawn twice, so that a question has one answer.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _LEAST = {"noise": 8, "essay": 40, "needle": 8}
 
 @dataclass(frozen=True)
 class Needles:
-    """Make the samples of one needle task.
+    """Make the samples of one needle task: called with a `Request` (the settings of a sample), return the `Sample`.
 
     haystack      "noise", "essay" or "needle"
     key, value    kinds of keys and values: "words", "numbers" or "uuids"
-    keys          number of keys that have needles, or `asked` if that is more; the haystack "needle" has others besides
+    keys          number of keys that have needles; raised to `asked` if smaller. The haystack "needle" consists of
+                  further needles, with other keys
     values        number of needles per key, each with a value of its own
     asked         number of keys whose values the question asks for
     """
@@ -75,7 +76,10 @@ class Needles:
         return Sample(context, (question,))
 
     def _question(self, asked: list[str], answers: tuple[str, ...]) -> tuple[Question, str]:
-        """Return the question for the keys `asked`, whose values are `answers`, and the text before the haystack."""
+        """Return (question, introduction), the introduction being the text before the haystack.
+
+        The question asks for the values of the keys `asked`, which are `answers`.
+        """
         query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
         one = len(answers) == 1
         kind = self.value[:-1] if one else self.value

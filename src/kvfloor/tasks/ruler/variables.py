@@ -1,4 +1,4 @@
-"""Define RULER's task vt (variable tracking): name all variables that have one value through a chain of assignments.
+"""Define RULER's task vt (variable tracking): name all variables that get a given value by a chain of assignments.
 
 A chain is five assignments "VAR ABCDE = 12345", "VAR FGHIJ = VAR ABCDE", ..., hidden between repeats of a paragraph
 (noise lines). A worked example with names of three letters and its answer comes first. Templates and parameters are
@@ -27,7 +27,7 @@ _LEAST = 5  # lines: as many as the chain has assignments
 def make(request: Request) -> Sample:
     """Return a sample: the worked example, then noise lines with the chain's assignments in order, and the question.
 
-    The request has the random generator and the largest number of tokens; raises ValueError if that is too small.
+    The request has the random generator and the largest number of tokens. Raises ValueError if the number is too small.
     """
     rng, count = request.rng, request.count
     shown, shown_names, shown_value = chain(rng, 3)
@@ -57,9 +57,10 @@ def chain(rng: random.Random, letters: int) -> tuple[list[str], list[str], str]:
 
 
 def lined(rng: random.Random, assignments: list[str]) -> Callable[[int], str]:
-    """Return a function that takes a number n and returns the task's text: n noise lines with the assignments between.
+    """Return a function that takes a number n and returns a text of n noise lines with the assignments between them.
 
-    The assignments keep their order; their random places are the same in every call with the same n.
+    The text begins with the task's instruction. The assignments keep their order; their random places are the same in
+    every call with the same n.
     """
     rest = rng.getrandbits(64)
     head = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
