@@ -1,8 +1,8 @@
 """Compute the space floor (lower bound on any method's bits) of standard attention and of its sliding window.
 
-In the proof, each key of a stream carries a row of dv hidden values (the "hard instance"). Alice sends a method's state
-after the stream. Bob, the receiver, appends a token, and reads each row by a query that puts nearly all softmax mass on
-the row's key. d and dv are the widths of a key and a value.
+In the proof, each key of a stream carries a row of dv hidden values (the "hard instance"). Alice sends a method's
+state, the memory that it keeps of the stream. Bob, the receiver, appends a token, and reads each row by a query that
+puts nearly all softmax mass on the row's key. d and dv are the widths of a key and a value.
 """
 
 import math
@@ -101,7 +101,7 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """Return numbers about the queries of the proof's hard instance with `rows` distinct keys, as a dict.
+    """Return numbers about the queries of the proof's hard instance with `rows` distinct keys: a dict, name -> number.
 
     The answers may have a relative error of eta.
     eps_s  ratio (softmax mass off the queried key)/(mass on it)
