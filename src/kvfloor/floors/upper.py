@@ -32,7 +32,8 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
 
     Older tokens then leave the window but not the softmax: each adds its value with weight exp(0) = 1.
     Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of older tokens. The
-    answer is (sum + weighted sum of the window's values) / (count + softmax mass of the window). Derived here.
+    answer is (sum + the window's sum of exp(logit) times value) / (count + the window's sum of exp(logit)). Derived
+    here.
     """
     W, d, dv = whole("W", W), whole("d", d), whole("dv", dv)
     return W * (d + dv) + dv + 1
