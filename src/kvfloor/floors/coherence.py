@@ -56,7 +56,7 @@ def mu_chirp(p: int, m: int) -> float:
     Each key is made of its own polynomial f mod p. Its coordinates are cos(2 pi f(x)/p) / sqrt(p) and sin(2 pi f(x)/p)
     / sqrt(p) at x = 0..p-1 (`kvfloor.game.keys.codes.chirp`).
     p  a prime. A key has 2p such coordinates, so its width d must be at least 2p
-    m  the degree of the polynomials, m < p
+    m  the largest degree of the polynomials, m < p
     Raises ValueError for p <= m.
     """
     p, m = whole("p", p), whole("m", m)

@@ -214,13 +214,16 @@ def readable_by_rows(
 def readable_within_rows(
     k: Tensor, *, radius: Tensor | float, present: Tensor | None = None, **demand: Any
 ) -> list[Readable]:
-    """Compute the read floor for all short queries over every row (stream of one kv head) of keys k (rows, n, d).
+    """Compute the read floor of every row of keys k (rows, n, d), for all queries of length at most `radius`.
 
-    Returns one `Readable` per row: the lower bound on the bits of a state that answers all queries up to a length.
+    A row is the stream of one kv head. Returns one `Readable` per row: the lower bound on the bits of a state that
+    answers these queries.
     radius   the greatest length of a query, one number or (rows,)
     present  (rows, n), bool: True for real tokens, False for padding; None: no padding
-    demand   further arguments of `readable_within`. Required are eta, the largest error of a value of an answer, and
-             dv, the width of a value; p, scale, softcap, others, later_mass, dtype and most_levels have defaults
+    demand   further arguments of `readable_within`. Required are eta, the largest error allowed in a value of an
+             answer, and dv, the width of a value; p, scale, softcap, others, later_mass, dtype and most_levels have
+             defaults
+    In the results, `stream` and `asked` are indices into all tokens of the row, padding included.
     """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()

@@ -1,10 +1,10 @@
 """Search for a stream of keys, each with a short query that reads it, for `readable_within(others="absent")`.
 
 `readable_within` computes the read floor, a lower bound on the bits of a state (the memory of a KV-cache method) that
-answers all queries up to a given length. In its proof, a value is hidden in each token, and a receiver (Bob)
-reconstructs ("decodes") one after the other from the answers. Tokens that he has decoded no longer disturb his next
+answers all queries up to a given length. In its proof, a row of values is hidden in each token, and a receiver (Bob)
+reconstructs ("decodes") the rows one by one from the answers. Tokens that he has decoded no longer disturb his next
 answers. So tokens are kept in an order of decoding, which has nothing to do with their order in the stream. A query
-"reads" a token if its answer gives bits of the hidden value. Every token i has one query, and logit_ij is the logit of
+"reads" a token if its answer gives bits of the hidden row. Every token i has one query, and logit_ij is the logit of
 this query on token j.
     members         the tokens of the stream that is being built; all other tokens are left out of it
     ratio R_ij      exp(logit_ij - logit_ii): the softmax mass of the query of token i on token j, over that on token i
@@ -12,8 +12,8 @@ this query on token j.
                     tokens
     pull            one query per token, with the ratios R_ij under these queries (`Pull`)
     load            sum of the ratios R_ij over a set of tokens j
-    weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members), if
-                    no tokens are `beyond`
+    weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members and
+                    the further tokens)
     leak            the weight of token i times the sum of R_ij over the members that Bob decodes after token i
     damage          how much a token disturbs the queries of other tokens
     demand          the accuracy required of answers
