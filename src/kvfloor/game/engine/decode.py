@@ -90,9 +90,9 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
 
     hidden (m, dv) has the hidden levels, of `bits` bits each. With one bit, a row is right if all its answers decode to
     the hidden levels. With more bits, it is right if every answer lies in [(1-eta) a, (1+eta) b], up to float32
-    rounding. Here a and b are the least and the largest number that exact attention can give for the hidden value. The
-    query that reads the row may leak: the softmax mass on other tokens is at most `leak_ratio` times that on the row's
-    token.
+    rounding. Here a = (1-l) x and b = x + l (1-x) are bounds on what exact attention gives for the hidden value x in
+    [0, 1]. l = `leak_ratio` bounds the share of the query's softmax mass that is on other tokens, whose values lie in
+    [0, 1] too.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)
