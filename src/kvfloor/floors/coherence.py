@@ -112,7 +112,7 @@ def log_packing_count(d: int, gap: float) -> float:
 
 
 def gap_packing(n: int, d: int) -> float:
-    """Return a gap that some `n` unit keys in d >= 2 dimensions are sure to have: 1 - sqrt(1 - (2/n)^(2/(d-1))).
+    """Return a gap that `n` well-chosen unit keys in d >= 2 dimensions have: 1 - sqrt(1 - (2/n)^(2/(d-1))).
 
     The gap of a set of unit keys is 1 less the largest inner product of two of them. The result is 1 for n <= 2. This
     function is the inverse of `log_packing_count`, which returns the log of a number of keys for a given gap.

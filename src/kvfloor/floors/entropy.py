@@ -19,12 +19,12 @@ def H2(p: float) -> float:
 
 
 def index_bits(N: int, p: float) -> float:
-    """Return the least length, in bits, of a message from which any one of `N` hidden bits can be decoded.
+    """Return a lower bound on the bits of a message from which any one of `N` hidden bits can be decoded.
 
-    The bit's position is chosen after the message is sent (the problem INDEX). The bit is decoded right with
+    The hidden bit's position is chosen after the message is sent (the problem INDEX). The bit is decoded right with
     probability `p`, on average over uniform hidden bits, the position, and random bits that sender and receiver share.
-    Law: S >= N (1 - H2(1-p)), where S is the length and H2 the binary entropy. The bound is 0 for p <= 1/2, which
-    guessing reaches.
+    Law: S >= N (1 - H2(1-p)), where S is the message's length and H2 the binary entropy. The bound is 0 for p <= 1/2,
+    which guessing reaches.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the concavity of
     H2 (derived here: docs/floors.md, "INDEX").
     """
@@ -34,10 +34,10 @@ def index_bits(N: int, p: float) -> float:
 
 
 def row_bits(n: int, dv: int, p: float) -> float:
-    """Return the least length, in bits, of a message from which `n` rows of `dv` hidden bits can be decoded.
+    """Return a lower bound on the bits of a message from which `n` rows of `dv` hidden bits can be decoded.
 
     `p` is the probability that a row is decoded without any wrong bit, on average over the rows.
-    Law: S >= n (p dv - H2(p)), and at least 0, where S is the length and H2 the binary entropy.
+    Law: S >= n (p dv - H2(p)), and at least 0, where S is the message's length and H2 the binary entropy.
     Source: Haris & Onak (COLT 2025), Remark 7, where the receiver recovers a whole row; the constant is Fano's
     inequality per row (derived here: docs/floors.md, "Whole rows").
     """

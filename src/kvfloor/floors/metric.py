@@ -181,7 +181,7 @@ def metric_space(
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
     """Find the number m <= `most` of rows and their width <= `dv` for which the bound `noisy_row_bits` is largest.
 
-    `noisy_row_bits` is the least length of a message from which m rows of bits are decoded with few errors.
+    `noisy_row_bits` is a lower bound on the bits of a message from which m rows of bits are decoded with few errors.
     p      probability that a row is decoded with at most `wrong`(m, width) wrong bits
     wrong  called with (m, width); returns the wrong bits that are allowed in a row. It must not decrease as m grows
     Returns (m, width, errors, bits): the choice, the wrong bits allowed in one of its rows, and the bound. Returns (0,

@@ -95,8 +95,9 @@ def visual_space(
     p          probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention
     heads, layers   number of kv heads and of layers, which multiply the bound
     Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
-    last_asks), and m <= 2 for d = 1. Keys and queries may be of any length.
-    Raises ValueError naming the argument, what was given and what is allowed.
+    last_asks), the number of tokens that hide values; m <= 2 for d = 1. Keys and queries may be of any length.
+    Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
+    ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)

@@ -139,9 +139,9 @@ def _first_come(k: Tensor, delta: float) -> Tensor:
     """Mark the keys of k (b, d) that become centres of a greedy clustering at radius `delta`: (b,) bool.
 
     Keys are in order of arrival. A key becomes a centre if no earlier centre lies within delta; the caller has removed
-    the keys near centres found before. The rule is applied to all keys at once, again and again until nothing changes.
-    Every pass settles at least one more key, and only one set of centres satisfies the rule, so this is the sequential
-    result.
+    the keys within delta of the centres of earlier calls. The rule is applied to all keys at once, again and again
+    until nothing changes. Every pass settles at least one more key, and only one set of centres satisfies the rule. So
+    the result is that of applying the rule key by key.
     """
     near = (_distances(k, k) <= delta).tril(-1).float()
     opens = torch.ones(len(k), dtype=torch.bool, device=k.device)

@@ -8,8 +8,9 @@ valid for any queries; better queries only raise it.
     lead     logit of the query's own key, less the log-sum-exp of its logits on the rivals and the further tokens
     radius   the greatest length |q| of a query
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
-The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so every local maximum
-over a ball is global. If the rivals were Gaussian with mean mu and covariance C, the maximum would lie at
+Without a softcap, the log of the softmax weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is
+concave in q, so every local maximum over a ball is global. If the rivals were Gaussian with mean mu and covariance C,
+the maximum would lie at
     q = (scale C + lambda I)^-1 (k_i - mu),   with the least lambda >= 0 that gives |q| <= radius.
 The search starts at this q. Each refinement is an approximate Newton step: mu becomes the mean of the rivals weighted
 by their softmax weights under the current query, and C is kept in place of the true curvature.
@@ -58,10 +59,13 @@ class Ball:
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
         """Search for each key of `keys` (n, d) a query that puts much softmax weight on it; return the queries (n, d).
 
-        place (n,) is the key's index among the rivals, or -1 if it is not one. The search tries several queries per
-        key: the longest in the direction from the rivals' mean to the key, the best if the rivals were Gaussian,
-        `first` (n, d) if given, and the longest in the direction of the key if there are tokens `beyond`. The best of
-        these is refined `steps` times, and the best query found is returned.
+        place (n,) is the key's index among the rivals, or -1 if it is not one. The search starts from the best of
+        several queries:
+            of length `radius`, in the direction from the rivals' mean to the key
+            the query that would be best if the rivals were Gaussian
+            `first` (n, d), if given
+            of length `radius`, in the direction of the key, if there are tokens `beyond`
+        It is refined `steps` times, and the best query found is returned.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):

@@ -45,7 +45,8 @@ class Factors:
     def sum_unit(self) -> float:
         """Return the unit roundoff (half of eps) of the format in which the sums of dot products are computed.
 
-        Logits are processed further in this format too. It is the factors' dtype, but float32 for bfloat16 factors.
+        Logits are processed further in this format too. The format is the factors' dtype, but float32 for bfloat16
+        factors.
         """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 

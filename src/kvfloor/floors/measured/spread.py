@@ -152,10 +152,10 @@ class Spread:
         Up to 4,096 tokens: one stream, the better of two. Either is grown by trying the tokens one by one, in an order
         of its own.
         More tokens: up to two streams.
-            the readable tokens  come first, if at least 90 % of the tokens seem readable while all tokens are in the
-                                 stream. A sample of at most 1,024 tokens, evenly spaced, is used for this estimate
-            a grown stream       comes last, always. Tokens are tried one by one against all members so far. It leaves
-                                 out near-duplicates, which the estimate can miss
+            first  the tokens that seem readable while all tokens are in the stream, if they are at least 90 % of all. A
+                   sample of at most 1,024 tokens, evenly spaced, is used for this estimate
+            last   always, a stream grown by trying tokens one by one against all members so far. It leaves out
+                   near-duplicates, which the estimate can miss
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)

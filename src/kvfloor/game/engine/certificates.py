@@ -56,11 +56,11 @@ def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
 def log_loss(gains: Sequence[float]) -> float:
     """Return the gain T, in bits, of the best of several predictors, less log2 of their number.
 
-    A predictor assigns, from the answers alone, a probability p(x) to each of the L levels that a hidden value x can
-    have; the p(x) sum to 1. Its gain is the sum of log2 L + log2 p(x) over the true hidden values, and `gains` holds
-    the gains of all predictors. log2 of their number is the price of choosing the best one by looking at the hidden
-    values. The lower bound on the message's length at confidence 1 - alpha is T - log2(1/alpha). Raises ValueError
-    without a gain.
+    A predictor assigns, from the answers alone, a probability to all hidden values together, for every choice of these
+    values; these probabilities sum to 1. Its gain is log2 of the probability that it gives to the true hidden values,
+    divided by the probability of guessing them all. `gains` holds the gains of all predictors. log2 of their number is
+    the price of choosing the best one by looking at the hidden values. T - log2(1/alpha) is a lower bound on the
+    message's length at confidence 1 - alpha. Raises ValueError without a gain.
     """
     if not gains:
         raise ValueError("gains must hold the gain of at least one predictor, got none")

@@ -40,14 +40,18 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob impo
 class Played:
     """Record one game: the hidden levels, the answers of Alice's and Bob's states, and the sizes in bytes.
 
-    A hidden level is a whole number x in [0, 2^bits).
-    live           answers of the state that Alice filled
-    restored       answers of the state that Bob restored from the message (the bytes of Alice's state); None if Bob
-                   could not answer from the message, and `why` then gives the reason
-    sampled        True if only a random sample of the rows was queried
-    payload_bytes  size of the message without its header and digest
+    A hidden level is a whole number x in [0, 2^bits). A row is the dv hidden levels that one query reads.
+    method         the method as text
+    rows, sampled  (m,) the rows queried, numbered across streams; sampled is True if they are a random sample
+    hidden         (m, dv) the hidden levels of these rows
+    live           (m, dv) answers of the state that Alice filled
+    restored       (m, dv) answers of the state that Bob restored from the message (the bytes of Alice's state); None if
+                   Bob could not answer from the message, and `why` then gives the reason
+    message_bytes  size of the message; payload_bytes of it are not header or digest
     state_bytes    size of Alice's state
+    bytes_read     bytes of the state that are read to answer one query token, over all streams
     hidden_seed    seed that repeats the hidden values
+    seconds        duration of the game
     """
 
     method: str

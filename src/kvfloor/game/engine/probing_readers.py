@@ -46,9 +46,9 @@ class ScoreOracle:
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
     """Choose `probes` distinct random tokens of 1..n-1 to look up in each run: (runs, probes) int64.
 
-    Every token is equally likely. No choice is better, because the heavy key is equally likely at each of these tokens.
-    To save time, all runs share one random order of the tokens, and each run takes consecutive tokens of it from its
-    own random start; `generator` draws both.
+    Every token is equally likely. No choice finds the heavy key more often, because it is equally likely at each of
+    these tokens. To save time, all runs share one random order of the tokens, and each run takes consecutive tokens of
+    it from its own random start; `generator` draws both.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)

@@ -173,14 +173,14 @@ def play(
 
 
 def subset_bits(codebook: int, n: int, p: float) -> float:
-    """Return the least length, in bits, of a message from which the members of a secret set of keys are decoded.
+    """Return a lower bound on the bits of a message from which the members of a secret set of keys are decoded.
 
     The set has n of the M keys of a public codebook; M is `codebook`. A share p >= 1/2 of the set's keys must be
     decoded as members, and a share p of the other keys as non-members.
     Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), and at least 0, with f = n/M, C(M, n) the binomial
     coefficient and H2 the binary entropy. The reason: whether a key is a member is decoded like a bit sent over a
-    binary channel with error 1-p. The factor of M is the entropy of the membership that this decoding leaves open. As
-    entropy is concave, M times it bounds the entropy left open for all keys together.
+    binary channel with error 1-p. The factor of M is the entropy of one key's membership that is left after the
+    decoding. As entropy is concave, M times it bounds the entropy left for all keys together.
     """
     f = n / codebook
     left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))
