@@ -84,7 +84,7 @@ def ball_bits(dv: int, wrong: int) -> float:
 
 
 def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
-    """Return the least length, in bits, of a message from which `m` rows of `dv` bits are decoded with few errors.
+    """Return a lower bound on the bits of a message from which `m` rows of `dv` bits are decoded with few errors.
 
     p is the probability that a row is decoded with at most `wrong` wrong bits.
     Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], and at least 0, H2 the binary entropy. `ball_bits` is log2 of the

@@ -66,7 +66,7 @@ ARGUMENTS: dict[str, str] = {
     "runs": "Independent streams; 256 unless given, fewer where n d is large",
     "caches": "4 (tokens are kept) or 2 (pairs are); what the method keeps unless given",
 }
-"""Map each argument of a `play` function that the command line offers to its description; Python offers more."""
+"""Map each argument of a `play` function that the command line offers to its description."""
 
 INSTANCES: dict[str, type[Instance]] = {
     kind.__name__: kind

@@ -66,7 +66,7 @@ def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
 
 
 def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tuple[float, Choice]:
-    """Improve a choice of groups for at most `rounds` rounds, or 10; return (estimated bits, choice) of the best found.
+    """Improve a choice of groups in at most min(`rounds`, 10) rounds; return (estimated bits, choice) of the best one.
 
     weights (M, n) are the softmax weights of the M queries on all n tokens. `choice.order` may contain queries that
     read no token yet; tokens may be assigned to them. The bits are those of the read floor, estimated from `weights` as

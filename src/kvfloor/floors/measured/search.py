@@ -65,7 +65,7 @@ class Block:
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
-        """Return a block of c of this block's queries, those at the indices `places` (c,) within the block."""
+        """Return a block with c of this block's queries only, those at the indices `places` (c,) within the block."""
         return Block(self.queries[places], self.softmax[places], self.share[places])
 
 

@@ -1,8 +1,8 @@
 """Compute the Gaussian reference: the fewest bits that describe attention's answers, if the values were Gaussian.
 
-It is the rate-distortion function of the answers A V, with A the attention matrix (softmax weights) and V the values:
-the fewest bits for a given squared error. It is a figure to compare measurements with, never a lower bound for recorded
-values, which are not Gaussian.
+It is the rate-distortion function of the answers A V: the fewest bits for a given squared error. A is the attention
+matrix (softmax weights) and V the matrix of the values. The result is a figure to compare measurements with, never a
+lower bound for recorded values, which are not Gaussian.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from kvfloor.validation import positive, within
 
 @dataclasses.dataclass(frozen=True)
 class GaussianReference:
-    """Hold the fewest bits that describe answers to a total squared error `distortion`, if the answers are Gaussian.
+    """Hold the fewest bits that describe answers with a total squared error `distortion`, if the answers are Gaussian.
 
     The answers decompose into independent Gaussian components. Every component whose variance is above a common level
-    is described to a squared error of that level; the others take no bits (reverse water-filling).
+    is described with a squared error of that level; the others take no bits (reverse water-filling).
     bits        the number of bits, in all components
     distortion  the squared error, summed over all components
     level       the common level, theta

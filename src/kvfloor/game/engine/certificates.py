@@ -56,11 +56,11 @@ def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
 def log_loss(gains: Sequence[float]) -> float:
     """Return the gain T, in bits, of the best of several predictors, less log2 of their number.
 
-    A predictor assigns, from the answers alone, a probability to all hidden values together, for every choice of these
-    values; these probabilities sum to 1. Its gain is log2 of the probability that it gives to the true hidden values,
-    divided by the probability of guessing them all. `gains` holds the gains of all predictors. log2 of their number is
-    the price of choosing the best one by looking at the hidden values. T - log2(1/alpha) is a lower bound on the
-    message's length at confidence 1 - alpha. Raises ValueError without a gain.
+    A predictor gives, from the answers alone, a probability to every possible choice of all hidden values; these
+    probabilities sum to 1. Its gain is log2(P / G), where P is the probability that it gives to the true hidden values,
+    and G that of guessing all of them. `gains` holds the gains of all predictors. log2 of their number is the price of
+    choosing the best one by looking at the hidden values. T - log2(1/alpha) is a lower bound on the message's length at
+    confidence 1 - alpha. Raises ValueError without a gain.
     """
     if not gains:
         raise ValueError("gains must hold the gain of at least one predictor, got none")

@@ -176,9 +176,9 @@ def play(
     """Play tensor attention, in which pairs of tokens are keys, against a method.
 
     method       a method or its text, such as "h2o@16"
-    n            with two caches the number of pairs, i.e. the square of the number of tokens; with four caches the
-                 number of tokens, up to 1,024. With four caches and more than 512 hidden rows of dv values, 256 sampled
-                 rows are queried
+    n            with two caches the number of pairs, rounded down to the square of a number of tokens; with four caches
+                 the number of tokens, up to 1,024. With four caches and more than 512 hidden rows of dv values, 256
+                 sampled rows are queried
     d, dv        width of a key, width of a value (dv = d by default)
     caches       4: the method keeps tokens, and queries attend to pairs of them; 2: the pairs are streamed as tokens.
                  By default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other

@@ -38,10 +38,11 @@ class PublicKeys:
 
     @classmethod
     def chosen(cls, family: str | None, n: int, d: int, seed: int, dtype: str = "float32") -> PublicKeys:
-        """Return public keys of the given family, or, if None, of the family whose smallest gap is largest at (n, d).
+        """Return n public keys of width d of the given family, or, if it is None, of the family with the largest gap.
 
-        The gap is a key's squared norm less its largest inner product with another key. Raises ValueError where there
-        is no such family, or none with n keys of positive gap.
+        The gap of a key is its squared norm less its largest inner product with another key; the gap of a family is the
+        smallest gap of its n keys. Raises ValueError where there is no such family, or none with n keys of positive
+        gap.
         """
         if family is None:
             return cls(best_family(n, d, seed), n, d, seed, dtype)
