@@ -1,9 +1,11 @@
 """Compute floors: lower bounds on the memory that attention needs, each given by a theorem.
 
 Most users need `space` only. For a context length and head sizes, it returns a `Floor`, which holds the bound in bits.
-The other functions are the formulas behind `space`. docs/floors.md has the proofs. In each of them, random bits are
-hidden in the values of a stream of tokens, a method processes the stream, and queries of the method's state read the
-bits back. So the state must hold about as many bits as were hidden.
+The other functions are the formulas behind `space`, the sizes of methods that are known to suffice (such as
+`subgen_plan`), and lower bounds on time (`time_probes`, `time_operations`).
+A method is any way to keep a KV cache, exact or compressed. Its state is the memory that it keeps of a stream of
+tokens. The proof of a memory floor hides random bits in the values of a stream, and reads them back by queries of the
+state. So the state must hold about as many bits as were hidden. docs/floors.md has the proofs.
 """
 
 from kvfloor.floors.coherence import (

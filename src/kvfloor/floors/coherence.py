@@ -1,12 +1,12 @@
 """Bound the inner products (`mu_*`) and the gaps (`gap_*`) of n keys in d dimensions that attention can tell apart.
 
-The proofs of the memory floors (lower bounds on a method's memory) use such keys: each key's value holds hidden bits,
-and a long query in the direction of one key reads the value of this key. The query can put nearly all softmax weight on
-its key if the key's gap is positive.
+The proofs of the memory floors (lower bounds on the bits that any KV cache needs) use such keys: each key's value holds
+hidden bits, and a long query in the direction of one key reads the value of this key. The query can put nearly all
+softmax weight on its key if the key's gap is positive.
     mu   an upper bound on the inner product of any two different keys, all of length 1
-    gap  |k_i|^2 less the largest inner product <k_i, k_j> with another key. If the query is k_i, every other logit is
-         lower than that of key i by at least the gap. For keys of length 1 the gap is at least 1 - mu. The gap of a set
-         of keys is the smallest of its keys' gaps
+    gap  of key i: |k_i|^2 less the largest inner product <k_i, k_j> with another key k_j. If the query is k_i, every
+         other logit is lower than that of key i by at least the gap. For keys of length 1 the gap is at least 1 - mu.
+         The gap of a set of keys is the smallest of its keys' gaps
 """
 
 import math
@@ -15,11 +15,11 @@ from kvfloor.validation import whole, within
 
 
 def jl_dim_paper(n: int, eps: float) -> float:
-    """Return a dimension in which `n` random Gaussian keys are nearly orthogonal: 12 ln n / (eps^2 - eps^3).
+    """Return a dimension d in which `n` random keys, of Gaussian entries with variance 1/d, are nearly orthogonal.
 
-    In that dimension the inner products of all pairs of keys are within eps of 0 with probability 1 - 1/n.
-    At eps = 0.1 the dimension is 1333 ln n, too large for real heads. The other functions of this file give bounds for
-    keys that need fewer dimensions.
+    Law: d = 12 ln n / (eps^2 - eps^3). The inner products of all pairs of keys are then within eps of 0 with
+    probability 1 - 1/n. At eps = 0.1 the dimension is 1333 ln n, too large for real heads. The other functions of this
+    file give bounds for keys that need fewer dimensions.
     Source: Haris & Onak (COLT 2025), Lemma 3 and Lemma 22.
     """
     eps = within("eps", eps, 0.0, 1.0, low_open=True, high_open=True)
@@ -30,8 +30,8 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
     """Return an upper bound on the inner products of any two of `n` random keys whose coordinates are ±1/sqrt(d).
 
     The bound holds for all pairs of keys at once, except with probability at most `delta`.
-    Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d), by Hoeffding's bound exp(-d t^2/2) on the chance that one pair exceeds
-    t, summed over fewer than n^2/2 pairs. Derived here.
+    Law: sqrt((4 ln n + 2 ln(1/(2 delta))) / d). By Hoeffding's bound, the inner product of one pair exceeds t with
+    probability at most exp(-d t^2/2), and there are fewer than n^2/2 pairs. Derived here.
     """
     delta = within("delta", delta, 0.0, 1.0, low_open=True)
     bound = 4.0 * math.log(whole("n", n)) + 2.0 * math.log(1.0 / (2.0 * delta))
@@ -41,9 +41,10 @@ def mu_rademacher(n: int, d: int, delta: float) -> float:
 def mu_sphere(n: int, d: int) -> float:
     """Return a bound mu such that some `n` unit keys in `d` dimensions have pairwise inner products of at most mu.
 
-    Independent uniform random unit keys stay within the bound with positive probability, so such keys exist.
-    Law: sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2, because the points within an angle theta <= pi/2 of a key cover at most
-    the share sin(theta)^(d-1)/2 of the sphere. Derived here.
+    Such keys exist, because independent uniform random unit keys stay within the bound with positive probability.
+    Law: mu = sqrt(1 - (4/n^2)^(2/(d-1))) for d >= 2. The points within an angle theta <= pi/2 of a key cover at most
+    the share sin(theta)^(d-1)/2 of the sphere. With cos(theta) = mu this share is 2/n^2, and there are fewer than n^2/2
+    pairs of keys. Derived here.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     return math.sqrt(max(0.0, 1.0 - (4.0 / n**2) ** (2.0 / (d - 1))))
@@ -52,9 +53,11 @@ def mu_sphere(n: int, d: int) -> float:
 def mu_chirp(p: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m keys of a chirp code: (m-1)/sqrt(p), Weil's bound.
 
-    Each key is made of its own polynomial f mod p: its coordinates are the cosines and sines of 2 pi f(x)/p at x =
-    0..p-1, over sqrt(p) (`kvfloor.game.keys.codes.chirp`). p is a prime, m < p the degree of the polynomials, and d >=
-    2p the key width. Raises ValueError for p <= m.
+    Each key is made of its own polynomial f mod p. Its coordinates are cos(2 pi f(x)/p) / sqrt(p) and sin(2 pi f(x)/p)
+    / sqrt(p) at x = 0..p-1 (`kvfloor.game.keys.codes.chirp`).
+    p  a prime. A key has 2p such coordinates, so its width d must be at least 2p
+    m  the largest degree of the polynomials, m < p
+    Raises ValueError for p <= m.
     """
     p, m = whole("p", p), whole("m", m)
     if p <= m:
@@ -65,10 +68,12 @@ def mu_chirp(p: int, m: int) -> float:
 def mu_reed_solomon(b: int, m: int) -> float:
     """Return an upper bound on the inner products of the n <= p^m one-hot Reed-Solomon keys: (m-1)/b.
 
-    Each key is made of its own polynomial mod a prime p. At each of b points, the polynomial's value, in 0..p-1,
-    becomes p coordinates of the key: 1/sqrt(b) at the index equal to the value, 0 at the others. m is the number of
-    coefficients of a polynomial, b <= p, and d >= b p is the key width (`kvfloor.game.keys.codes.reed_solomon`). Two
-    polynomials of degree below m agree on at most m - 1 of the b points.
+    Each key is made of its own polynomial mod a prime p (`kvfloor.game.keys.codes.reed_solomon`). At each of b points,
+    the polynomial's value, in 0..p-1, becomes p coordinates of the key: 1/sqrt(b) at the index equal to the value, 0 at
+    the others. So the key width d must be at least b p.
+    b  the number of points, b <= p
+    m  the number of coefficients of a polynomial. Two polynomials of degree below m agree on at most m - 1 of the
+       points
     """
     return (whole("m", m) - 1) / whole("b", b)
 
@@ -93,12 +98,13 @@ def gap_circle(n: int) -> float:
 
 
 def log_packing_count(d: int, gap: float) -> float:
-    """Return ln of a number of unit keys with pairwise gaps of at least `gap` that surely exist in d >= 2 dimensions.
+    """Return ln m for a number m such that some m unit keys in d >= 2 dimensions have pairwise gaps of at least `gap`.
 
-    The gap of two keys is 1 less their inner product, so it is 1 - cos(theta) for keys at an angle theta.
-    Law: at least 2 / sin(theta)^(d-1) keys exist with cos(theta) = 1 - gap. If no key can be added, every point of the
-    sphere lies within theta of a key, and the points within theta of one key cover at most the share sin(theta)^(d-1)/2
-    of the sphere. That share is a bound for theta <= pi/2 only, so gap > 1 raises ValueError. Derived here.
+    The gap of two unit keys is 1 less their inner product, so it is 1 - cos(theta) for keys at an angle theta.
+    Law: m = 2 / sin(theta)^(d-1), where cos(theta) = 1 - gap; m need not be whole. Proof: choose keys at angles of at
+    least theta from each other until no key can be added. Then every point of the sphere lies within theta of a key.
+    The points within theta of one key cover at most the share sin(theta)^(d-1)/2 of the sphere, so there are at least m
+    keys. The share is an upper bound for theta <= pi/2 only, so gap > 1 raises ValueError. Derived here.
     """
     d = whole("d", d, least=2)
     gap = within("gap", gap, 0.0, 1.0, low_open=True)
@@ -106,10 +112,10 @@ def log_packing_count(d: int, gap: float) -> float:
 
 
 def gap_packing(n: int, d: int) -> float:
-    """Return a gap that some `n` unit keys in d >= 2 dimensions are sure to reach: 1 - sqrt(1 - (2/n)^(2/(d-1))).
+    """Return a gap that `n` well-chosen unit keys in d >= 2 dimensions have: 1 - sqrt(1 - (2/n)^(2/(d-1))).
 
-    The gap is 1 less the largest inner product of two keys. This is the inverse of `log_packing_count`, which returns a
-    number of keys for a gap. It is 1 for n <= 2.
+    The gap of a set of unit keys is 1 less the largest inner product of two of them. The result is 1 for n <= 2. This
+    function is the inverse of `log_packing_count`, which returns the log of a number of keys for a given gap.
     """
     n, d = whole("n", n), whole("d", d, least=2)
     if n <= 2:
@@ -121,9 +127,11 @@ def gap_packing(n: int, d: int) -> float:
 def gap_known(n: int, d: int) -> float:
     """Return the largest gap that this file's formulas guarantee for some `n` unit keys in `d` dimensions, at most 1.
 
-    The gap is 1 less the largest inner product of two keys. It is 1 for n <= 2d, with keys among the 2d vectors ±e_i
-    along the axes. For d = 1 and n > 2 it is 0: there are only two unit keys. Otherwise it is the largest of three
-    gaps: of n points on a circle, of sign vectors (for n <= 2^d), and of keys packed on the sphere (`gap_packing`).
+    The gap of a set of unit keys is 1 less the largest inner product of two of them. The result is
+        1          for n <= 2d, where n of the 2d vectors ±e_i along the axes serve as keys
+        0          for d = 1 and n > 2, as there are only two unit keys
+        otherwise  the largest of three gaps: of n points on a circle (`gap_circle`), of sign vectors for n <= 2^d
+                   (`gap_hypercube`), and of keys packed on the sphere (`gap_packing`)
     """
     n, d = whole("n", n), whole("d", d)
     if n <= 2 * d:

@@ -1,7 +1,8 @@
 """Bound the length of a message from which a receiver answers questions about hidden bits. Results are in bits.
 
-In the proofs of memory floors (lower bounds on a method's memory), the message is the state of a method. The sender
-(Alice) hides random bits in the values of a stream, and sends the state after the stream to the receiver (Bob).
+In the proofs of memory floors (lower bounds on the memory of any KV-cache method), the message is the state of a
+method: the memory that it keeps of a stream of tokens. The sender (Alice) hides random bits in the values of the
+stream, and sends the state after the stream to the receiver (Bob).
 """
 
 import math
@@ -18,12 +19,12 @@ def H2(p: float) -> float:
 
 
 def index_bits(N: int, p: float) -> float:
-    """Return the least length, in bits, of a message from which any one of `N` hidden bits can be decoded.
+    """Return a lower bound on the bits of a message from which any one of `N` hidden bits can be decoded.
 
-    The bit is decoded with probability `p`, on average over uniform hidden bits, the bit's position, and random bits
-    that sender and receiver share. The position is chosen after the message is sent (the problem INDEX).
-    Law: S >= N (1 - H2(1-p)), where S is the length and H2 the binary entropy. The bound is 0 for p <= 1/2, which
-    guessing reaches.
+    The hidden bit's position is chosen after the message is sent (the problem INDEX). The bit is decoded right with
+    probability `p`, on average over uniform hidden bits, the position, and random bits that sender and receiver share.
+    Law: S >= N (1 - H2(1-p)), where S is the message's length and H2 the binary entropy. The bound is 0 for p <= 1/2,
+    which guessing reaches.
     Source: Haris & Onak (COLT 2025), Theorem 5 states Omega(N); the constant is Fano's inequality with the concavity of
     H2 (derived here: docs/floors.md, "INDEX").
     """
@@ -33,10 +34,10 @@ def index_bits(N: int, p: float) -> float:
 
 
 def row_bits(n: int, dv: int, p: float) -> float:
-    """Return the least length, in bits, of a message from which `n` rows of `dv` hidden bits can be decoded.
+    """Return a lower bound on the bits of a message from which `n` rows of `dv` hidden bits can be decoded.
 
     `p` is the probability that a row is decoded without any wrong bit, on average over the rows.
-    Law: S >= n (p dv - H2(p)), and at least 0, where S is the length and H2 the binary entropy.
+    Law: S >= n (p dv - H2(p)), and at least 0, where S is the message's length and H2 the binary entropy.
     Source: Haris & Onak (COLT 2025), Remark 7, where the receiver recovers a whole row; the constant is Fano's
     inequality per row (derived here: docs/floors.md, "Whole rows").
     """
@@ -48,9 +49,9 @@ def row_bits(n: int, dv: int, p: float) -> float:
 def token_ids(n: int, vocabulary: int) -> float:
     """Return the bits of `n` stored token ids, from which a fixed model can always recompute all keys and values.
 
-    Law: n log2(vocabulary). This may be less than a space floor (`floors.space`, the bits that any method needs),
-    without contradiction: the floors are for arbitrary keys and values, and those of a fixed model are functions of its
-    tokens.
+    Law: n log2(vocabulary), where `vocabulary` is the number of different tokens. This may be less than a space floor
+    (`floors.space`, the bits that any method needs). There is no contradiction: the floors are for arbitrary keys and
+    values, and those of a fixed model are functions of its tokens.
     """
     return whole("n", n, least=0) * math.log2(whole("vocabulary", vocabulary))
 

@@ -1,7 +1,8 @@
 """Hold a memory floor: a lower bound on the bits that any method needs, beside memory sizes that are known to suffice.
 
-In the proof of a floor, hidden bits are stored as the values of a stream of tokens, and queries of a method's state
-read them back. Keys are "public" if they are fixed in advance, so that the state need not hold them.
+A method is a way to keep a KV cache, exact or compressed; its state is the memory that it keeps of a stream of tokens.
+In the proof of a floor, hidden bits are stored as the values of a stream, and queries of the state read them back. Keys
+are "public" if they are fixed in advance, so that the state need not hold them.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ class Floor:
     bits        the floor
     bytes       the floor in whole bytes, rounded up
     upper_bits  memory that suffices if the keys are fixed in advance and each value is a single bit. If queries can
-                read the values of all tokens, bits / upper_bits is p - H2(p)/dv, H2 the binary entropy: the floor is
-                then nearly the best possible
+                read the values of all tokens, bits / upper_bits is p - H2(p)/dv, H2 the binary entropy. This is not far
+                below 1, so no floor can be much larger
     regime      the case of the theorem that these sizes fall under, such as "near-orthogonal"
     theorem     the theorem that gives `bits`
     constants   every number that was used to compute `bits`, name -> number
@@ -63,8 +64,8 @@ class Floor:
     ) -> "Floor":
         """Return a floor of `bits`, with `bytes` computed from the bits and `possible` sorted by size.
 
-        The other arguments are fields of the floor. If `bits` is 0, the floor's regime becomes "vacuous (REGIME)", with
-        the given regime in place of REGIME.
+        The arguments are fields of the floor. If `bits` is 0, the field regime becomes the text "vacuous (...)" with
+        the given `regime` in the brackets.
         """
         return Floor(
             bits=bits,
@@ -81,7 +82,10 @@ class Floor:
         return memory.bits / self.bits if self.bits > 0.0 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict of plain JSON types, name -> value; a number that is not finite becomes None."""
+        """Return the fields as a dict of plain JSON types, name -> value; a number that is not finite becomes None.
+
+        Each entry of `possible` becomes a dict too, with two more names: its "bytes", and its "ratio" to the floor.
+        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["constants"] = {name: _finite(value) for name, value in self.constants.items()}
         fields["possible"] = [

@@ -1,14 +1,16 @@
-"""Compute the space floor (lower bound on any method's bits) of error guarantees in a norm.
+"""Compute the space floor (lower bound on any method's bits) for answers whose error is bounded in the l2 norm.
 
-Such a guarantee bounds the error of an answer z, whose exact value (attention) is A: |z - A|_2 <= epsilon * size. There
-are three, named by `metric`, V being the matrix of values, with one row v_i per token:
+A method is a way to keep a KV cache; its state is the memory that it keeps of a stream of tokens. An error guarantee
+bounds the error of an answer z: |z - A|_2 <= epsilon * size, where A is exact attention. There are three guarantees,
+named by `metric`. V is the matrix of values, with one row v_i per token:
     max        size = max |v_i|_2, the length of the longest value
     frobenius  size = ||softmax||_2 ||V||_F, the length of the vector of softmax weights times the Frobenius norm of V
     operator   size = ||softmax||_2 ||V||_op, the same with the operator norm of V
-In the proof, random signs ±1 are hidden in a stream as values: a row of dv signs per token. The receiver of a state
-reads a row as the signs of the answer to a query that puts nearly all softmax mass on the row's token. The guarantee
-leaves room for a share rho of wrong signs per row. If it holds with probability p, a row gives p (dv - log2 B) - H2(p)
-bits, B the number of rows of dv signs that differ from a given one in at most rho dv signs, H2 the binary entropy.
+In the proof, random signs ±1 are hidden in a stream as values: a row of dv signs per token. The receiver of the
+method's state reads a row as the signs of the answer to one query, which puts nearly all softmax mass on the row's
+token. An answer within the guarantee can still have wrong signs, but at most a share rho of the row. If the guarantee
+holds with probability p, a row gives p (dv - log2 B) - H2(p) bits. Here B is the number of rows of dv signs that differ
+from a given row in at most rho dv signs, and H2 is the binary entropy.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 
@@ -40,17 +42,18 @@ _THEOREMS = {
 def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0, norm: float | None = None) -> float:
     """Return an upper bound on the share rho of a row's dv signs that an answer within the guarantee gets wrong.
 
-    A row is the ±1 values of one of `m` hidden tokens, read by a query that puts nearly all softmax mass on this token.
-    metric   the guarantee: |answer - attention|_2 <= epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F (frobenius)
-             or ||softmax||_2 ||V||_op (operator)
-    leak     x = (softmax mass off the token)/(mass on the token)
+    A row is the dv values ±1 of one of `m` tokens. It is read by a query that puts nearly all softmax mass on this
+    token; the signs of the answer are taken for those of the row.
+    metric   the guarantee: |answer - attention|_2 is at most epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F
+             (frobenius) or ||softmax||_2 ||V||_op (operator)
+    leak     the ratio x = (softmax mass on all other tokens)/(mass on the token)
     norm     operator norm of the m x dv matrix of signs; None: `sign_norm`(m, dv)
     Law, with B the operator norm:
-        max        epsilon^2 ((1+x)/(1-x))^2
-        frobenius  epsilon^2 m (1+x^2)/(1-x)^2
-        operator   epsilon^2 (B^2/dv) (1+x^2)/(1-x)^2
+        max        rho = epsilon^2 ((1+x)/(1-x))^2
+        frobenius  rho = epsilon^2 m (1+x^2)/(1-x)^2
+        operator   rho = epsilon^2 (B^2/dv) (1+x^2)/(1-x)^2
     Each value of the exact answer is at least (1-x)/(1+x) in size, so a wrong sign is an error of at least that size,
-    and ||softmax||_2^2 <= (1+x^2)/(1+x)^2. The result is infinite for leak >= 1. Derived here.
+    and ||softmax||_2^2 <= (1+x^2)/(1+x)^2. The result may be above 1, and is infinite for leak >= 1. Derived here.
     """
     one_of("metric", metric, NORMS)
     epsilon = within("epsilon", epsilon, 0.0, math.inf, high_open=True)
@@ -62,9 +65,11 @@ def sign_norm(m: int, dv: int) -> float:
     """Return an operator norm that at least half of all m x dv sign matrices do not exceed; about sqrt(m) + sqrt(dv).
 
     A sign matrix has entries ±1.
-    Law: B^2 = min(m dv, min over whole k of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2)), B the norm, s = sqrt(m) + sqrt(dv).
-    Of k, the two whole numbers next to the best real one, s sqrt(ln(2 min(m, dv))/2), are tried. Derived here:
-    docs/floors.md, "Other error guarantees", compares the moments of sign matrices with those of Gaussian matrices.
+    Law, with B the norm and s = sqrt(m) + sqrt(dv): B^2 is the smaller of m dv and the least value, over k = 1, 2, ...,
+    of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2). Two k are tried: the whole numbers next to s sqrt(ln(2 min(m, dv))/2), the
+    best real k.
+    Derived here: docs/floors.md, "Other error guarantees", compares the moments of sign matrices with those of Gaussian
+    matrices.
     """
     return math.sqrt(_squared_norm(whole("m", m), whole("dv", dv)))
 
@@ -79,12 +84,13 @@ def ball_bits(dv: int, wrong: int) -> float:
 
 
 def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
-    """Return the least length, in bits, of a message from which `m` rows of `dv` bits are decoded with few errors.
+    """Return a lower bound on the bits of a message from which `m` rows of `dv` bits are decoded with few errors.
 
-    With probability p, a row is decoded with at most `wrong` wrong bits.
-    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], and at least 0, H2 the binary entropy. For rho = wrong/dv <= 1/2
-    this is at least m [p dv (1 - H2(rho)) - H2(p)]. For wrong = 0 it is m (p dv - H2(p)), the bound for rows decoded
-    without any error. Derived here: Fano's inequality with a list.
+    p is the probability that a row is decoded with at most `wrong` wrong bits.
+    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], and at least 0, H2 the binary entropy. `ball_bits` is log2 of the
+    number of rows that differ from a given one in at most `wrong` bits. For rho = wrong/dv <= 1/2 the result is at
+    least m [p dv (1 - H2(rho)) - H2(p)]. For wrong = 0 it is m (p dv - H2(p)), the bound for rows decoded without any
+    error. Derived here: Fano's inequality with a list.
     """
     m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
     return max(0.0, m * (p * (dv - ball_bits(dv, wrong)) - H2(p)))
@@ -106,21 +112,22 @@ def metric_space(
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to meet an error guarantee at each step.
 
-    n, d, dv  tokens of the stream, width of a key, width of a value (d unless given)
+    n, d, dv  tokens of the stream, width of a key, width of a value (d unless given; at most 4,096)
     metric    max, frobenius or operator: the size that the l2 error of an answer is compared with (see the module)
     epsilon   the error is at most epsilon times that size
     p         probability that the guarantee holds, at each step
     radius    largest logit; None: no bound on logits
     window    number of tokens of a sliding window, or None
-    norm      for the operator norm: a measured operator norm that half of all n x dv sign matrices stay below; None: a
-              proven one (`sign_norm`)
+    norm      for the metric operator only: an operator norm, found by measurement, that at least half of all n x dv
+              sign matrices do not exceed; None: a proven one (`sign_norm`)
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), S the bits, rho the
-    `wrong_share` of m rows of w values, and b = 1 bit for the operator norm (half of all sign matrices are used), else
-    0. The hard stream has m tokens, with signs in w <= dv coordinates; m <= n, or m <= window - 1.
-    The `leak` of `wrong_share` is x = m e^(-radius g), g a gap that some m unit keys in d dimensions have
-    (`gap_known`): 1 less the largest inner product of two keys. The query of a key leaves all other tokens together at
-    most x times the softmax mass of the key. Without `radius`, x can be made arbitrarily small.
+    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), and at least 0. S are the
+    bits. rho is the `wrong_share` of m rows of w values. b is 1 bit for the operator norm, where half of all sign
+    matrices are used, else 0. The stream of the proof has m tokens, with signs in w <= dv coordinates; m <= n, or m <=
+    window - 1.
+    The `leak` of `wrong_share` is x = m e^(-radius g), and arbitrarily small without `radius`. g is a gap that some m
+    unit keys in d dimensions have (`gap_known`): 1 less the largest inner product of two keys. The query that reads the
+    token of a key leaves all other tokens together at most x times the softmax mass of this token.
     Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
     ValueError naming the argument, what was given and what is allowed.
     """
@@ -172,11 +179,13 @@ def metric_space(
 
 
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:
-    """Find the number of rows m <= `most` and their width <= `dv` that make `noisy_row_bits` largest.
+    """Find the number m <= `most` of rows and their width <= `dv` for which the bound `noisy_row_bits` is largest.
 
-    `noisy_row_bits` is the least length of a message from which rows of bits are decoded with few errors. Returns (m,
-    width, errors, bits), or (0, 0, 0, 0.0) where no choice gives positive bits. `wrong`(m, width) is the number of
-    errors with which a row may be decoded, and must not fall as m grows; p is the probability that a row has no more.
+    `noisy_row_bits` is a lower bound on the bits of a message from which m rows of bits are decoded with few errors.
+    p      probability that a row is decoded with at most `wrong`(m, width) wrong bits
+    wrong  called with (m, width); returns the wrong bits that are allowed in a row. It must not decrease as m grows
+    Returns (m, width, errors, bits): the choice, the wrong bits allowed in one of its rows, and the bound. Returns (0,
+    0, 0, 0.0) where no choice gives positive bits.
     For each width and number of errors, the largest m that `wrong` allows is found by bisection, so the maximum is
     exact.
     """
@@ -218,10 +227,11 @@ def _squared_norm(m: int, dv: int) -> float:
 
 
 def _leak(m: int, d: int, radius: float | None) -> float:
-    """Return (softmax mass off the queried key)/(mass on it) for m unit keys of width d, at logits up to `radius`.
+    """Return an upper bound on the leak of a query for one of m unit keys of width d, at logits up to `radius`.
 
-    The mass off the key includes the mass of the token that the receiver of the state appends. Without `radius` the
-    ratio is 0, or infinite where no query can single out a key.
+    The leak is (softmax mass off the queried key)/(mass on it). It includes the mass of one more token, which the
+    receiver of the state appends before the query. Without `radius` the result is 0, or infinite where no query can
+    single out a key.
     """
     gap = gap_known(m, d)
     if radius is None:

@@ -1,9 +1,9 @@
-"""Count the keys that queries of bounded length can tell apart: each query must give its key nearly all softmax mass.
+"""Count the keys that queries of bounded length can tell apart: each key has a query that gives it nearly all mass.
 
-Such a query is a spike query: a multiple of its key. The logit radius r = scale max|q| max|k| bounds the logits, in
-nats (natural logarithm, as in exp(logit)). The gap of unit keys is 1 less the largest inner product of two keys: the
-larger it is, the shorter a spike query may be. The counts enter memory floors, which are lower bounds on any method's
-bits: as many hidden values can be read as keys can be told apart.
+Mass is softmax mass. Such a query, a multiple of its key, is a spike query. The logit radius r = scale max|q| max|k|
+bounds the logits, in nats (natural logarithm, as in exp(logit)). The gap of unit keys is 1 less the largest inner
+product of two keys. The larger it is, the shorter a spike query may be. The counts enter memory floors, which are lower
+bounds on any method's bits: as many hidden values can be read as keys can be told apart.
 """
 
 import math
@@ -17,13 +17,16 @@ _LARGEST_LOG = 700.0  # exp of it is still a float
 def N_dr(d: int, r: float, eta: float) -> float:
     """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at relative error `eta`.
 
-    A spike query puts nearly all softmax mass on one key. `r` = scale * max|q| * max|k| in nats.
+    A spike query puts so much softmax mass on one key that its answer, right within a factor 1±eta, reveals a hidden
+    bit in the key's value: all other keys together have at most (1-eta)/4 times this mass. `r` = scale * max|q| *
+    max|k| in nats.
     Law: the largest of these numbers:
-        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(4m/(1-eta))/r, theta <= pi/2
+        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1). The angle theta <= pi/2 depends on m: 1 - cos(theta) =
+        ln(4m/(1-eta))/r
         min(2d, (1-eta) e^r / 4) rounded down: so many of the vectors ±e_i along the axes
         1
-    It is a lower estimate of the true number, so that the floor computed from it is valid. Returns a whole number as a
-    float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
+    More keys may be separable, but surely so many are; so the floor computed from the result is valid. Returns a whole
+    number as a float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
     return _count(d, r, math.log(4.0 / (1.0 - eta)))
@@ -32,14 +35,15 @@ def N_dr(d: int, r: float, eta: float) -> float:
 def separable_keys(d: int, r: float, ratio: float) -> float:
     """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at a leak <= `ratio`.
 
-    A spike query puts nearly all softmax mass on one key. Its leak, as a ratio, is (mass on all other keys)/(mass on
-    the key).
+    A spike query puts nearly all softmax mass on one key. Its leak is (mass on all other keys)/(mass on the key). `r` =
+    scale * max|q| * max|k| in nats.
     Law: the largest of these numbers:
-        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1), where 1 - cos(theta) = ln(m / ratio)/r, theta <= pi/2
+        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1). The angle theta <= pi/2 depends on m: 1 - cos(theta) =
+        ln(m / ratio)/r
         min(2d, ratio e^r) rounded down: so many of the vectors ±e_i along the axes
         1
-    It is a lower estimate of the true number. `N_dr`(d, r, eta) is the case ratio = (1-eta)/4. Derived here
-    (docs/floors.md, "Bounded norms").
+    More keys may be separable, but surely so many are. Returns a whole number as a float, `inf` beyond e^700. `N_dr`(d,
+    r, eta) is the case ratio = (1-eta)/4. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r = whole("d", d), positive("r", r)
     return _count(d, r, -math.log(within("ratio", ratio, 0.0, 1.0, low_open=True, high_open=True)))
@@ -48,18 +52,20 @@ def separable_keys(d: int, r: float, ratio: float) -> float:
 def _count(d: int, r: float, offset: float) -> float:
     """Count the keys in `d` dimensions that spike queries of logit radius `r` can tell apart at a leak <= e^-offset.
 
-    A leak is (softmax mass on all other keys)/(mass on the query's own key). The law is that of `separable_keys`.
+    A spike query puts nearly all softmax mass on one key. Its leak is (mass on all other keys)/(mass on the key). The
+    law is that of `separable_keys` with ratio = e^-offset.
     """
     packed = _packed(d, r, offset) if d >= 2 else 0.0
     return max(1.0, packed, min(2.0 * d, _whole_exp(r - offset)))  # ±e_i have gap 1
 
 
 def _packed(d: int, r: float, offset: float) -> float:
-    """Return the largest number m for which m unit keys of gap (ln m + offset)/r surely exist in d dimensions, or 0.
+    """Return the largest whole m for which some m unit keys of gap (ln m + offset)/r exist in d dimensions, or 0.
 
-    At this gap, a query of logit radius r leaves the m - 1 other keys together at most e^-offset times the softmax mass
-    of its own key. `log_packing_count` returns how many keys exist at a gap. Bisection on ln m finds the largest m,
-    because if m keys exist, so do fewer.
+    The gap is 1 less the largest inner product of two keys. At this gap, a query of logit radius r in the direction of
+    a key leaves the m - 1 other keys together at most e^-offset times the softmax mass of this key. `log_packing_count`
+    gives a number of keys that surely exist at a gap; more are not counted. If m keys exist, so do fewer, so bisection
+    on ln m finds the largest m. Returns 0 where no m will do, and `inf` beyond e^700.
     """
 
     def feasible(log_m: float) -> bool:
@@ -81,5 +87,5 @@ def _packed(d: int, r: float, offset: float) -> float:
 
 
 def _whole_exp(x: float) -> float:
-    """Return e^x rounded down to a whole number."""
+    """Return e^x rounded down to a whole number, as a float; x above 700 counts as 700."""
     return float(math.floor(math.exp(min(x, _LARGEST_LOG)) * (1.0 + 1e-12)))

@@ -1,7 +1,8 @@
 """Compute a lower bound on the bits that any method must hold to answer attention: the space floor.
 
-A method processes a stream of tokens and then answers queries from what it has kept. The bound follows from one of
-several theorems, chosen by the kind of attention (such as standard or sliding window) and the allowed error.
+A method is a way to keep a KV cache. It processes a stream of tokens, and then answers queries from what it has kept.
+The bound follows from one of several theorems, chosen by the kind of attention (such as standard or sliding window) and
+the allowed error.
 """
 
 from kvfloor.floors.floor import Floor
@@ -35,16 +36,19 @@ def space(
     """Return a lower bound on the bits that any streaming method must hold to answer attention.
 
     n, d, dv   tokens of the stream, width of a key, width of a value (d unless given)
-    attention  standard; window, over the last `window` tokens (a `window` given with "standard" means the same);
-               tensor, where pairs of tokens are the keys (`caches` 4: tokens arrive, 2: pairs arrive); or visual, an
-               image pyramid of square maps, where `n` is the side of the last map, each earlier side is smaller by the
-               factor `ratio` (2), and a map has side^2 tokens
+    attention  the kind of attention:
+        standard  softmax over all tokens
+        window    over the last `window` tokens. "standard" with `window` given means the same
+        tensor    pairs of tokens are the keys. `caches` says what arrives in the stream: 4, tokens (the default); 2,
+                  pairs
+        visual    an image pyramid of square maps. `n` is the side of the last map, which has n^2 tokens; each earlier
+                  side is smaller by the factor `ratio` (2 unless given)
     metric     the error guarantee. entrywise: each value of an answer is within a factor 1±`eta`. max, frobenius,
                operator: the l2 error is at most `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2
                ||V||_op, V the matrix of the values v_i (for standard and window only)
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual; None: no bound
-    heads, layers   number of KV heads and of layers, which multiply the bound
+    heads, layers   number of kv heads and of layers, which multiply the bound
     Returns a `Floor`: the bound in bits, and memory sizes that suffice.
     The formulas are those of the functions for each case: `standard.space` (standard and window, entrywise),
     `metric_space` (the other error guarantees), `tensor_space` and `visual_space`. The bound is for worst-case keys and

@@ -1,14 +1,14 @@
-"""Compute the sizes of sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling.
+"""Compute the sizes of two sampling methods: SubGen's constants and stored numbers, and lazy Gumbel sampling's tokens.
 
 SubGen (Zandieh et al. 2024) clusters keys online. It estimates attention as z / tau. The numerator z estimates sum_j
 exp(q.k_j) v_j from s sampled pairs of key and value. The denominator tau estimates sum_j exp(q.k_j) from t sampled keys
 per cluster.
-Lazy Gumbel sampling (Haris & Onak 2025) draws a token with the probability of its softmax weight: the token of largest
-logit plus random Gumbel noise. It holds the tokens of largest logit, and of the others only the few whose noise is so
-large that they may win. If a key is one number (d = 1), the tokens of largest logit are those of the largest or
+Lazy Gumbel sampling (Haris & Onak 2025) draws a token with the probability of its softmax weight: the token whose logit
+plus random Gumbel noise is largest. It holds the tokens of largest logit, and of the others only the few whose noise is
+so large that they may win. If a key is one number (d = 1), the tokens of largest logit are those of the largest or
 smallest keys.
 K and V are the matrices of the keys k_j and the values v_j, q is a query, d and dv are the widths of a key and a value,
-and a number is one stored float. `failure` is the probability that an error bound may be exceeded.
+and a number is one stored float. `failure` is the allowed probability that the error exceeds its bound.
 """
 
 import math
@@ -23,9 +23,9 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
     """Return the number s of sampled pairs of key and value that keeps SubGen's numerator z accurate.
 
     The numerator estimates sum_j exp(q.k_j) v_j. Accurate means an error of at most (epsilon/3) |exp(Kq)|_2 ||V||,
-    except with probability `failure`; `norm` is the norm of V, "operator" or "frobenius".
-    Law: 9 dv / (epsilon^2 failure) for the operator norm, as ||V||_F^2 <= dv ||V||_op^2, and 9 / (epsilon^2 failure)
-    for the Frobenius norm, by Chebyshev's inequality, for one fixed query.
+    except with probability `failure`, for one fixed query. `norm` is the norm of V, "operator" or "frobenius".
+    Law, by Chebyshev's inequality: 9 / (epsilon^2 failure) for the Frobenius norm. For the operator norm dv times as
+    many, as ||V||_F^2 <= dv ||V||_op^2. The result is not rounded to a whole number.
     Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     dv, epsilon, failure = whole("dv", dv), _accuracy(epsilon), _failure(failure)
@@ -37,11 +37,14 @@ def subgen_t(delta: float, r: float, epsilon: float, failure: float, *, centres:
     """Return the number t of key samples per cluster that keeps SubGen's denominator accurate.
 
     The denominator estimates sum_j exp(q.k_j). Accurate means an error of at most epsilon/3 of this sum, except with
-    probability `failure`.
-    Law, with R = exp(2 delta r), keys within `delta` of their cluster's centre and |q| <= `r`:
-        9 (R-1)^2 / (4 R epsilon^2 failure)         by Chebyshev's inequality on the sum of all clusters (the default)
-        27 R ln(2 centres / failure) / epsilon^2    by Chernoff's in each of the `centres` clusters, if they are given
-    The result is `inf` where R overflows a float. R is the largest ratio of exp(q.k) of two keys of a cluster.
+    probability `failure`, for one fixed query.
+    delta    greatest distance of a key from its cluster's centre
+    r        greatest length of a query
+    centres  number of clusters; None: it does not enter the formula
+    Law, with R = exp(2 delta r), the largest ratio of exp(q.k) of two keys of a cluster:
+        centres None   9 (R-1)^2 / (4 R epsilon^2 failure), by Chebyshev's inequality on the sum of all clusters
+        centres given  27 R ln(2 centres / failure) / epsilon^2, by Chernoff's inequality in each cluster
+    The result is not rounded to a whole number, and is `inf` where R overflows a float.
     Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     delta, r = positive("delta", delta), positive("r", r)
@@ -71,9 +74,9 @@ def subgen_plan(
 ) -> tuple[float, int, int, int] | None:
     """Find the sizes (delta, s, t, centres) with which SubGen guarantees error `epsilon` at the fewest stored numbers.
 
-    The guarantee is |answer - attention|_2 <= epsilon |softmax|_2 ||V|| with probability 1 - `failure`, for epsilon <=
-    1, one query fixed before the stream, |q| <= `r`, and `n` keys in the unit ball. `norm` (operator or frobenius) is
-    the norm of V.
+    The guarantee is |answer - attention|_2 <= epsilon |softmax|_2 ||V|| with probability 1 - `failure`. It holds for
+    epsilon <= 1, one query q fixed before the stream, |q| <= `r`, and `n` keys in the unit ball. `norm` (operator or
+    frobenius) is the norm of V.
     delta    cluster radius, the best of 2^(-j/4), j from -4 to 40
     s, t     numbers of sampled pairs, and of sampled keys per cluster. Half of `failure` goes to each of numerator and
              denominator. t is the smaller of the two formulas of `subgen_t`
@@ -97,7 +100,8 @@ def subgen_plan(
 def lazy_gumbel_tokens(n: int) -> float:
     """Return the expected number of tokens that lazy Gumbel sampling holds for one unbiased draw when d = 1: O(sqrt n).
 
-    `n` is the number of tokens of the stream. The draw is a random token, by the softmax of one query.
+    `n` is the number of tokens of the stream. The draw is a random token of the stream, with the probabilities of one
+    query's softmax weights.
     Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys in expectation; never more
     than n.
     Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; docs/floors.md ("What is possible") derives the constant.

@@ -2,7 +2,8 @@
 
 Floors are lower bounds on a method's memory. Their proof is a game: a sender hides values under keys, and a receiver
 reads each value by a spike query, which puts nearly all softmax mass on one key (the spiked key). The leak is the
-softmax mass on all other tokens. `eta` is the relative error of an answer: a factor between 1-eta and 1+eta.
+softmax mass on all other tokens. `eta` is the relative error that an answer may have: it is off by a factor between
+1-eta and 1+eta.
 """
 
 from kvfloor.validation import relative_error, whole, within
@@ -12,9 +13,9 @@ def eps_s(eta: float) -> float:
     """Return the ratio (softmax mass off the spiked key)/(mass on it) that the game allows: (1-eta)/4.
 
     The spiked key is the one that the query aims at. At any ratio below (1-eta)/(1+eta), the answers to a hidden 0 and
-    to a hidden 1 differ (`eps_s_limit`). The smaller ratio (1-eta)/4 keeps both away from the threshold `tau` between
-    them. With ratio eps_s, the share of all softmax mass off the key is eps_s/(1+eps_s). Derived here (docs/floors.md,
-    "The spike").
+    to a hidden 1 differ (`eps_s_limit`). The smaller ratio (1-eta)/4 also keeps these answers on different sides of the
+    threshold `tau`, and away from it. At the ratio eps_s, the mass off the key is the share eps_s/(1+eps_s) of all
+    softmax mass. Derived here (docs/floors.md, "The spike").
     """
     return (1.0 - relative_error(eta)) / 4.0
 
@@ -33,8 +34,8 @@ def tau(eta: float, leak: float) -> float:
     """Return the threshold between hidden 0 and hidden 1 in a (1±eta) answer: ((1+eta) leak + (1-eta)(1-leak)) / 2.
 
     `leak` is the softmax mass off the key that the query aims at, or an upper bound on it, such as the ratio `eps_s`.
-    The answer is at most (1+eta) leak for a hidden 0, and at least (1-eta)(1-leak) for a hidden 1. Raises ValueError
-    unless leak <= (1-eta)/2.
+    The answer is at most (1+eta) leak for a hidden 0, and at least (1-eta)(1-leak) for a hidden 1; the threshold is the
+    middle between the two. Raises ValueError unless leak <= (1-eta)/2.
     """
     eta = relative_error(eta)
     leak = within("leak", leak, 0.0, (1.0 - eta) / 2.0)
@@ -44,16 +45,17 @@ def tau(eta: float, leak: float) -> float:
 def level_eps_s(bits: int) -> float:
     """Return the ratio (mass off the spiked key)/(mass on it) that the game allows for `bits`-bit values: 2^-(bits+3).
 
-    Mass is softmax mass; the spiked key is the one that the query aims at. A hidden value is one of 2^bits levels in
-    [0, 1]. The mass off the key is then at most an eighth of the spacing of the levels.
+    Mass is softmax mass; the spiked key is the one that the query aims at. A hidden value is one of 2^bits equally
+    spaced levels in [0, 1]. At this ratio, the share of all mass that is off the key is at most an eighth of the
+    spacing of the levels.
     """
     return 2.0 ** -(whole("bits", bits) + 3)
 
 
 def level_tolerance(bits: int) -> float:
-    """Return the additive error below which rounding an answer to the nearest of 2^bits levels finds the hidden one.
+    """Return the additive error of an answer below which the nearest of 2^bits levels is the hidden one.
 
-    The levels are equally spaced in [0, 1].
+    The levels are equally spaced in [0, 1], and an answer is decoded as the nearest level.
     Law: 1/(2 (2^bits - 1)) - 2^-(bits+3), half the spacing of the levels less the leak that `level_eps_s` allows.
     Derived here.
     """

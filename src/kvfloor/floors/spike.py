@@ -12,9 +12,9 @@ from kvfloor.validation import positive, relative_error, whole, within
 
 
 def spike_C(n_eff: int, z: int, g: float, gamma: float, eps_s: float) -> float:
-    """Return the factor C at which the query q = C k_i leaves all other tokens `eps_s` times the softmax mass of key i.
+    """Return the factor C at which the query C k_i leaves all other tokens at most `eps_s` times the mass of key i.
 
-    For a key of length 1, C is the length of the query.
+    Mass is softmax mass. For a key of length 1, C is the length of the query.
     n_eff  number of keys: n_eff - 1 others compete with key i
     z      number of further tokens of logit 0 (an appended token, padding, tokens outside a window)
     g      lower bound on the one-sided gap, |k_i|^2 less the largest <k_i, k_j>
@@ -42,17 +42,18 @@ def paper_C(n: int, eta: float, coherence: float) -> float:
 
 
 def window_C(W: int, n: int, z: int, g: float, eps_s: float, gamma: float = 1.0) -> float:
-    """Return the query length C for a window of `W` keys, if the n - W older tokens stay in the softmax at logit 0.
+    """Return the length C of a query for one of the `W` keys of a window, if the n - W older tokens keep logit 0.
 
-    The query is C times one key of the window. It leaves all other tokens, the older ones included, at most `eps_s`
-    times the softmax mass of this key.
+    The older tokens are left out of the window but not of the softmax. The query is C times the key, and leaves all
+    other tokens, the older ones included, at most `eps_s` times the softmax mass of this key.
     W      number of keys in the window
     n, z   n - W older tokens and `z` further tokens have logit 0
     g      one-sided gap of the keys: squared norm less the largest inner product with another key
     gamma  squared norm of the keys
-    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma), with ln 0 as -inf: half the ratio for the
-    other W - 1 keys of the window, half for the tokens of logit 0. If the receiver of the state appends a token before
-    he asks, and `n` does not count it, z = 2: for this token and the one that it pushes out of the window.
+    Law: max(ln(2 (W-1) / eps_s) / g, ln(2 (n - W + z) / eps_s) / gamma), with ln 0 as -inf, and at least 0. Half of
+    eps_s is for the other W - 1 keys of the window, half for the tokens of logit 0. If the receiver of the state
+    appends a token before he asks, and `n` does not count it, z = 2: for this token and the one that it pushes out of
+    the window.
     Source: Haris & Onak (COLT 2025), Theorem 25; its printed constant is too small (docs/floors.md, "Window").
     """
     W, n, z = whole("W", W), whole("n", n), whole("z", z, least=0)

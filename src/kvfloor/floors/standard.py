@@ -1,8 +1,8 @@
 """Compute the space floor (lower bound on any method's bits) of standard attention and of its sliding window.
 
-In the proof, each key of a stream carries a row of dv hidden values (the "hard instance"). Alice sends a method's state
-after the stream. Bob, the receiver, appends a token, and reads each row by a query that puts nearly all softmax mass on
-the row's key. d and dv are the widths of a key and a value.
+In the proof, each key of a stream carries a row of dv hidden values (the "hard instance"). Alice sends a method's
+state, the memory that it keeps of the stream. Bob, the receiver, appends a token, and reads each row by a query that
+puts nearly all softmax mass on the row's key. d and dv are the widths of a key and a value.
 """
 
 import math
@@ -41,17 +41,20 @@ def space(
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to answer attention within a factor 1±eta.
 
-    The bound holds after `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within
-    the factor 1±eta. Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m the
-    number of tokens with hidden values that queries can read. m is the least of
+    n, d, dv  tokens of the stream, width of a key, width of a value (d unless given)
+    p         probability that a whole row, the dv values of one answer, is within the factor 1±eta
+    radius    largest scale * |q| * |k|, in nats; None: no bound
+    window    number W of tokens of a sliding window, or None
+    heads, layers   number of kv heads and of layers, which multiply the bound
+    Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m the number of tokens
+    with hidden values that queries can read. m is the least of
         n
-        `N_dr`(d, radius, eta)  under `radius`, the largest scale * |q| * |k| in nats: the number of keys that such
-                                queries can tell apart
-        W - 1                   under `window` = W, as the appended token takes one place
+        `N_dr`(d, radius, eta)  if `radius` is given: the number of keys that queries within the radius can tell apart
+        W - 1                   if `window` is given: the token that Bob appends takes one place
         2                       for d = 1 without `radius`
-    `heads` counts KV heads. The bound is for worst-case keys and values, not for those of one model. Returns a `Floor`:
-    the bound, the numbers that it was computed from, and memory sizes that suffice. Raises ValueError naming the
-    argument, what was given and what is allowed.
+    The bound holds after n tokens, for worst-case keys and values, not for those of one model. Returns a `Floor`: the
+    bound, the numbers that it was computed from, and memory sizes that suffice. Raises ValueError naming the argument,
+    what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)
@@ -101,7 +104,7 @@ def _regime(n: int, d: int, *, bounded: bool, windowed: bool) -> str:
 
 
 def _spike(n: int, d: int, rows: int, eta: float, *, copied: bool) -> dict[str, float]:
-    """Return numbers about the queries of the proof's hard instance with `rows` distinct keys, as a dict.
+    """Return numbers about the queries of the proof's hard instance with `rows` distinct keys: a dict, name -> number.
 
     The answers may have a relative error of eta.
     eps_s  ratio (softmax mass off the queried key)/(mass on it)

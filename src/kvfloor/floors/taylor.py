@@ -14,10 +14,10 @@ LARGEST_RADIUS = 1e6
 def taylor_degree(r: float, error: float) -> int:
     """Return the least degree of a Taylor polynomial of exp that answers attention within relative `error`.
 
-    Logits are at most `r` nats in size. For values >= 0, every value of an answer is within a factor 1±error. For all
-    values, answers meet the max, Frobenius and operator norm guarantees (`floors.metric`) with epsilon = error. This
-    holds for every query, with certainty, in real arithmetic; rounding needs about 2 r / ln 2 bits more than the answer
-    has.
+    Logits are at most `r` nats in size. For values >= 0, every value of an answer is within a factor 1±error. For
+    values of any sign, the l2 error is at most `error` times the sizes of the max, Frobenius and operator norm
+    guarantees (`floors.metric`). This holds for every query, with certainty, in real arithmetic. In floating point, the
+    sums need about 2 r / ln 2 more significant bits than the answer, because terms cancel.
     Law: the least g with e^r r^(g+1) / (g+1)! <= b, b = error / (2 + error). By Lagrange's remainder, every exponential
     is then within a factor 1±b, and every softmax weight within (1+b)/(1-b) = 1 + error. Derived here (docs/floors.md,
     "What is possible").
@@ -39,10 +39,10 @@ def taylor_degree(r: float, error: float) -> int:
 
 
 def taylor_numbers(d: int, dv: int, g: int) -> int:
-    """Count the stored numbers of moments to degree `g`: dv + 1 sums for each of the C(d+g, g) monomials of the key.
+    """Count the stored numbers of moments to degree `g`: dv + 1 sums for each monomial of the key up to this degree.
 
-    For each monomial, one sum is kept per value coordinate, and one for the softmax denominator. For d = 1 the count is
-    (g + 1)(dv + 1): g + 1 moments.
+    There are C(d+g, g) such monomials, a binomial coefficient. For each, one sum is kept per value coordinate, and one
+    for the softmax denominator. For d = 1 the count is (g + 1)(dv + 1): g + 1 moments.
     """
     d, dv, g = whole("d", d), whole("dv", dv), whole("g", g, least=0)
     return math.comb(d + g, g) * (dv + 1)

@@ -1,12 +1,12 @@
 """Compute the space floor of tensor attention: a token has two keys and two values, and every pair of tokens is a key.
 
 The floor is a lower bound on the bits of any method. * is the product entry by entry.
-score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l], value(j1, j2) = V1[j1] * V2[j2] (Alman and Song 2023). The product key of
-a pair is K1[j1] * K2[j2].
-d and dv are the widths of a key and a value. In the proofs, Alice hides rows (dv values each) in a stream, and Bob, the
-receiver of the state, reads each hidden row by a query that puts nearly all softmax mass on one pair.
-Four caches (`caches` = 4): K1, K2, V1, V2 arrive, token by token. Two caches: the n^2 product keys arrive as the tokens
-of standard attention, each with a value of its own.
+Query q has score(j1, j2) = sum_l q_l K1[j1, l] K2[j2, l] on the pair of tokens (j1, j2), whose value is V1[j1] * V2[j2]
+(Alman and Song 2023). The product key of the pair is K1[j1] * K2[j2].
+d and dv are the widths of a key and a value. In the proofs, Alice hides rows (dv values each) in a stream. Bob receives
+the method's state after the stream, and reads each hidden row by a query that puts nearly all softmax mass on one pair.
+Four caches (`caches` = 4): the stream has n tokens, each with its rows of K1, K2, V1, V2. Two caches: the stream has
+the n^2 product keys as tokens of standard attention, each with a value of its own.
 """
 
 import math
@@ -34,11 +34,11 @@ _THEOREMS = {
 def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
     """Return mu such that some ±1 keys have product keys K1[i] * K2[j] with inner products of at most mu d.
 
-    Random ±1 keys K1, K2 (n, d) stay within the bound with positive probability, so such keys exist. The bound is for
-    the pairs that queries read, against all other pairs.
-    Law: with four caches, 2(n-1) pairs are read: sqrt((6 ln n + 2 ln 2)/d), by Hoeffding's bound over fewer than 2 n^3
-    inner products. With two caches, all n^2 pairs are read: sqrt((8 ln n - 2 ln 2)/d), over fewer than n^4/2 inner
-    products; 0 for n = 1. Derived here.
+    Such keys exist, because random ±1 keys K1, K2 (n, d) stay within the bound with positive probability. The bound is
+    for the product key of a pair that a query reads and the product key of any other pair.
+    Law: with four caches, 2(n-1) pairs are read: mu = sqrt((6 ln n + 2 ln 2)/d), by Hoeffding's bound over fewer than 2
+    n^3 inner products. With two caches, all n^2 pairs are read: mu = sqrt((8 ln n - 2 ln 2)/d), over fewer than n^4/2
+    inner products; 0 for n = 1. Derived here.
     """
     n, d = whole("n", n), whole("d", d)
     pairs = 3.0 * math.log(n) + math.log(2.0) if _caches(caches) == 4 else 4.0 * math.log(n) - math.log(2.0)
@@ -48,10 +48,10 @@ def mu_tensor(n: int, d: int, *, caches: int = 4) -> float:
 def tensor_C(n: int, g: float, eps_s: float, *, append: bool = True) -> float:
     """Return the factor C of the query (C/d) K1[i1] * K2[i2] that reads the pair (i1, i2) of ±1 keys.
 
-    All other pairs together have softmax mass `eps_s` times that of the pair.
-    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) if a zero token is appended before the query (`append`), as this token makes
-    2n + 1 pairs of score 0; else ln((n^2 - 1)/eps_s) / g. The gap g is 1 - p/d, where p is the largest inner
-    product of the product keys of two pairs. Derived here.
+    All other pairs together then have at most `eps_s` times the softmax mass of this pair.
+    g       the gap 1 - s/d, where s is the largest inner product of the product keys of two pairs
+    append  True: a token with zero keys is appended before the query, which makes 2n + 1 more pairs, of score 0
+    Law: ln((n^2 + 2n)/eps_s) / min(g, 1) with `append`, else ln((n^2 - 1)/eps_s) / g. Derived here.
     """
     n, g = whole("n", n), positive("g", g)
     return spike_C(n**2, 2 * n + 1, g, 1.0, eps_s) if append else spike_C(n**2, 0, g, g, eps_s)
@@ -64,9 +64,9 @@ def tensor_rows(n: int, d: int, *, caches: int = 4) -> int:
         d >= 4, four caches  2(n-1) rows: V1[i] is read at pair (i, 0) and V2[i] at pair (0, i), for all tokens i but 0;
                              V1[0] and V2[0] are 1. For n = 1, one row
         d >= 4, two caches   n^2 rows, one per pair
-        d = 2 or 3           n rows, as in standard attention: K2 = V2 = 1
+        d = 2 or 3           n rows, as in standard attention: all entries of K2 and V2 are 1
         d = 1                min(n, 2) rows, as in standard attention
-    ±1 keys suffice for as many rows if d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
+    Keys with entries ±1 suffice for as many rows if d > 6 ln n + 2 ln 2 (two caches: 8 ln n - 2 ln 2). Derived here.
     """
     n, d = whole("n", n), whole("d", d)
     plain = n if d >= 2 else min(n, 2)
@@ -89,20 +89,23 @@ def tensor_space(
 ) -> Floor:
     """Return a lower bound on the bits that any method must hold to answer tensor attention within a factor 1±eta.
 
-    The bound is for `n` tokens. `p` is the probability that a whole row, the dv values of one answer, is within the
-    factor. With `caches` = 4, tokens arrive with K1, K2, V1, V2. With 2, pairs arrive with arbitrary values of their
-    own, not with products of the values of tokens (else 2 n dv numbers would describe all values).
+    n       number of tokens
+    caches  4: tokens arrive with K1, K2, V1, V2. 2: pairs arrive with arbitrary values of their own, not with products
+            of the values of tokens (else 2 n dv numbers would describe all values)
+    p       probability that a whole row, the dv values of one answer, is within the factor 1±eta
+    radius  largest |score| in nats; None: no bound
+    heads, layers   number of kv heads and of layers, which multiply the bound
     Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m the number of hidden
     rows that queries can read. Without `radius`, m = `tensor_rows`(n, d).
-    Under `radius`, the largest |score| in nats, fewer rows can be read. The leak of a query is (softmax mass off the
-    queried key)/(mass on it). Let N(w, r, x) be a number of keys of width w, at most n, each of which a query with
-    scores up to r can read at a leak of at most x (`separable_keys`). With eps_s = (1-eta)/4, m is the larger of two
-    counts:
+    Under `radius`, fewer rows can be read. The leak of a query is (softmax mass off the queried key)/(mass on it). Let
+    N(w, r, x) be the number of keys of width w, at most n, that queries with scores up to r can read at a leak of at
+    most x (`separable_keys`). With eps_s = (1-eta)/4, m is the larger of two counts:
         N(d, radius, eps_s)  as in standard attention
         2(h-1)               for d >= 4, or h^2 with two caches, with h = N(floor(d/2), radius/2, sqrt(1 + eps_s) - 1):
                              the first half of the query's d coordinates picks the first token of the pair, the second
                              half the second token
-    Raises ValueError naming the argument, what was given and what is allowed.
+    Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
+    ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)
@@ -134,13 +137,13 @@ def tensor_space(
 
 
 def _keys(n: int, d: int, caches: int, ratio: float) -> dict[str, Any]:
-    """Choose public keys, proven to exist, for the proof's stream; return a dict of "keys" (their kind), "gap" and "C".
+    """Choose the public keys of the proof's stream: the first kind, of three, that n and d allow.
 
-    C is the factor of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` times the
-    softmax mass of this pair. The token that Bob, the receiver of the state, appends counts in the softmax. The keys
-    are of the first kind that n and d allow:
+    Public keys are fixed in advance, and are proven to exist. Returns a dict of "keys" (the kind), "gap" and "C". C is
+    the factor of a query that reads one pair of tokens: it leaves the other pairs at most `ratio` times the softmax
+    mass of this pair. The token that Bob, the receiver of the state, appends counts in the softmax.
         signs   for large d. All keys are ±1. The query is C/d times the product key of the pair. The gap is 1 less the
-                largest inner product of the product keys of two pairs, over d
+                largest inner product of the product keys of two pairs, divided by d
         halves  for d >= 4. K1 has rows (a, 1), K2 has rows (1, b), so products are (a, b); a and b are unit keys of
                 half the width d. The query is (C a, C b). The gap is 1 less the largest inner product of two a (or b)
         K2 = 1  for smaller d. K2 and V2 are 1, also for Bob's token: this is standard attention with the unit keys K1.
@@ -167,7 +170,7 @@ def _rows_within(n: int, d: int, caches: int, radius: float, ratio: float) -> in
 def _half_ratio(ratio: float) -> float:
     """Return the leak x that each half of a query may have, if the leak of the whole query is to be `ratio`.
 
-    The query reads a pair of tokens whose product key is (a, b): its first half singles out a among the first halves of
+    The query reads a pair of tokens whose product key is (a, b). Its first half singles out a among the first halves of
     all product keys, its second half b among the second halves. A leak is (softmax mass on all other keys)/(mass on the
     queried key).
     Law: (1 + x)^2 = 1 + ratio. The score of a pair is the sum of the scores of its halves, so masses multiply.

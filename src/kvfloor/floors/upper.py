@@ -1,7 +1,9 @@
 """List methods whose memory is known to suffice for attention, to compare with a floor (a lower bound on memory).
 
-A number is one stored float. Keys are "public" if they are fixed in advance, so that a state need not hold them. d and
-dv are the widths of a key and a value. `copies` is the number of kv heads times layers.
+A method is a way to keep a KV cache; its state is the memory that it keeps. Each function that returns `Possible`
+objects describes one or more methods by name, bits and conditions. A number is one stored float. Keys are "public" if
+they are fixed in advance, so that a state need not hold them. d and dv are the widths of a key and a value. `copies` is
+the number of kv heads times layers.
 """
 
 import math
@@ -28,8 +30,10 @@ def exact_bytes(tokens: int, d: int, dv: int, dtype: str = "fp16") -> int:
 def running_sum_numbers(W: int, d: int, dv: int) -> int:
     """Count the numbers that exact attention over a window of `W` tokens holds if older tokens keep logit 0.
 
+    Older tokens then leave the window but not the softmax: each adds its value with weight exp(0) = 1.
     Law: W (d + dv) for the window, dv for the sum of the values of older tokens, 1 for the count of older tokens. The
-    answer is (sum + weighted sum of the window's values) / (count + softmax mass of the window). Derived here.
+    answer is (sum + the window's sum of exp(logit) times value) / (count + the window's sum of exp(logit)). Derived
+    here.
     """
     W, d, dv = whole("W", W), whole("d", d), whole("dv", dv)
     return W * (d + dv) + dv + 1
@@ -38,8 +42,8 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
 def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
     """List the memory sizes of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
 
-    `copies` is the number of heads times layers. The name of each entry begins with `name`, and its condition ends with
-    `proviso`.
+    `copies` is the number of kv heads times layers. The name of each entry begins with `name`, and its condition ends
+    with `proviso`.
     """
     return [
         Possible(
@@ -56,7 +60,7 @@ def public_keys(copies: int, rows: int, dv: int) -> Possible:
     """Return the memory that suffices to answer attention over the stream of a floor's proof: one bit per value.
 
     In that stream, tokens with public keys (fixed in advance, not stored) hide rows of dv single-bit values. `copies`
-    is the number of heads times layers, `rows` the number of hidden rows per head and layer.
+    is the number of kv heads times layers, `rows` the number of hidden rows per head and layer.
     """
     return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
 
@@ -64,11 +68,11 @@ def public_keys(copies: int, rows: int, dv: int) -> Possible:
 def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
     """List memory sizes that suffice for standard attention at any error, to print beside a floor.
 
-    `copies` is the number of heads times layers; `held` of the `n` tokens are attended to. Listed are
+    `copies` is the number of kv heads times layers; `held` of the `n` tokens are attended to. Listed are
         exact caches            in fp32, fp16 and bf16
         public keys             one bit per value, for keys that are fixed in advance
-        window and running sum  if `windowed` (a sliding window) and older tokens exist, for the attention law in which
-                                older tokens keep logit 0
+        window and running sum  for a sliding window (`windowed`) with older tokens. It is for the kind of attention in
+                                which older tokens keep logit 0 in the softmax
         lazy Gumbel             for d = 1 without a window: a method that draws tokens by their softmax weights
     """
     slides = windowed and n > held
@@ -96,9 +100,9 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
     """List the memory (one entry or none) of Taylor moments that answer attention over `n` tokens within `error`.
 
-    Moments are sums of monomials of the keys (`floors.taylor`). `copies` is the number of heads times layers. Logits
-    are at most `radius`. `error` is eta of a guarantee within a factor 1±eta, or epsilon of a guarantee in a norm. The
-    list is empty at error 0 and for a radius above 10^6.
+    Moments are sums of monomials of the keys (`floors.taylor`). `copies` is the number of kv heads times layers. Logits
+    are at most `radius` in size. `error` is eta of a guarantee within a factor 1±eta, or epsilon of a guarantee in a
+    norm. The list is empty at error 0 and for a radius above 10^6.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []
@@ -121,7 +125,7 @@ def sampled(
 ) -> list[Possible]:
     """List the memory of SubGen at its best cluster radius, for the operator or Frobenius norm; [] for other metrics.
 
-    SubGen clusters keys and samples tokens. `copies` is the number of heads times layers. `metric`, `epsilon` and
+    SubGen clusters keys and samples tokens. `copies` is the number of kv heads times layers. `metric`, `epsilon` and
     `failure` are the norm, the error and the failure probability of the guarantee; queries q have |q| <= `radius`. The
     list is also empty for epsilon outside (0, 1], for failure outside (0, 1), and where SubGen's sizes overflow a
     float.

@@ -1,9 +1,10 @@
 """Compute the space floor of visual autoregression, which predicts an image map by map, a whole map of queries at once.
 
-The floor is a lower bound on the bits of any method. The maps of an image pyramid grow in size: map k has h_k x h_k
-tokens, and h_k is its side. The queries of map k attend to all maps up to and including map k (block-wise causal). In
-the proof, Alice hides a row of dv values under each token and sends a method's state. Bob, its receiver, reads the rows
-by the queries of a later map ("the asking map").
+The floor is a lower bound on the bits of any method, i.e. any way to keep the KV cache. The maps of an image pyramid
+grow in size: map k has h_k x h_k tokens, and h_k is its side. The queries of map k attend to all maps up to and
+including map k (block-wise causal). In the proof, Alice hides a row of dv values under each token and sends a method's
+state, the memory that it keeps of the maps. Bob, its receiver, reads the rows by the queries of a later map ("the
+asking map").
 """
 
 import math
@@ -40,8 +41,8 @@ def pyramid(n: int, ratio: float = 2.0) -> tuple[int, ...]:
 def pyramid_tokens(n: int, ratio: float = 2.0, *, before_last: bool = False) -> float:
     """Count the tokens of maps of sides 1, a, a^2, .., n by the formula (a^2 n^2 - 1)/(a^2 - 1), with a = `ratio`.
 
-    `before_last` leaves out the last map: (n^2 - 1)/(a^2 - 1). The formula is exact where n is a power of a whole
-    ratio. Otherwise, sum the squared sides of `pyramid` instead; that sum is at most n^2 a^2/(a^2 - 1).
+    With `before_last`, the last map is left out: (n^2 - 1)/(a^2 - 1). The formula is exact where n is a power of a
+    whole ratio. Otherwise, sum the squared sides of `pyramid` instead; that sum is at most n^2 a^2/(a^2 - 1).
     """
     n, ratio = whole("n", n), within("ratio", ratio, 1.0, math.inf, low_open=True, high_open=True)
     square = ratio**2
@@ -61,11 +62,11 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 
 
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
-    """Return the length of a query that reads one of `rows` unit keys, if the query's own map has `asking` zero tokens.
+    """Return the length of a query that reads one of `rows` unit keys, if the query's own map adds `asking` keys of 0.
 
-    The query leaves all other tokens at most `eps_s` times the softmax mass of its key, if the keys' gap is at least
-    `g`. The gap is 1 less the largest inner product of two keys.
-    Law: ln((rows - 1 + asking)/eps_s) / min(g, 1), because the zero tokens have logit 0. Derived here.
+    The query leaves all other tokens together at most `eps_s` times the softmax mass of its key, if the gap of the unit
+    keys is at least `g`. The gap is 1 less the largest inner product of two of them.
+    Law: ln((rows - 1 + asking)/eps_s) / min(g, 1), because the tokens with key 0 have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
 
@@ -94,8 +95,9 @@ def visual_space(
     p          probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention
     heads, layers   number of kv heads and of layers, which multiply the bound
     Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
-    last_asks), and m <= 2 for d = 1. Keys and queries may be of any length.
-    Raises ValueError naming the argument, what was given and what is allowed.
+    last_asks), the number of tokens that hide values; m <= 2 for d = 1. Keys and queries may be of any length.
+    Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
+    ValueError naming the argument, what was given and what is allowed.
     """
     n, d = whole("n", n), whole("d", d)
     dv = d if dv is None else whole("dv", dv)

@@ -1,8 +1,9 @@
 """Play games ("barriers") on token streams against any KV-cache method; by a theorem, winning takes much memory.
 
-A barrier is the game of one theorem. Alice appends tokens with random hidden values to the method's state and sends the
-bytes of the state, the message. Bob rebuilds the state from the message, queries it, and decodes the hidden values from
-the answers. If he decodes enough of them, the message must be long. Every barrier is a file of `instances` with an
+A method is a way to keep a KV cache, exact or compressed; its state is the memory that it keeps of a stream. A barrier
+is the game of one theorem. Alice appends tokens with random hidden values to the method's state and sends the bytes of
+the state, the message. Bob rebuilds the state from the message, queries it, and decodes the hidden values from the
+answers. If he decodes enough of them, the message must be long. Every barrier is a file of `instances` with an
 `Instance` (what Alice and Bob both know: keys, stream, queries) and a function `play`. docs/floors.md has the proofs.
 """
 
@@ -24,7 +25,7 @@ class Barrier:
 
     play   the function that plays it against a method
     about  a sentence about the game
-    most   the largest number n of tokens in a stream; `play_all` reduces a larger n to it
+    most   the largest number n of tokens in a stream; `play_all` lowers a larger n to it
     """
 
     play: Callable[..., Result]
@@ -65,7 +66,7 @@ ARGUMENTS: dict[str, str] = {
     "runs": "Independent streams; 256 unless given, fewer where n d is large",
     "caches": "4 (tokens are kept) or 2 (pairs are); what the method keeps unless given",
 }
-"""Map each argument of a `play` function that the command line offers to its description; Python takes others too."""
+"""Map each argument of a `play` function that the command line offers to its description."""
 
 INSTANCES: dict[str, type[Instance]] = {
     kind.__name__: kind
@@ -78,8 +79,8 @@ INSTANCES: dict[str, type[Instance]] = {
 def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> Result:
     """Play one barrier, the game of a memory theorem, against a method; return the result with its verdict.
 
-    The verdict is "holds" (enough answers were right), "breaks" (too few were), or "cheats" (more was answered than the
-    bytes of the state can hold).
+    The verdict is "holds" (enough answers were right), "breaks" (too few were), or "cheats" (the answers carry more
+    bits than the bytes of the state can hold).
     barrier    a name in `BARRIERS`, such as "spike"
     method     a method object or its text: "h2o@16" is H2O with a budget of 16 tokens
     arguments  the barrier's own, such as n (tokens), d (width of a key) and seed. `ARGUMENTS` describes them in a line
@@ -100,7 +101,7 @@ def play_all(method: Method | str, **arguments: Any) -> list[Result]:
     """Play every barrier, the game of a memory theorem, against a method; return one result per barrier.
 
     `method` is a method object or its text, such as "h2o@16". Each barrier gets those entries of `arguments` that its
-    `play` takes. An n (tokens of a stream) above the largest that a barrier plays is reduced to that number. Raises
+    `play` takes. An n (tokens of a stream) above the largest that a barrier allows is lowered to that number. Raises
     ValueError for an argument that no barrier takes, and for the errors of each barrier's own `play`.
     """
     known = {name for barrier in BARRIERS.values() for name in barrier.arguments}

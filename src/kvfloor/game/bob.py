@@ -1,9 +1,9 @@
 """Run Bob, the receiver: a fresh process that answers every query from public data and the message alone.
 
-Alice, the sender, has hidden values in the state of a method; the message is the bytes of this state. The public data
-are the method as text and the instance (keys and queries). Bob reads 8 bytes of header length (little-endian), the
-public data as a JSON request, and the message on stdin. He writes the answers as raw float32 on stdout. Output that a
-method prints goes to stderr.
+Alice, the sender, has hidden values in the state of a method (the memory of a KV cache); the message is the bytes of
+this state. The public data are the method as text and the instance (keys and queries). Bob's stdin holds, one after the
+other, the length of the request (8 bytes, little-endian), the request (the public data as JSON), and the message. He
+writes the answers as raw float32 on stdout. Output that a method prints goes to stderr.
 """
 
 import json
@@ -19,7 +19,7 @@ from kvfloor.methods.grammar import parse
 
 
 def main() -> None:
-    """Answer the request on stdin, and end the process with an exit status.
+    """Answer the request on stdin, and end with an exit status.
 
     Status 0: the answers are on stdout. 3 (`NOT_REBUILT`): the method or the instance cannot be rebuilt from the
     request. 1: the state cannot be restored from the message, or the restored state cannot answer.

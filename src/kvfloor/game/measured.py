@@ -1,7 +1,8 @@
 """Play the game of the read floor: hide levels in the values of token groups, and decode them from a method's state.
 
-The read floor (`floors.measured`) is a lower bound on the bits that a state must hold to answer queries over given
-keys. In the game of its proof, Alice hides values in a method's state, and Bob restores the state and decodes them.
+A method is a way to keep a KV cache; its state is the memory that it keeps. The read floor (`floors.measured`) is a
+lower bound on the bits that a state must hold to answer queries over given keys. In the game of its proof, Alice hides
+values in a method's state, and Bob restores the state from its bytes and decodes the values.
     group    tokens that share one row of dv hidden values, read by one query
     levels   equally spaced values in [-1, 1], one of which each hidden value is
     message  the bytes of a method's state
@@ -31,12 +32,13 @@ _TOKENS_AT_ONCE = 1024
 class MeasuredGame:
     """Record one game of the read floor: a lower bound on the bits of a state that answers queries over given keys.
 
-    Each group of tokens shares one row of dv hidden values, which one query reads. Shares are of groups; a group counts
-    only if its whole row is right.
-
-    answered       share of answers within eta of exact attention in every value. The floor assumes less: each answer is
-                   that close with probability p (eta and p are the accuracy that the floor demands)
-    decoded        share of rows decoded right if the levels of groups decoded earlier are given, as in the proof
+    Each group of tokens shares one row of dv hidden values, which one query reads. The two shares are of groups; a
+    group counts only if its whole row is right.
+    answered       share of groups whose answer is within eta of exact attention in every value. eta is the largest
+                   error that the floor allows. The floor assumes less than a share of 1: each answer is within eta with
+                   probability p
+    decoded        share of groups whose hidden row is decoded right if the levels of groups decoded earlier are given,
+                   as in the proof
     worst_error    largest deviation of an answer from exact attention
     floor_bits     bits of the read floor
     hidden_bits    number of hidden bits
@@ -54,7 +56,7 @@ class MeasuredGame:
     def contradicts(self) -> bool:
         """Return True if every answer was within eta although the message is shorter than the floor.
 
-        Then the floor is false: it claims that no such message exists.
+        Then the floor is wrong: it says that no such message exists.
         """
         return self.answered == 1.0 and 8 * self.message_bytes < self.floor_bits
 
@@ -67,9 +69,10 @@ def play(method: Method, readable: Readable, k: Tensor, *, seed: int = 0) -> Mea
     k         (n, d), the keys
     seed      draws the levels, uniformly
     The streamed tokens are appended to the state, with values in the format that the floor was computed for. A second
-    state, restored from the message (the bytes of the first), answers each group's query. If the floor assumes softmax
-    mass on tokens that are not streamed (`readable.later_mass`), each answer is averaged with value 0 at that mass.
-    Returns the shares of right answers and the sizes.
+    state, restored from the message (the bytes of the first), answers each group's query. The floor may assume that
+    queries also see tokens outside the stream (`readable.later_mass`); these then count in each answer's softmax, with
+    value 0.
+    Returns a `MeasuredGame`: the shares of right answers and the sizes.
     """
     demand, groups, dv = readable.demand, readable.groups, readable.demand.dv
     keys = matrix("k", k)[readable.stream].to(demand.dtype)

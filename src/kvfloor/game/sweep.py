@@ -1,11 +1,12 @@
 """Play series of small games of growing difficulty, and record the bits certified for a method in each.
 
-In a game, Alice hides values in the state of a method and sends its bytes, the message, from which Bob decodes the
-values. The certified bits are the hidden bits that the message provably carries.
+In a game, Alice hides values in the state of a method (the memory of a KV cache) and sends its bytes, the message, from
+which Bob decodes the values. The certified bits are the hidden bits that the message provably carries.
 precision  plays the spike game (one hidden row per key) with ever finer values
 packings   plays the packing game (few dimensions, bounded logits) at several widths of a key and several radii; the
            radius is the largest logit allowed
-The message is restored in this process, which is quick, but would not detect data that a method keeps elsewhere.
+The message is restored in this process. This is quick, but does not detect data that a method keeps outside its
+message.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ RADII = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 @dataclass(frozen=True)
 class Precision:
-    """Record one spike game (one hidden row per key).
+    """Record the precision of values that a method kept in one spike game (one hidden row of values per key).
 
     hidden     bits hidden per value
     certified  bits per value that the message, i.e. the bytes of a method's state, provably carries
@@ -37,12 +38,13 @@ class Precision:
 class Packed:
     """Record one packing game, which hides a row of dv values under each key of a separable set.
 
-    Keys are separable if each key has a query that puts nearly all softmax mass on this key with no logit above radius.
+    A set of keys is separable if each key has a query that puts nearly all softmax mass on this key with no logit above
+    `radius`.
     d               width of a key
     radius          largest logit allowed
     hidden_bits     number of hidden bits
     certified_bits  bits that the message (the bytes of the state) provably carries
-    floor_bits      lower bound, by a formula, on the bits of any method that answers for n tokens
+    floor_bits      lower bound, by a formula, on the bits of any method that answers for the game's n tokens
     """
 
     d: int
@@ -57,8 +59,8 @@ def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n
 
     bits  the numbers of hidden bits per value, one game each
     seed  gives the public keys
-    Returns one record per game. Where the method's precision ends, certified bits per value (which the message provably
-    carries) fall below hidden bits per value.
+    Returns one record per game. Certified bits per value are those that the message (the state's bytes) provably
+    carries. Where they fall below the hidden bits per value, the method's precision ends.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
     return [Precision(game.bits, game.bits_per_value) for game in games]
@@ -74,9 +76,11 @@ def packings(
 ) -> list[Packed]:
     """Play the packing game at every key width and logit radius, with at most `n` keys; return one record per game.
 
-    The widths are `dimensions`, and the radius is the largest logit allowed; `seed` gives the public keys. The game
-    hides a row of dv values under each key of a separable set: for each of them, a query with logits up to the radius
-    puts nearly all softmax mass on this key.
+    dimensions  the widths of a key
+    radii       the largest logits allowed
+    seed        gives the public keys
+    The game hides a row of `dv` values under each key of a separable set: each key has a query that puts nearly all
+    softmax mass on this key, with no logit above the radius.
     """
     found = []
     for d in dimensions:

@@ -1,9 +1,12 @@
 """Measure memory floors on given keys and queries: lower bounds, by theorem, on the bits that any method must hold.
 
+A method is a way to keep a KV cache, exact or compressed; its state is the memory that it keeps of a stream of tokens.
 Floors, for keys of a given model instead of the worst keys:
-    readable_by         the bits needed to answer given queries over given keys
-    readable_within     the same for all queries up to a given length, over keys chosen from the given ones
-    readable_after      the same for a recorded stream, cut at a token: the queries after the cut are answered
+    readable_by         the bits of a state that answers given queries over given keys
+    readable_within     the bits of a state that answers all queries up to a given length, over keys chosen from the
+                        given ones
+    readable_after      the first floor for a recorded stream that is cut at a token: the keys before the cut are
+                        stored, and the queries after the cut are answered
 Figures to compare a floor with, which are no lower bounds for the given values:
     gaussian_reference  the fewest bits that describe attention's answers, if the values were Gaussian
     covering_curve      the memory of SubGen, a method that clusters keys ("covering ceiling")

@@ -25,9 +25,9 @@ _TOKENS_AT_ONCE = 512
 def greedy_cover(k: Tensor, delta: float) -> Tensor:
     """Return the indices (c,) of the keys that online greedy clustering of k (n, d) makes centres, in order of arrival.
 
-    A key farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. The result is the same as
-    if every distance were computed directly, key by key. Faster matrix products decide the pairs of keys whose distance
-    is clearly below or above `delta`, and the other distances are computed directly.
+    A key farther than `delta` (l2) from every centre so far becomes a centre, as in SubGen. Faster matrix products
+    decide the pairs of keys whose distance is clearly below or above `delta`. The other distances are computed
+    directly, so the result is the same as if all of them were.
     """
     k, delta = matrix("k", k), positive("delta", delta)
     k = k if k.dtype == torch.float64 else k.float()
@@ -59,6 +59,7 @@ def covering_number(k: Tensor, delta: float) -> Tensor:
 class Ceiling:
     """Hold the memory that SubGen's error guarantee takes at cluster radius `delta`, for one row of keys.
 
+    A row is the stream of one kv head.
     centres  number of cluster centres
     s        number of sampled pairs of key and value
     t        number of sampled keys per centre
@@ -90,8 +91,8 @@ def covering_curve(
     dv       width of a value
     epsilon  error of the guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op, for a query fixed before
              the stream, V the matrix of the values; keys may have any length
-    radius   bound on the queries of the guarantee, |scale q| <= radius (it is not a cluster radius)
-    failure  probability that the error may be larger
+    radius   largest length of scale * q for the queries q of the guarantee (it is not a cluster radius)
+    failure  allowed probability that the error is larger
     Law: as many centres as a greedy clustering of the keys makes (`covering_number`), s = 9 dv / (epsilon^2 f) sampled
     pairs and t sampled keys per centre, with f = failure / 2. t is the smaller of two sufficient numbers (`subgen_t`),
     one by Chebyshev's inequality and one by Chernoff's. `subgen_numbers` counts the floats. Where s or t is too large
@@ -120,8 +121,8 @@ def _ceiling(delta: float, centres: int, s: float, t: float, n: int, d: int, dv:
 def _covered(k: Tensor, norms: Tensor, centres: Tensor, centre_norms: Tensor, delta: float, band: float) -> Tensor:
     """Mark the keys of k (b, d) that lie within `delta` of one of the centres (c, d): (b,) bool.
 
-    norms (b,) and centre_norms (c,) hold squared lengths. Matrix products give the squared distances. Those within
-    `band` of delta^2, where rounding could decide, are computed again directly.
+    norms (b,) and centre_norms (c,) hold squared lengths. Matrix products give the squared distances, with rounding
+    errors of at most `band`. A distance is computed again directly where its square is within `band` of delta^2.
     """
     if len(centres) == 0:
         return torch.zeros_like(norms, dtype=torch.bool)
@@ -138,9 +139,9 @@ def _first_come(k: Tensor, delta: float) -> Tensor:
     """Mark the keys of k (b, d) that become centres of a greedy clustering at radius `delta`: (b,) bool.
 
     Keys are in order of arrival. A key becomes a centre if no earlier centre lies within delta; the caller has removed
-    the keys near centres found before. The rule is applied to all keys at once, again and again until nothing changes.
-    Every pass settles at least one more key, and only one set of centres satisfies the rule, so this is the sequential
-    result.
+    the keys within delta of the centres of earlier calls. The rule is applied to all keys at once, again and again
+    until nothing changes. Every pass settles at least one more key, and only one set of centres satisfies the rule. So
+    the result is that of applying the rule key by key.
     """
     near = (_distances(k, k) <= delta).tril(-1).float()
     opens = torch.ones(len(k), dtype=torch.bool, device=k.device)

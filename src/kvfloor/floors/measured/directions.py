@@ -2,12 +2,15 @@
 
 The queries are proposals for `readable_within`, which computes a lower bound on the memory of attention. That bound is
 valid for any queries; better queries only raise it.
-    rivals   keys whose softmax mass a query for another key has to outweigh: all keys of the stream, or a sample
-    lead     logit of the query's own key, less the log of the softmax mass of the rivals and of tokens `beyond`
-    beyond   further tokens that every query sees, outside the stream; the argument is the log of their softmax mass
+    rivals   the keys that take softmax weight away from a query's own key: all other keys of the stream, or a sample
+    beyond   log-sum-exp of a query's logits on further tokens outside the stream, the same for every query; None: there
+             are no such tokens
+    lead     logit of the query's own key, less the log-sum-exp of its logits on the rivals and the further tokens
     radius   the greatest length |q| of a query
-The log weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is concave in q, so every local maximum
-over a ball is global. If the rivals were Gaussian with mean mu and covariance C, the maximum would lie at
+    scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
+Without a softcap, the log of the softmax weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is
+concave in q, so every local maximum over a ball is global. If the rivals were Gaussian with mean mu and covariance C,
+the maximum would lie at
     q = (scale C + lambda I)^-1 (k_i - mu),   with the least lambda >= 0 that gives |q| <= radius.
 The search starts at this q. Each refinement is an approximate Newton step: mu becomes the mean of the rivals weighted
 by their softmax weights under the current query, and C is kept in place of the true curvature.
@@ -31,11 +34,12 @@ _INSIDE = 1.0 - 1e-6  # queries keep this share of the radius, so that rounding 
 
 
 class Ball:
-    """Search for queries of length at most `radius` that each put much softmax weight on one key, against rival keys.
+    """Search for queries of length at most `radius` that each put much softmax weight on one key, despite rival keys.
 
-    `rivals` (c, d) are the keys whose softmax mass such a query has to outweigh. scale and softcap define the logits.
-    `beyond` is the log of the softmax mass of further tokens that every query sees, or None. `few` is True if there are
-    few keys: the rivals are then kept in float32, else in bfloat16 where that is faster.
+    The name means the ball of all such queries. `rivals` (c, d) are the keys that take softmax weight away from a
+    query's own key. scale and softcap define the logits. `beyond` is the log-sum-exp of every query's logits on further
+    tokens, or None. `few` is True if there are few keys: the rivals are then kept in float32, else in bfloat16 where
+    that is faster.
     """
 
     def __init__(
@@ -53,12 +57,15 @@ class Ball:
         self._vectors = vectors.to(rivals.dtype)
 
     def towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None = None) -> Tensor:
-        """Return for each key (n, d) a query (n, d) that puts much softmax weight on it, against the rivals.
+        """Search for each key of `keys` (n, d) a query that puts much softmax weight on it; return the queries (n, d).
 
-        place (n,) is the key's index among the rivals, or -1 if it is not one. The search starts from several queries:
-        the longest in the direction from the rivals' mean to the key, the best if the rivals were Gaussian, `first` (n,
-        d) if given, and the longest in the direction of the key if there is mass `beyond`. The best of these is refined
-        `steps` times, and the best query found is returned.
+        place (n,) is the key's index among the rivals, or -1 if it is not one. The search starts from the best of
+        several queries:
+            of length `radius`, in the direction from the rivals' mean to the key
+            the query that would be best if the rivals were Gaussian
+            `first` (n, d), if given
+            of length `radius`, in the direction of the key, if there are tokens `beyond`
+        It is refined `steps` times, and the best query found is returned.
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
@@ -94,8 +101,8 @@ class Ball:
     def _longest(self, aim: Tensor) -> Tensor:
         """Return for each row a of `aim` (n, d) the vector q = (C + lambda I)^-1 a of length at most `radius`: (n, d).
 
-        C is the covariance of the rivals times scale^2. Each row has its own lambda >= 0: the least for which |q| <=
-        radius.
+        C is the covariance of the rivals times scale^2. Each row has its own lambda: the least lambda >= 0 for which
+        |q| <= radius.
         """
         along = aim @ self._vectors
         shift = torch.zeros_like(along[:, :1])
@@ -115,7 +122,7 @@ class Ball:
         return raw
 
     def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
-        """Return each key's logit under its query, less the log mass of the rivals and the tokens `beyond`: (n,).
+        """Return each key's logit under its query, less the log-sum-exp over the rivals and the tokens `beyond`: (n,).
 
         query and keys are (n, d); place (n,) is the key's index among the rivals, or -1 if it is not one. A key is no
         rival of itself.
@@ -131,10 +138,11 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
 
 
 def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
-    """Return for every key of k (n, d) a query (n, d) of length at most `radius` that puts much softmax weight on it.
+    """Search for every key of k (n, d) a query that puts much softmax weight on it; return the queries (n, d).
 
-    A key's rivals are all other keys, or a sample of them where there are more than 4,096. scale and softcap define the
-    logits. `beyond` is the log of the softmax mass of further tokens that every query sees, or None.
+    A key's rivals, which take weight away from it, are all other keys, or a sample of them where there are more than
+    4,096. Queries have length at most `radius`. scale and softcap define the logits. `beyond` is the log-sum-exp of
+    every query's logits on further tokens, or None.
     """
     everything = torch.arange(len(k), device=k.device)
     return with_rivals(k, everything, radius, scale, softcap, beyond)
@@ -144,11 +152,14 @@ def with_rivals(
     k: Tensor, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None,
     first: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return for every key of k (n, d) a query (n, d) that puts much weight on it, against the rival keys k[rivals].
+    """Search for every key of k (n, d) a query that puts much weight on it, despite the rival keys k[rivals].
 
-    rivals (c,) are indices into k; for more than 4,096 keys, a sample of at most 1,024 rivals is used. Queries have
-    length at most `radius`. scale and softcap define the logits. `beyond` is the log of the softmax mass of further
-    tokens that every query sees, or None. `first` (n, d) holds queries to improve on, or is None.
+    Returns the queries (n, d), of length at most `radius`.
+    rivals   (c,), indices into k of the keys that take softmax weight away from a query's own key. If k has more than
+             4,096 keys, a sample of at most 1,024 rivals is used
+    beyond   log-sum-exp of every query's logits on further tokens, or None
+    first    (n, d), queries to improve on, or None
+    scale, softcap   define the logits
     """
     few = len(k) <= FEW
     if not few:

@@ -1,7 +1,8 @@
 """Improve a choice of token groups, each read by one query, given all softmax weights of the queries on the tokens.
 
-The choice serves the read floor, a lower bound on the bits of a state that answers the queries. In its proof, values
-are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them from the answers to the queries.
+The choice serves the read floor, a lower bound on the bits of a state (the memory of a KV-cache method) that answers
+the queries. In its proof, values are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them from the
+answers to the queries.
     group   tokens that share one hidden row of values, read by one query
     order   Bob decodes one group after the other. From each answer he subtracts the contribution of the groups already
             decoded, so that these no longer disturb it
@@ -9,9 +10,10 @@ are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them fro
     leak    softmax weight l that the query of a group puts on all groups decoded later
     levels  number L of values that Bob can tell apart in a group
     demand  the accuracy required of answers; demand.error is the allowed error of an answer, not counting the leak
-    pairs   matrix (G, G): softmax weight of the query of group j on group k, groups in the order of decoding
+    pairs   matrix (G, G), G the number of groups: entry (j, k) is the softmax weight of the query of group j on group
+            k, groups in the order of decoding
 Each round reorders the groups, drops groups, and assigns tokens anew to queries, so as to raise the sum over groups of
-log2(1 + w / (error + l)), a smooth stand-in for the bits log2 L of a group.
+log2(1 + w / (error + l)), a smooth approximation of the bits log2 L of a group.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Choice(NamedTuple):
 
     order   (G,) indices of queries, one per group: Bob decodes the groups (reconstructs their hidden values) in this
             order
-    reader  (n,) the query that reads each token, -1 for none; the tokens of one query are its group
+    reader  (n,) index of the query that reads each token, -1 for none; the tokens of one query are its group
     """
 
     order: Tensor
@@ -43,7 +45,7 @@ class Choice(NamedTuple):
 
 
 def promised(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return the bits (G,) that each group adds to the read floor, taking the softmax weights `pairs` as exact.
+    """Return the bits (G,) that each group adds to the read floor, if the softmax weights `pairs` are exact.
 
     pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding. The weight of a query
     on the groups decoded later counts as its leak: an error of the answer, caused by their hidden values.
@@ -52,7 +54,7 @@ def promised(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
-    """Return the softmax weight (M, M) of each query j on all the tokens that query k reads.
+    """Return a matrix (M, M): entry (j, k) is the softmax weight of query j on all tokens that query k reads, together.
 
     weights (M, n) are the softmax weights of the M queries on the n single tokens. reader (n,) holds the query, as an
     index 0..M-1, that reads each token, -1 for none.
@@ -64,10 +66,11 @@ def pair_weights(weights: Tensor, reader: Tensor) -> Tensor:
 
 
 def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tuple[float, Choice]:
-    """Improve a choice of groups for at most `rounds` rounds; return (estimated bits, choice) of the best one found.
+    """Improve a choice of groups in at most min(`rounds`, 10) rounds; return (estimated bits, choice) of the best one.
 
     weights (M, n) are the softmax weights of the M queries on all n tokens. `choice.order` may contain queries that
-    read no token yet; tokens may be assigned to them.
+    read no token yet; tokens may be assigned to them. The bits are those of the read floor, estimated from `weights` as
+    if these had no rounding errors.
     """
     order, reader = choice
     best, most = Choice(order[:0], reader), 0.0
@@ -95,11 +98,11 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
     """Return a good order of decoding (G,): first the groups that would disturb other groups most if decoded later.
 
-    The order is given as indices of groups. Decoding reconstructs the hidden values of one group after the other; a
-    decoded group no longer disturbs later answers. pairs (G, G) holds the softmax weight of query j on group k. If
-    group k is decoded after group j, it costs group j about log2(1 + pairs_jk / c_j) bits, where c_j = error + half of
-    the weight that query j puts on other groups. Groups are sorted by the bits that they cost others minus the bits
-    that others cost them, largest first.
+    The order is given as indices of groups. Bob decodes (reconstructs the hidden values of) one group after the other,
+    and a decoded group no longer disturbs later answers. pairs (G, G) holds the softmax weight pairs_jk of query j on
+    group k. If group k is decoded after group j, it costs group j about log2(1 + pairs_jk / c_j) bits, where c_j =
+    error + half of the weight that query j puts on other groups. Groups are sorted by the bits that they cost others
+    minus the bits that others cost them, largest first.
     """
     others = pairs - torch.diag(pairs.diagonal())
     cost = torch.log2(1.0 + others / (demand.error + 0.5 * others.sum(1, keepdim=True)))
@@ -109,12 +112,13 @@ def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
 def pruned(pairs: Tensor, demand: Demand) -> Tensor:
     """Drop the groups that cost other groups more bits than they add; return the positions (m,) of the groups kept.
 
-    pairs (G, G) holds the softmax weight of query j on group k, groups in the order of decoding; positions are indices
-    into pairs. The tokens of a dropped group get the value 0, so that it disturbs no answer.
+    Positions are indices into pairs (G, G), which holds the softmax weight of query j on group k, groups in the order
+    of decoding. The tokens of a dropped group get the value 0, so that it disturbs no answer.
     First, groups whose weight is too small to be read even without a leak are dropped. Then groups are dropped in
-    rounds, by their harm: the bits that the other groups gain without a group, minus its own bits. If some groups add
-    no bits, a round drops the more harmful half of these; if all add bits, it drops the most harmful quarter of the
-    groups of positive harm. The rounds end when there is nothing to drop, or after a fixed number.
+    rounds, by their harm: the bits that the other groups would gain without the group, minus the group's own bits.
+        if some groups add no bits  a round drops half of these groups, the more harmful half
+        if all groups add bits      a round drops a quarter of the groups of positive harm, the most harmful ones
+    The rounds end when there is nothing to drop, or after a fixed number.
     """
     places = (demand.bits(pairs.diagonal(), torch.zeros_like(pairs[:, 0])) > 0.0).nonzero()[:, 0]
     for _ in range(_PRUNINGS):
@@ -142,16 +146,17 @@ def _smooth(pairs: Tensor, demand: Demand) -> Tensor:
 
 
 def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) -> Tensor:
-    """Return for each token the query (n,) that should read it, or -1 for none, by a linear estimate of the bits.
+    """Choose for each token the query that should read it, by a linear estimate of the bits gained.
 
+    Returns the queries' indices (n,), -1 where no query should read the token.
     weights  (M, n), softmax weight of each query on each token
     order    (G,), indices of queries, one per group, in the order of decoding
     pairs    (G, G), softmax weights of these queries on the groups
     The bits are estimated as F, the sum over groups g of log2(1 + w_g / (error + l_g)), with w_g the weight of query g
     on its own group, and l_g its leak, the weight on groups decoded later.
     Law: if query g reads a token on which each query h puts weight a_h, F changes to first order by a_g dF/dw_g plus
-    the sum of a_h dF/dl_h over the queries h decoded before g. The second term is the cost of the leak, and is
-    negative. A token goes to the query of the largest change, or to none if no change is positive.
+    the sum of a_h dF/dl_h over the queries h decoded before g. This sum is negative: it is the cost of the leak. A
+    token goes to the query of the largest change, or to none if no change is positive.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

@@ -1,6 +1,7 @@
 """Check the arguments of the measured floors: lower bounds on the memory of attention over given keys and queries.
 
-Errors name the argument (`name`), the given value and the allowed values.
+Errors name the argument (`name`), the given value and the allowed values. A log mass is the log-sum-exp of a query's
+logits on a set of tokens.
 """
 
 import math
@@ -23,9 +24,10 @@ def matrix(name: str, value: Tensor, width: int | None = None, least: int = 1) -
 
 
 def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | None:
-    """Return logs of softmax masses, one per query, as (count,) float64; None stays None.
+    """Check log masses, one per query, and return them as (count,) float64; None stays None.
 
-    One number is repeated for all queries; -inf means no mass. Raises ValueError for another shape, NaN or +inf.
+    A log mass is the log-sum-exp of a query's logits on some tokens; -inf means that there are none. A single number is
+    taken for all queries. Raises ValueError for another shape, NaN or +inf.
     """
     if value is None:
         return None
@@ -40,7 +42,10 @@ def log_masses(name: str, value: Tensor | float | None, count: int) -> Tensor | 
 
 
 def logit_law(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """Return `scale` as a finite float, `softcap` as None or a positive float; raise ValueError for other values."""
+    """Check the numbers that define logits: return `scale` as a finite float, `softcap` as None or a positive float.
+
+    Raises ValueError for other values.
+    """
     if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):

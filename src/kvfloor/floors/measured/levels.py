@@ -1,7 +1,8 @@
 """Compute the number of value levels that an answer distinguishes, and the bits of the read floor that follow.
 
-The read floor is a lower bound on the bits of a state that answers queries over given keys. In its proof, a receiver
-(Bob) reconstructs ("decodes") hidden values from the answers of the state, one group of tokens after the other.
+The read floor is a lower bound on the bits of a state (the memory of a KV-cache method) that answers queries over given
+keys. In its proof, a receiver (Bob) reconstructs ("decodes") hidden values from the answers of the state, one group of
+tokens after the other.
     group   tokens that share one hidden row of dv values, read by one query
     weight  softmax weight that the query of a group puts on the group
     leak    softmax weight that the query of a group puts on all groups decoded later
@@ -32,7 +33,7 @@ def grain(dtype: torch.dtype) -> float:
 class Demand:
     """Hold the accuracy required of attention's answers, and the number format of the values.
 
-    eta          largest error of a value of an answer, in [0, 1), for values in [-1, 1]
+    eta          largest error that is allowed in a value of an answer, in [0, 1), for values in [-1, 1]
     p            probability that a whole row, the dv values of one answer, is within eta
     dv           width of a value
     dtype        number format of the values; its rounding error is added to eta
@@ -57,17 +58,17 @@ class Demand:
 
     @property
     def error(self) -> float:
-        """Return eta plus the largest rounding error of a value in `dtype`: the allowed error of an answer.
+        """Return the allowed error of an answer: eta plus the largest rounding error of a value in `dtype`.
 
-        The answer is compared with exact attention over the values before rounding.
+        The rounding counts because the answer is compared with exact attention over the values before rounding.
         """
         return self.eta + grain(self.dtype)
 
     def levels(self, weights: Tensor, leaks: Tensor) -> Tensor:
         """Return the number of levels that Bob can tell apart in the values of each group of tokens, int64.
 
-        weights are the softmax weights of queries on their own groups of tokens, leaks those on groups decoded later;
-        both have the same shape, and so has the result.
+        weights are the softmax weights of queries on their own groups of tokens, leaks those on groups decoded later.
+        Both have the same shape, which is also that of the result.
         Law: the largest whole L with (L - 1)(e + leak) < weight, in 1..`most_levels`, where e is the allowed error of
         an answer: eta plus the rounding error of the values. L equally spaced levels in [-1, 1] lie 2/(L-1) apart. Bob
         divides the answer by the weight, and is then off by at most (e + leak)/weight. If that is less than half a
@@ -91,9 +92,9 @@ class Demand:
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
         """Return an estimate of the bits that each group of tokens adds to the read floor, in the dtype of `weights`.
 
-        It is faster than the float64 result of `bits`, and accurate enough for the search that chooses the groups.
-        weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups decoded
-        later.
+        `bits` computes them in float64. The estimate is faster, and accurate enough for the search that chooses the
+        groups. weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups
+        decoded later.
         """
         levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
         bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)

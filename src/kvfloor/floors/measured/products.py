@@ -45,17 +45,18 @@ class Factors:
     def sum_unit(self) -> float:
         """Return the unit roundoff (half of eps) of the format in which the sums of dot products are computed.
 
-        Logits are processed further in this format too. It is the factors' dtype, but float32 for bfloat16 factors.
+        Logits are processed further in this format too. The format is the factors' dtype, but float32 for bfloat16
+        factors.
         """
         return _FLOAT32_UNIT if self.q.dtype == torch.bfloat16 else torch.finfo(self.q.dtype).eps / 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """Hold bounds on the logits of each query, computed in one precision; both are (m,) float64.
+    """Hold bounds on the logits that are computed in one precision: two tensors (m,), float64, one bound per query.
 
-    error  largest difference of a computed logit from the true one, over all keys
-    reach  largest absolute value of a logit
+    error  bound on the difference of a computed logit from the true one, for every key
+    reach  bound on the absolute value of a logit, for every key
     """
 
     error: Tensor
@@ -65,9 +66,9 @@ class Rounding:
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
         """Bound the rounding error and the size of the logits that `factors` give, per query, as a `Rounding`.
 
-        `factors` were made from q (m, d), k (n, d) and scale. With u the unit roundoff of the sums (float32's for
-        bfloat16), q' and k' the rounded factors, q here the unrounded query times scale, and |.| l2 norms, the error is
-        at most the sum of
+        `factors` were made from q (m, d), k (n, d) and scale. Notation: q is here the unrounded query times scale, q'
+        and k' are the rounded factors, |.| are l2 norms (of keys: the largest), and u is the unit roundoff of the sums
+        (float32's for bfloat16). The error is at most the sum of
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
             (d + 2) u |q'| |k'|               the sum over coordinates, in any order (Cauchy-Schwarz)
             unit(dtype) |q'| |k'|             the rounding of the result, unit(dtype) the unit roundoff of the factors
@@ -84,9 +85,9 @@ class Rounding:
         return Rounding(error * 1.001, reach * 1.001)
 
     def of_sums(self, unit: float, terms: int) -> Tensor:
-        """Bound |log(computed / true)| for a sum of `terms` exponentials of a query's logits: (m,), one per query.
+        """Bound |log(computed / true)| for a sum of exponentials of a query's logits: (m,), one bound per query.
 
-        `unit` is the unit roundoff of the sum.
+        The sum has `terms` terms, and `unit` is the unit roundoff of the format that it is computed in.
         """
         return self.error + unit * (_EXP_ULPS + 2.0 * self.reach + terms) * 1.01
 
@@ -113,7 +114,7 @@ def short_products(device: torch.device) -> bool:
 def rough_dtype(device: torch.device, few: bool) -> torch.dtype:
     """Choose a precision for logits that need not be accurate: bfloat16 for many tokens where it is faster, or float32.
 
-    Such logits guide the search for a high floor; the floor itself is computed anew, with bounds on rounding errors.
-    `few` is True if there are so few tokens that float32 is fast enough.
+    Such logits guide the search for a high memory floor. The floor itself is computed anew, with bounds on rounding
+    errors. `few` is True if there are so few tokens that float32 is fast enough.
     """
     return torch.bfloat16 if not few and short_products(device) else torch.float32

@@ -1,8 +1,9 @@
-"""Compute the read floor: a lower bound on the bits of a state that answers given queries, or all short queries.
+"""Compute the read floor: a lower bound on the bits of a state that answers queries over given keys.
 
-The keys of the stored tokens are given. The proof is a game. Alice hides random values in a stream of tokens and sends
-the state, S bits, to Bob. Bob asks each query of a copy of the state, and reconstructs the hidden values from the
-answers. Keys and queries are public.
+A state is the memory that a KV-cache method keeps of a stream of tokens. It must answer given queries, or all queries
+up to a given length. The proof is a game. Alice hides random values in the stream and sends the state, S bits, to Bob.
+Bob asks each query of a copy of the state, and reconstructs the hidden values from the answers. Keys and queries are
+public.
     group   tokens that share one hidden row of dv values, read by one query; tokens in no group have value 0
     order   Bob reconstructs ("decodes") the groups one after the other, in a fixed order that has nothing to do with
             the order of the stream; from each answer, he subtracts the contribution of the groups decoded before
@@ -10,7 +11,9 @@ answers. Keys and queries are public.
     leak    softmax weight that the query of a group puts on all groups decoded later, an error that Bob cannot remove
     levels  number of equally spaced values in [-1, 1] that Bob can tell apart in the group's values
     grain   largest rounding error of a number in [-1, 1] in the values' format (`levels.grain`)
-    demand  accuracy required of answers (eta, p), and the width, format and most levels of the values (`Demand`)
+    demand  accuracy required of answers: largest error eta and probability p (`Demand`). It also has the width, the
+            format and the most levels of the values
+    later_mass   log-sum-exp of a query's logits on tokens outside the stream, which also enter its softmax
 Fano's inequality bounds the bits of each group. Groups hide independent rows, so the bits of all groups add up by the
 chain rule (docs/floors.md, "Readable tokens").
 """
@@ -45,18 +48,17 @@ class Readable:
 
     `demand` is the accuracy required of answers. Groups of tokens are numbered in the order in which Bob decodes them.
     The module defines group, weight, leak, levels, grain and Bob.
-
     stream      (n,) int64, the tokens of the stream, as indices into the given keys, in order
     group       (n,) int64, the group of each token of the stream, -1 for tokens whose values are 0
     queries     (G, d), the query that reads each group
     asked       (G,) int64, the source of each query: an index into the given queries, or for `readable_within` the
                 token of the given keys for which the query was made
-    weights     (G,) float64, softmax weight of query g on group g, at most the true weight
+    weights     (G,) float64, softmax weight of query g on group g, rounded down
     leaks       (G,) float64, softmax weight of query g on the groups decoded after g, rounded so that the floor cannot
                 rise
-    levels      (G,) int64, the number of levels in each group: (levels - 1)(eta + grain + leak) < weight, eta of
-                `demand`
-    later_mass  (G,) float64 or None, log of the softmax mass of query g on tokens outside the stream
+    levels      (G,) int64, the number of levels in each group: the largest whole number for which (levels - 1)(eta +
+                grain + leak) < weight, eta of `demand`
+    later_mass  (G,) float64 or None, log-sum-exp of the logits of query g on tokens outside the stream
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     """
 
@@ -114,20 +116,20 @@ def readable_by(
 ) -> Readable:
     """Return a lower bound on the bits S of a state that answers the queries `q` over the stored keys `k`.
 
-    Every answer must be within eta of exact attention in all its dv values with probability p, for values in [-1, 1].
+    With probability p, an answer must be within eta of exact attention in each of its dv values, for values in [-1, 1].
     Law: S >= sum over groups g of max(0, p dv log2 L_g - H2(p)). H2 is the binary entropy. L_g is the most levels for
     which (L_g - 1)(eta + grain + leak_g) < weight_g, where weight_g is the softmax weight of query g on group g, and
     leak_g that on groups decoded after g. The module defines group, decoding and grain. The bound is for the worst
     values, given these keys: it is no claim about recorded values.
-
     k, q         (n, d) stored keys; (m, d) queries, each of which the state must be able to answer
-    later_mass   log of the softmax mass of a query on tokens after the stored ones, its own token included: (m,), or
-                 one number; None: no such tokens. `causal_mass` computes it from recorded tokens
+    later_mass   log-sum-exp of a query's logits on tokens after the stored ones, its own token included: (m,), or one
+                 number; None: no such tokens. `causal_mass` computes it from recorded tokens
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     dtype        the values' number format
     most_levels  a further cap on L_g, or None
     A search chooses the groups, their queries and their order. Any choice gives a valid floor; a better one, a higher
-    floor. Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
+    floor. Returns a `Readable`: the floor in bits, and the groups and queries that prove it. Raises ValueError naming
+    the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
     k = matrix("k", k)
     q = matrix("q", q, k.shape[1])
@@ -152,19 +154,19 @@ def readable_within(
 ) -> Readable:
     """Return a lower bound on the bits of a state that answers all queries of length at most `radius` over keys of `k`.
 
-    k (n, d) holds the keys from which the stream is made. Every answer must be within eta of exact attention in all its
-    dv values with probability p, for values in [-1, 1]. A search finds queries within the radius, and the bound is
-    computed from these. `others` says whether keys that no query reads are in the stream:
+    k (n, d) holds the keys from which the stream is made. With probability p, an answer must be within eta of exact
+    attention in each of its dv values, for values in [-1, 1]. A search finds queries within the radius, and the bound
+    is computed from these as in `readable_by`. `others` says whether keys that no query reads are in the stream:
         "absent"   the floor is for a stream of only those tokens that some query reads: fewer than the given keys
         "present"  all given keys are in the stream, with value 0 where they are not read. Near-duplicates, which no
                    query tells apart, are read as one group
-    later_mass  log of the softmax mass that every query sees beyond the stream, such as that of its own token; None:
-                the queries see the stream only
-    eta, p      largest error of an answer in any of its dv values, and the probability that it is not exceeded
-    dtype       the values' number format
+    later_mass   log-sum-exp of every query's logits on tokens outside the stream, such as its own token; None: the
+                 queries see the stream only
+    dtype        the values' number format
     most_levels  a cap on the number of levels, or None
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
-    Raises ValueError naming the argument. Source: derived here, docs/floors.md, "Readable tokens".
+    Returns a `Readable`: the floor in bits, and the stream, groups and queries that prove it. Raises ValueError naming
+    the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
     k = matrix("k", k)
     demand, law = Demand(eta, p, dv, dtype, most_levels), logit_law(scale, softcap)
@@ -191,11 +193,11 @@ def readable_by_rows(
 
     Returns one `Readable` per row: the lower bound on the bits of a state that answers the row's queries.
     present, asked  (rows, n) and (rows, m), bool: True for real tokens and queries, False for padding; None: no padding
-    later_mass      (rows, m), log of each query's softmax mass on tokens after the stored ones, or None
-    demand          further arguments of `readable_by`. Required are eta, the largest error of a value of an answer, and
-                    dv, the width of a value; p, scale, softcap, dtype and most_levels have defaults
-    In the results, `stream` and `asked` are indices into all tokens and queries of the row. Rows have independent
-    values, so the bits of all rows add up.
+    later_mass      (rows, m), log-sum-exp of each query's logits on tokens after the stored ones, or None
+    demand          further arguments of `readable_by`. Required are eta, the largest error allowed in a value of an
+                    answer, and dv, the width of a value; p, scale, softcap, dtype and most_levels have defaults
+    In the results, `stream` and `asked` are indices into all tokens and queries of the row, padding included. Rows have
+    independent values, so the bits of all rows add up.
     """
     rows = _rows("k", k)
     if _rows("q", q) != rows:
@@ -212,13 +214,16 @@ def readable_by_rows(
 def readable_within_rows(
     k: Tensor, *, radius: Tensor | float, present: Tensor | None = None, **demand: Any
 ) -> list[Readable]:
-    """Compute the read floor for all short queries over every row (stream of one kv head) of keys k (rows, n, d).
+    """Compute the read floor of every row of keys k (rows, n, d), for all queries of length at most `radius`.
 
-    Returns one `Readable` per row: the lower bound on the bits of a state that answers all queries up to a length.
+    A row is the stream of one kv head. Returns one `Readable` per row: the lower bound on the bits of a state that
+    answers these queries.
     radius   the greatest length of a query, one number or (rows,)
     present  (rows, n), bool: True for real tokens, False for padding; None: no padding
-    demand   further arguments of `readable_within`. Required are eta, the largest error of a value of an answer, and
-             dv, the width of a value; p, scale, softcap, others, later_mass, dtype and most_levels have defaults
+    demand   further arguments of `readable_within`. Required are eta, the largest error allowed in a value of an
+             answer, and dv, the width of a value; p, scale, softcap, others, later_mass, dtype and most_levels have
+             defaults
+    In the results, `stream` and `asked` are indices into all tokens of the row, padding included.
     """
     rows = _rows("k", k)
     radii = torch.as_tensor(radius, dtype=torch.float64).expand(rows).tolist()
@@ -233,7 +238,7 @@ def readable_within_rows(
 def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
     """Compute the read floor for the queries q when all keys k are in the stream, from groups that a search finds.
 
-    `law` is (scale, softcap). `later` (m,) is the log of each query's softmax mass on tokens outside the stream, or
+    `law` is (scale, softcap). `later` (m,) is the log-sum-exp of each query's logits on tokens outside the stream, or
     None.
     """
     order, reader = find_groups(Sight(q, k, *law, later), demand)
@@ -256,8 +261,8 @@ def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor |
     """Compute the read floor of a stream of `tokens` alone, in which each token is a group with a query of its own.
 
     `tokens` are indices into k, in the order in which Bob decodes them, and q holds the query of each. `law` is (scale,
-    softcap). `beyond` (n,) is, for each key of k, the log of the softmax mass of its query on tokens outside the
-    stream, or None.
+    softcap). `beyond` (n,) is, for each key of k, the log-sum-exp of the logits of the key's query on tokens outside
+    the stream, or None.
     """
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
@@ -300,8 +305,8 @@ def _rows(name: str, value: Tensor) -> int:
 def _marked(name: str, mask: Tensor | None, like: Tensor, row: int) -> Tensor:
     """Return the indices (t,) of the True entries of row `row` of `mask`, or all indices if `mask` is None.
 
-    `like` has the shape (rows, n, d) of the keys or queries that are marked. Raises ValueError with `name` unless the
-    mask is bool of shape (rows, n).
+    `like` holds the keys or queries that the mask is for: (rows, n, d). Raises ValueError with `name` unless the mask
+    is bool of shape (rows, n).
     """
     if mask is None:
         return torch.arange(like.shape[1], device=like.device)

@@ -1,7 +1,7 @@
 """Compute the read floor of a recorded stream of keys and queries that is cut in two at a token.
 
-The read floor is a lower bound on the bits that a state must hold after the tokens before the cut, to answer the
-queries that come after the cut.
+The read floor is a lower bound on the bits of a state, the memory that a KV-cache method keeps. Here the state holds
+the tokens before the cut, and must answer the queries that come after the cut.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from kvfloor.validation import whole
 def causal_mass(
     q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Return the log of each query's softmax mass on the tokens from a cut up to its own token: (g * t,) float64.
+    """Return the log-sum-exp of each query's logits on the tokens from a cut up to its own token: (g * t,) float64.
 
-    The log mass is the log-sum-exp of the logits. `readable_by`, which computes the read floor, takes it as its
-    argument `later_mass`: the mass on tokens that come after the stored ones.
+    `readable_by`, which computes the read floor, takes the result as its argument `later_mass`. There it stands for the
+    tokens that come after the stored ones.
     q        (g, t, d), the queries at the t tokens after the cut, g per token (a GQA group); the query at token i sees
              tokens 0..i of the t
     k        (t, d), the keys of the same tokens
     present  (t,) bool, True for real tokens, False for padding; None: no padding
-    scale, softcap   define the logits
+    scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     The result is in the order of q.reshape(g * t, d). It is -inf where a query sees no real token.
     """
     g, t, d = q.shape
@@ -54,14 +54,14 @@ def readable_after(
     Returns one `Readable` per row: the floor in bits, and the groups of tokens and the queries that prove it. A row is
     the stream of one kv head. The first `cut` tokens are stored, and all later queries are asked. Each later query also
     attends to its own token and to the tokens between the cut and its own.
-
     q        (rows, g, n, d), with g queries per token (a GQA group)
     k        (rows, n, d)
     present  (rows, n) bool, True for real tokens, False for padding; None: no padding
-    scale, softcap   define the logits
-    demand   the accuracy required: eta, the largest error of a value of an answer, for values in [-1, 1], and dv, the
-             width of a value. Optional are p, the probability that a whole answer is within eta (0.9), dtype, the
-             values' number format, and most_levels, a cap on the values told apart, such as 16 for 4-bit values
+    scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
+    demand   the accuracy required: eta, the largest error allowed in a value of an answer, for values in [-1, 1], and
+             dv, the width of a value. Optional are p, the probability that a whole answer is within eta (0.9), dtype,
+             the values' number format, and most_levels, a cap on the number of levels of a value, such as 16 for 4-bit
+             values
     In the results `asked` indexes a row's later queries, flattened as q[row, :, cut:].reshape(-1, d), and `stream`
     indexes the row's tokens. Bits of rows add up, because the values of different rows are independent.
     """

@@ -1,14 +1,14 @@
 """Search groups of tokens, the query that reads each group, and their order of decoding, for `readable_by`.
 
-`readable_by` computes the read floor, a lower bound on the bits of a state that answers given queries. In its proof,
-values are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them from the answers, one group of
-tokens after the other.
+`readable_by` computes the read floor, a lower bound on the bits of a state (the memory of a KV-cache method) that
+answers given queries. In its proof, values are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them
+from the answers, one group of tokens after the other.
     group           tokens that share one hidden row of values, read by one query
     weight          softmax weight of a query on a token or on its group
     leak            softmax weight that the query of a group puts on groups that Bob decodes later
     near tokens     tokens on which a query's weight is at least a given share (such as 0.2) of its largest weight
-    demand          the accuracy required of answers
-    sight           what computes the queries' softmax weights on tokens (`Sight`)
+    demand          the accuracy required of answers (`Demand`)
+    sight           the object that computes the queries' softmax weights on tokens (`Sight`)
     estimated bits  the floor that a choice of groups would give, before rounding is accounted for
 The search only proposes groups. Any disjoint groups in any order give a valid floor, which `readable.py` computes from
 weights that it bounds again. So the search decides the size of the floor, never its validity. Groups depend on keys and
@@ -65,15 +65,15 @@ class Block:
         return self.softmax >= share * self.softmax.amax(1, keepdim=True)
 
     def at(self, places: Tensor) -> Block:
-        """Return a block of c of this block's queries, those at the indices `places` (c,) within the block."""
+        """Return a block with c of this block's queries only, those at the indices `places` (c,) within the block."""
         return Block(self.queries[places], self.softmax[places], self.share[places])
 
 
 class Sight:
     """Compute the softmax weights of m queries on n stored tokens, in a precision that is good enough for the search.
 
-    scale and softcap define the logits of queries q (m, d) on keys k (n, d). later_mass (m,) is the log of the softmax
-    mass on further tokens that each query sees, or None.
+    scale and softcap define the logits of queries q (m, d) on keys k (n, d). later_mass (m,) is the log-sum-exp of each
+    query's logits on further tokens that it sees, or None.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None) -> None:
@@ -107,8 +107,9 @@ class Sight:
 def find_groups(sight: Sight, demand: Demand) -> Choice:
     """Return the choice of token groups, queries and order of decoding with the largest estimated read floor.
 
-    It is the best of several searches, which differ in the share that defines near tokens. It has no groups if no query
-    can read any token. `sight` gives the softmax weights, and `demand` is the accuracy required of the answers.
+    Several searches are made, which differ in the share that defines near tokens, and the best result is returned. It
+    has no groups if no query can read any token. `sight` gives the softmax weights, and `demand` is the accuracy
+    required of the answers.
     """
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
@@ -134,7 +135,8 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
     """Improve a choice of groups from up to three starts; yield (estimated bits, improved choice) of each start.
 
     `pool` holds the indices of the queries that may read tokens. A start is an order of decoding of queries of the
-    pool: the queries that have no group yet come first, or last, or are left out.
+    pool. It has the groups of `choice` in their order. The queries of the pool that have no group yet come before them,
+    or after them, or are left out.
     """
     weights = sight.rows(pool).weights
     place = torch.full((sight.m + 1,), -1, device=sight.device)
@@ -153,11 +155,12 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
 
 
 def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
-    """Rank the queries (m,), best first, by how little other queries attend to the tokens that a query would read.
+    """Rank the queries, best first, by how little other queries attend to the tokens that a query would read.
 
-    A query would read its near tokens, those with at least `share` of its largest weight. The score is w / (u + error):
-    w is the weight that the query puts on these tokens, u the total weight that all other queries put on them
-    (estimated from a sample of the queries), and error the allowed error of an answer.
+    Returns the queries' indices (m,). A query would read its near tokens, those with at least `share` of its largest
+    weight. The score of a query is w / (u + error). w is the weight that the query puts on these tokens. u is the total
+    weight that all other queries put on them, estimated from a sample of the queries. error is the allowed error of an
+    answer.
     """
     step = max(1, sight.m // _SAMPLED_QUERIES)
     asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)
@@ -173,10 +176,10 @@ def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tu
     """Form groups greedily: each query of `candidates` in turn reads its near tokens that no other query reads yet.
 
     Returns (estimated bits, choice). `candidates` holds indices of queries; queries whose group would add no bits are
-    skipped. Near tokens have at least `share` of the query's largest weight. The group formed first is the one that Bob
-    decodes last, so that a new group, which is decoded before all groups so far, adds no leak to them. For speed, many
-    candidates are handled at once. Which of them are skipped depends on which earlier ones are skipped, so this is
-    first guessed and then recomputed until nothing changes, at most a fixed number of times.
+    skipped. Near tokens have at least `share` of the query's largest weight. Bob decodes the groups in reverse: the
+    group formed first is decoded last. So a new group is decoded before all groups so far, and adds no leak to them.
+    For speed, many candidates are handled at once. Which of them are skipped depends on which earlier ones are skipped,
+    so this is first guessed and then recomputed until nothing changes, at most a fixed number of times.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

@@ -1,9 +1,9 @@
 """Bound the softmax weights of groups of tokens, for the read floor, so that rounding errors cannot raise the floor.
 
-The read floor is a lower bound on the bits of a state that answers queries. In its proof, values are hidden in the
-stream, and a receiver (Bob) reconstructs ("decodes") them from the answers, one group of tokens after the other. Query
-g reads group g, and groups are numbered in the order of decoding. In shapes, G is the number of groups, n of keys, and
-d the width of a key; scale and softcap define the logits.
+The read floor is a lower bound on the bits of a state (the memory of a KV-cache method) that answers queries. In its
+proof, values are hidden in the stream, and a receiver (Bob) reconstructs ("decodes") them from the answers, one group
+of tokens after the other. Query g reads group g, and groups are numbered in the order of decoding. In shapes, G is the
+number of groups, n of keys, and d the width of a key; scale and softcap define the logits.
 """
 
 import torch
@@ -31,14 +31,16 @@ def ordered_shares(
     """Bound the softmax weight of each query on its own group of tokens, and on all groups decoded later.
 
     Returns (weights, leaks), two (G,) float64 in [0, 1], rounded so that the floor cannot rise: `weights` are at most
-    the true weights, and for every c >= 0 weights / (c + leaks) is at most its true value.
+    the true weights on the own groups. `leaks` are the weights on the later groups; for every c >= 0, the quotient
+    weights / (c + leaks) is at most its true value.
     q           (G, d), query g reads group g
     k           (n, d), the keys of the stream
     group       (n,) int64 in [-1, G), the group of each token, -1 for tokens in no group
-    later_mass  (G,) float64, log of the softmax mass of query g on tokens outside the stream, or None
-    Weights are shares of the mass on all n tokens and on those outside. The mass on a query's own group is computed in
-    float64. The mass on other tokens is computed in float64 for small inputs, else in bfloat16 or float32. It is then
-    multiplied by the factor that rounding may have taken from it, exp of a bound on the rounding errors of the logits.
+    later_mass  (G,) float64, log-sum-exp of the logits of query g on tokens outside the stream, or None
+    The softmax runs over all n tokens and those outside. The exponentials of a query's own group are computed in
+    float64, those of other tokens in float64 for small inputs, else in bfloat16 or float32. The sums over other tokens
+    are then multiplied by the factor that rounding may have taken from them, exp of a bound on the rounding errors of
+    the logits.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -127,8 +129,9 @@ def _own_logits(q: Tensor, k: Tensor, group: Tensor, start: int, scale: float, s
 def _pieces(inside: int, beyond: int, n: int) -> list[tuple[int, int]]:
     """Cut n tokens, sorted by group, into index ranges of bounded length; return them as pairs (low, high).
 
-    Index high is excluded. The tokens `inside` .. `beyond` - 1 are those of the own groups of a few queries. Each range
-    lies entirely before these tokens (in groups decoded earlier), within them, or after them (decoded later).
+    Index high is excluded. The tokens `inside` .. `beyond` - 1 are those of the groups that a few consecutive queries
+    read. Each range lies entirely before these tokens (in groups decoded earlier), within them, or after them (decoded
+    later).
     """
     pieces = []
     for low, high in ((0, inside), (inside, beyond), (beyond, n)):

@@ -1,8 +1,8 @@
 """Compute the Gaussian reference: the fewest bits that describe attention's answers, if the values were Gaussian.
 
-It is the rate-distortion function of the answers A V, with A the attention matrix (softmax weights) and V the values:
-the fewest bits for a given squared error. It is a figure to compare measurements with, never a lower bound for recorded
-values, which are not Gaussian.
+It is the rate-distortion function of the answers A V: the fewest bits for a given squared error. A is the attention
+matrix (softmax weights) and V the matrix of the values. The result is a figure to compare measurements with, never a
+lower bound for recorded values, which are not Gaussian.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from kvfloor.validation import positive, within
 
 @dataclasses.dataclass(frozen=True)
 class GaussianReference:
-    """Hold the fewest bits that describe answers to a total squared error `distortion`, if the answers are Gaussian.
+    """Hold the fewest bits that describe answers with a total squared error `distortion`, if the answers are Gaussian.
 
     The answers decompose into independent Gaussian components. Every component whose variance is above a common level
-    is described to a squared error of that level; the others take no bits (reverse water-filling).
+    is described with a squared error of that level; the others take no bits (reverse water-filling).
     bits        the number of bits, in all components
     distortion  the squared error, summed over all components
     level       the common level, theta
@@ -45,8 +45,9 @@ def attention_matrix(
 ) -> Tensor:
     """Return the softmax weights (m, n), float64, of queries q (m, d) on stored keys k (n, d).
 
-    scale and softcap define the logits. later_mass (m,), or one number, is the log of a query's softmax mass on tokens
-    after the stored ones. That mass counts in the softmax, so the weights of a query on stored keys sum to less than 1.
+    scale and softcap define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None.
+    later_mass (m,), or one number, is the log-sum-exp of a query's logits on tokens after the stored ones. These tokens
+    count in the softmax, so the weights of a query on stored keys sum to less than 1.
     """
     k = matrix("k", k)
     q = matrix("q", q, k.shape[1])
@@ -118,10 +119,10 @@ def gaussian_reference(
     """Return the fewest bits that describe the answers a V at a given error, if rows of V were independent Gaussians.
 
     `a` (m, n) is the attention matrix. All rows of V have one mean and one covariance Sigma. Give one of
-        values  (n, dv): Sigma is their covariance
+        values  (n, dv), a matrix V: Sigma is the covariance of its rows
         spread  (dv,): the eigenvalues of Sigma
     and one error:
-        distortion    D, the expected squared error summed over all m dv entries
+        distortion    D, the expected squared error summed over all m dv entries of the answers
         mean_squared  D / (m dv)
         relative      sqrt(D) / ||a V||_F, V the `values`; for `spread`, ||a V||_F^2 is its expectation at mean 0
     Law: `gaussian_rate` of the variances sigma_i^2 lambda_j at distortion D, with sigma_i the singular values of `a`

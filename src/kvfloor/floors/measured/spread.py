@@ -1,19 +1,23 @@
 """Search for a stream of keys, each with a short query that reads it, for `readable_within(others="absent")`.
 
-`readable_within` computes the read floor, a lower bound on the bits of a state that answers all short queries. In its
-proof, a value is hidden in each token, and a receiver (Bob) reconstructs ("decodes") one after the other from the
-answers. Tokens that he has decoded no longer disturb his next answers. So tokens are kept in an order of decoding,
-which has nothing to do with their order in the stream. A query "reads" a token if its answer gives bits of the hidden
-value.
+`readable_within` computes the read floor, a lower bound on the bits of a state (the memory of a KV-cache method) that
+answers all queries up to a given length. In its proof, a row of values is hidden in each token, and a receiver (Bob)
+reconstructs ("decodes") the rows one by one from the answers. Tokens that he has decoded no longer disturb his next
+answers. So tokens are kept in an order of decoding, which has nothing to do with their order in the stream. A query
+"reads" a token if its answer gives bits of the hidden row. Every token i has one query, and logit_ij is the logit of
+this query on token j.
     members         the tokens of the stream that is being built; all other tokens are left out of it
-    ratio R_ij      exp(logit_ij - logit_ii) under the query of token i: softmax mass on token j over that on token i
+    ratio R_ij      exp(logit_ij - logit_ii): the softmax mass of the query of token i on token j, over that on token i
+    beyond          log-sum-exp of a query's logits on further tokens that every query sees; None: there are no such
+                    tokens
     pull            one query per token, with the ratios R_ij under these queries (`Pull`)
     load            sum of the ratios R_ij over a set of tokens j
-    weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members)
+    weight          softmax weight of the query of token i on token i: 1 / (1 + sum of R_ij over the other members and
+                    the further tokens)
     leak            the weight of token i times the sum of R_ij over the members that Bob decodes after token i
     damage          how much a token disturbs the queries of other tokens
     demand          the accuracy required of answers
-    estimated bits  the read floor of a stream, by the search's own softmax weights, whose rounding errors are not
+    estimated bits  the read floor of a stream by the search's own softmax weights, in which rounding errors are not
                     accounted for; `readable.py` bounds the weights anew and computes the true floor
 The search only proposes streams. A stream grows from the last decoded token to the first: a token that is decoded
 earlier adds no leak to the tokens decoded after it, and only shrinks their weights.
@@ -46,8 +50,8 @@ _TOP = 60.0  # logit differences are cut to +-60: exponentials stay finite, and 
 class Pull:
     """Compute the ratios R_ij: the softmax mass on token j over that on token i, under the query of token i.
 
-    q (n, d) holds one query per key of k (n, d). scale and softcap define the logits. `beyond` is the log of the
-    softmax mass of further tokens that every query sees, or None.
+    q (n, d) holds one query per key of k (n, d). scale and softcap define the logits. `beyond` is the log-sum-exp of
+    every query's logits on further tokens, or None.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None) -> None:
@@ -61,7 +65,7 @@ class Pull:
     def on(self, tokens: Tensor, others: Tensor) -> Tensor:
         """Return the ratios R_ij (t, o) for all i of `tokens` (t,) and j of `others` (o,), which are indices of tokens.
 
-        R_ij is the softmax mass on token j over that on token i, under the query of token i. Where i and j are one
+        R_ij is the softmax mass on token j over that on token i, under the query of token i. Where i and j are the same
         token, the result is 0.
         """
         pull = self._factors.logits(tokens, others).sub_(self._own[tokens].unsqueeze(1))
@@ -99,8 +103,8 @@ class Pull:
     def pairs(self, members: Tensor) -> Tensor:
         """Return the softmax weights (G, G) of each member's query on every member of a stream.
 
-        `members` (G,) are the tokens of the stream. The softmax also counts the mass `beyond` of further tokens, so
-        that the weights of a query sum to at most 1.
+        `members` (G,) are the tokens of the stream. The softmax also counts the further tokens `beyond`, so that the
+        weights of a query sum to at most 1.
         """
         pull = self.on(members, members)
         pull.fill_diagonal_(1.0)
@@ -129,8 +133,9 @@ class Spread:
     receiver of the proof (Bob) reconstructs their values, the order of decoding.
     radius          greatest length of a query
     scale, softcap  define the logits
-    beyond          log of the softmax mass of further tokens that every query sees, or None
-    demand          largest error that an answer may have, for values in [-1, 1], and the chance to keep within it
+    beyond          log-sum-exp of every query's logits on further tokens, or None
+    demand          accuracy required of an answer: the largest error, for values in [-1, 1], and the probability to
+                    keep within it
     """
 
     def __init__(
@@ -144,11 +149,13 @@ class Spread:
     def candidates(self) -> Iterator[Candidate]:
         """Yield one or two proposed streams with their estimated floors; the caller computes the true floor of each.
 
-        Up to 4,096 tokens: one stream, the better of two that are grown by trying tokens in two orders.
-        More tokens: first, if at least 90 % of the tokens seem readable while all tokens are in the stream, the stream
-        of all readable tokens. This is estimated from at most 1,024 of the tokens, evenly spaced. Last, always, a
-        stream that is grown token by token from loads computed on all its members. It leaves out near-duplicates, which
-        the estimate can miss.
+        Up to 4,096 tokens: one stream, the better of two. Either is grown by trying the tokens one by one, in an order
+        of its own.
+        More tokens: up to two streams.
+            first  the tokens that seem readable while all tokens are in the stream, if they are at least 90 % of all. A
+                   sample of at most 1,024 tokens, evenly spaced, is used for this estimate
+            last   always, a stream grown by trying tokens one by one against all members so far. It leaves out
+                   near-duplicates, which the estimate can miss
         """
         pull = self._pull(self._all, None)
         sample = thinned(self._all)
@@ -169,6 +176,7 @@ class Spread:
         """Return the stream with the largest estimated floor, over several orders of trying tokens as members.
 
         For each of the given `orders`, a stream is grown by adding tokens in this order, and then revised in rounds.
+        `pull` holds the queries and their ratios R_ij.
         """
         best = Candidate(self._all[:0], self.k[:0], 0.0)
         for order in orders:
@@ -184,7 +192,7 @@ class Spread:
         return best
 
     def _pull(self, rivals: Tensor, first: Tensor | None) -> Pull:
-        """Search for a query per token that reads this token, against the softmax mass of the tokens `rivals` (r,).
+        """Search for a query per token that reads this token, despite the softmax mass on the tokens `rivals` (r,).
 
         `rivals` are indices of tokens. Returns a `Pull`, which holds the n queries and computes the ratios R_ij of
         softmax masses under them. `first` (n, d) holds queries to improve on, or is None.
@@ -213,9 +221,10 @@ class Spread:
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
         """Arrange the members of a stream in a good order of decoding; return (estimated floor in bits, members).
 
-        Up to 4,096 members: the given order, or the order that puts first the members that would cost the others most
-        bits if decoded later, whichever gives the larger floor. More members: the least load first, estimated from a
-        sample of the members.
+        Up to 4,096 members: the better of two orders, by the estimated floor. One is the given order. In the other, the
+        members come first that would cost the others most bits if decoded later. More members: the least load first,
+        estimated from a sample of the members. A member's load is the softmax mass of its query on other members, over
+        that on itself.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)
@@ -233,7 +242,8 @@ class Spread:
         """Extend a stream of `members`: try other tokens in the given order, and add those that a query can still read.
 
         A query can read a token if the answer gives bits of the token's hidden value. Returns all members in the order
-        of decoding, in which hidden values are reconstructed. The added tokens come before the given members.
+        of decoding, in which hidden values are reconstructed. The added tokens come before the given members, the last
+        one added first.
         """
         new = torch.ones_like(self._all, dtype=torch.bool)
         new[members] = False
@@ -254,9 +264,9 @@ class Spread:
     def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
         """Mark the tokens (t,), bool, that would add bits to the floor if they joined the stream.
 
-        Both arguments are softmax masses under a token's own query, as multiples of the mass on that token:
-        load    (t,) the mass on the members that are decoded after it
-        beyond  (t,) the mass outside the stream
+        Both arguments are softmax masses of a token's own query, divided by its mass on this token:
+        load    (t,) the mass on the members that are decoded after the token
+        beyond  (t,) the mass on tokens outside the stream
         """
         own = 1.0 / (1.0 + load + beyond)
         return self.demand.bits(own, own * load) > 0.0

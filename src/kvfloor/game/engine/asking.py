@@ -1,8 +1,8 @@
 """Query a state for hidden rows, either as it is or after appending a token to a copy of it.
 
-A state is the memory that a method keeps of its streams; it holds several independent streams side by side. A hidden
-row is the dv values that one query reads. The given state is never changed. Queries are asked in batches, so that
-memory is bounded.
+A state is the memory that a KV-cache method keeps of its streams; it holds several independent streams side by side. A
+hidden row is the dv values that one query reads. The given state is never changed. Queries are asked in batches, so
+that memory is bounded.
 """
 
 import torch
@@ -38,7 +38,8 @@ def by_appending(
 
     Each query has a fresh copy of the state, to which its own token is appended. copy (m,) holds, for each query, the
     index of the stream that it is for. k (m, d) and v (m, dv) are the keys and values of the appended tokens, zero
-    unless given. Theorems in which the receiver (Bob) continues the stream before he asks need this form.
+    unless given. Some theorems need this: in their proofs the receiver (Bob) continues the stream by a token before he
+    asks.
     """
     spec = state.spec
     k = queries.new_zeros(len(queries), spec.d) if k is None else k

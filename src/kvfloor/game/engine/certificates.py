@@ -1,14 +1,15 @@
 """Certify how many bits one message carries, from the values that its receiver decoded. All results are in bits.
 
-Alice hides values X in a method's state and sends the state as a message of S bits; Bob decodes X from it. X is uniform
-and independent of everything public. A certificate turns one decoding of X into a number T, its gain, which rarely
-exceeds S: Pr_X[T >= S + t] <= 2^-t for every message of S bits. So from a single run S >= T - log2(1/alpha) with
-confidence 1 - alpha. Taking the best of k certificates lowers this bound by log2 k.
+Alice hides values X in a method's state (the memory of a KV cache) and sends the state as a message of S bits; Bob
+decodes X from it. X is uniform and independent of everything public. A certificate turns one decoding of X into a
+number T, its gain, which rarely exceeds S: Pr_X[T >= S + t] <= 2^-t for every message of S bits. So from a single run S
+>= T - log2(1/alpha) with confidence 1 - alpha. If the best of k certificates is taken, log2 k is subtracted from this
+bound.
 The decoder may use the message and public randomness only. The certificate is then computed with knowledge of X. If X
-is used to choose anything (rows to leave out, a threshold, a width), the bound is lowered by log2 of the number of
-possible choices. Derived here; docs/floors.md ("Certificates") has the proofs.
+is used to choose anything (rows to leave out, a threshold, a width), log2 of the number of possible choices is
+subtracted from the bound. Derived here; docs/floors.md ("Certificates") has the proofs.
 The message length is taken as public; where a method's length depends on the values, add log2 of the number of possible
-lengths.
+lengths to S.
 """
 
 import math
@@ -27,8 +28,8 @@ def hard(bits: int, wrong: int) -> float:
     """Return the gain T, in bits, of decoding `bits` hidden bits of which `wrong` are decoded wrong.
 
     T - log2(1/alpha) is a lower bound on the message's length at confidence 1 - alpha.
-    Law: bits (1 - H2(wrong/bits)), H2 the binary entropy; 0 for a wrong share of 1/2 or more. The reason: at most
-    2^(bits H2(rho)) strings differ from the decoded one in a share rho < 1/2 of their bits or less. Raises ValueError
+    Law: bits (1 - H2(rho)), rho = wrong/bits, H2 the binary entropy; 0 for rho >= 1/2. The reason: for rho < 1/2, at
+    most 2^(bits H2(rho)) strings differ from the decoded one in a share of at most rho of their bits. Raises ValueError
     where wrong > bits.
     """
     bits, wrong = whole("bits", bits, least=0), whole("wrong", wrong, least=0)
@@ -46,8 +47,8 @@ def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
     binary entropy; 0 for w >= b/2.
     row_bits  hidden bits per row
     wrong     (m,) number of wrong bits of every row
-    trusted   (m,) bool, True for the rows that count. It must be chosen from the answers only: chosen by `wrong`, it
-              makes the certificate false
+    trusted   (m,) bool, True for the rows that count. It must be chosen from the answers only: if `wrong` is used to
+              choose it, the bound does not hold
     """
     return hard(row_bits * int(trusted.sum()), int(wrong[trusted].sum()))
 
@@ -55,11 +56,11 @@ def erasure(row_bits: int, wrong: Tensor, trusted: Tensor) -> float:
 def log_loss(gains: Sequence[float]) -> float:
     """Return the gain T, in bits, of the best of several predictors, less log2 of their number.
 
-    A predictor assigns, from the answers alone, a probability p(x) to each of the L levels that a hidden value x can
-    have; the p(x) sum to 1. Its gain is the sum of log2 L + log2 p(x) over the true hidden values, and `gains` holds
-    the gains of all predictors. log2 of their number is the price of choosing the best one by looking at the hidden
-    values. The lower bound on the message's length at confidence 1 - alpha is T - log2(1/alpha). Raises ValueError
-    without a gain.
+    A predictor gives, from the answers alone, a probability to every possible choice of all hidden values; these
+    probabilities sum to 1. Its gain is log2(P / G), where P is the probability that it gives to the true hidden values,
+    and G that of guessing all of them. `gains` holds the gains of all predictors. log2 of their number is the price of
+    choosing the best one by looking at the hidden values. T - log2(1/alpha) is a lower bound on the message's length at
+    confidence 1 - alpha. Raises ValueError without a gain.
     """
     if not gains:
         raise ValueError("gains must hold the gain of at least one predictor, got none")
@@ -81,9 +82,11 @@ def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
 def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: float = ALPHA) -> float:
     """Return the bits that a message about `n` rows certifiably carries at confidence 1 - alpha, by a sample of rows.
 
-    A row is the dv hidden values that one query reads, `row_bits` bits. Of `drawn` rows, drawn with replacement,
-    `wrong` were decoded with an error. Draw the rows after the message is fixed, from entropy that the method never
-    sees.
+    n         number of hidden rows; a row is the dv hidden values that one query reads
+    row_bits  hidden bits per row
+    drawn     number of rows in the sample, which is drawn with replacement. Draw it after the message is fixed, from
+              entropy that the method never sees
+    wrong     number of drawn rows that were decoded with an error
     Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), and at least 0, H2 the binary entropy, e the upper Clopper-Pearson
     limit on the share of wrong rows at alpha/2. The result is 0 for e >= 1 - 2^-row_bits, the error rate of guessing.
     """

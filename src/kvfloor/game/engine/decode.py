@@ -1,6 +1,7 @@
 """Decode the values hidden in a state from its answers to queries, and certify the bits that its message carries.
 
-In the game, Alice hides values in a method's state and sends its bytes; Bob restores the state and queries it.
+In the game, Alice hides values in a method's state (the memory of a KV cache) and sends its bytes; Bob restores the
+state and queries it.
     row      the dv values that one query reads: a row of the hidden levels (m, dv) and of the answers (m, dv)
     level    hidden value x of 0..2^bits-1, streamed as the number x / (2^bits - 1)
     leak     softmax mass on tokens other than the one that the query aims at
@@ -41,9 +42,9 @@ def leak_ratio(bits: int, eta: float) -> float:
 def nearest_levels(answers: Tensor, bits: int, eta: float) -> Tensor:
     """Decode answers (m, dv) to the hidden levels (m, dv), int64 in [0, 2^bits).
 
-    Level x stands for the value x / (2^bits - 1). Single bits are decoded by a threshold (`tau`), the middle between
-    the largest answer to a hidden 0 and the least answer to a hidden 1 at relative error `eta`. Values of more bits are
-    decoded as the nearest level. An answer that is not finite decodes as level 0.
+    Level x stands for the value x / (2^bits - 1). Single bits are decoded by a threshold (`tau`): the middle between
+    the largest answer to a hidden 0 and the least answer to a hidden 1 that relative error `eta` allows. Values of more
+    bits are decoded as the nearest level. An answer that is not finite decodes as level 0.
     """
     answers = torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if bits == 1:
@@ -56,9 +57,10 @@ def trusted_rows(answers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Find the rows of answers (m, dv) that look like the values of one token, not like an average of many.
 
     Returns (trusted, levels): which rows are trusted, (m,) bool, and the decoded levels of all rows, (m, dv) int64,
-    where level x stands for the value x / (2^bits - 1). A trusted row is finite, large enough, close to levels, and not
-    flat: the answer for an evicted token is the flat average of the other tokens. For single bits, a row is first
-    divided by its largest answer, because methods that sample tokens return scaled answers.
+    where level x stands for the value x / (2^bits - 1).
+    A trusted row is finite, large enough, close to levels, and not flat: if a token was evicted, the answer to its
+    query is an average of other tokens, which is nearly the same number in all dv values. For single bits, a row is
+    first divided by its largest answer, because methods that sample tokens return scaled answers.
     """
     answers = answers.double()
     finite = torch.isfinite(answers).all(dim=1)
@@ -88,8 +90,9 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
 
     hidden (m, dv) has the hidden levels, of `bits` bits each. With one bit, a row is right if all its answers decode to
     the hidden levels. With more bits, it is right if every answer lies in [(1-eta) a, (1+eta) b], up to float32
-    rounding. Here a and b are the least and the largest number that exact attention can give for the hidden value when
-    the query leaks at most `leak_ratio` of its mass to other tokens.
+    rounding. Here a = (1-l) x and b = x + l (1-x) are bounds on what exact attention gives for the hidden value x in
+    [0, 1]. l = `leak_ratio` bounds the share of the query's softmax mass that is on other tokens, whose values lie in
+    [0, 1] too.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)
@@ -120,10 +123,11 @@ def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_fro
     """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that a state's message carries.
 
     A row is the dv values that one query reads. The message is the bytes of the state.
+    bits          bits of a hidden level
     eta           relative error that answers may have
     sampled_from  None: every row was asked once, in order, and the best of the hard, erasure and log-loss certificates
-                  counts. A number n: the m rows were drawn with replacement from n, and the share of rows decoded right
-                  as a whole gives the certificate
+                  counts. A number n: the m rows were drawn with replacement from n, and the sampled-rows certificate
+                  counts: a row is right if all its bits are
     Returns the certified bits, and the shares of bits decoded wrong and of rows answered right (`Decoded`).
     """
     m, dv = hidden.shape

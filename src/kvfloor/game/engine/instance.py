@@ -1,6 +1,7 @@
 """Define the public data of the game: all that Alice and Bob agree on before any value is hidden.
 
-Alice hides values in a method's state. Bob decodes the values from the message, i.e. the bytes of that state.
+Alice hides values in a method's state (the memory of a KV cache). Bob decodes the values from the message, i.e. the
+bytes of that state.
     barrier  the game of one memory theorem
     stream   Alice's tokens in order; a game has `copies` independent streams, which one state holds side by side
     row      dv hidden values, which one of Bob's queries reads back
@@ -31,7 +32,8 @@ _TOKENS_AT_ONCE = 1024
 def derived_seed(purpose: str, seed: int | str) -> int:
     """Derive a seed for one purpose from a run's seed: 63 bits of SHA-256 over "kvfloor/barriers/v1/PURPOSE/SEED".
 
-    `purpose` is a name such as "keys". Seeds for different purposes are unrelated, and do not reveal the run's seed.
+    PURPOSE is the argument `purpose`, a name such as "keys", and SEED the argument `seed`. Seeds for different purposes
+    are unrelated, and do not reveal the run's seed.
     """
     digest = hashlib.sha256(f"kvfloor/barriers/v1/{purpose}/{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -43,7 +45,7 @@ class Instance(ABC):
 
     Alice appends the streams' tokens to a method's state. A hidden row is the values that one of Bob's queries reads
     back. Each barrier (the game of one memory theorem) implements `rows`, `length`, `stream` and `answers`. All fields
-    are public: Bob's process receives them as JSON, and nothing else about the instance.
+    are public: Bob's process receives them as JSON, and builds the instance from nothing else.
     d, dv, dtype           width of a key, width of a value, number format of both
     bits                   bits per hidden value
     eta                    relative error that answers may have
@@ -79,14 +81,14 @@ class Instance(ABC):
         """Yield Alice's tokens in order, in pieces of t tokens: keys (copies, t, d) and values (copies, t, dv).
 
         `copies` is the number of streams. values (copies, rows, dv) are the hidden values, as numbers in [0, 1].
-        `hidden` draws the secret token positions, in games that have such positions.
+        `hidden` draws token positions that only Alice knows, in games that have such positions.
         """
 
     @abstractmethod
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the state's answers (m, dv), float32 in [0, 1], for hidden rows `row` (m,) of streams `copy` (m,).
+        """Return the state's answers (m, dv), float32, for hidden rows `row` (m,) of the streams `copy` (m,).
 
-        A hidden row is the dv values that one query reads; `copy` and `row` are indices.
+        A hidden row is the dv values in [0, 1] that one query reads; `copy` and `row` are indices.
         """
 
     def lift(self, method: Method) -> Method:
@@ -100,21 +102,21 @@ class Instance(ABC):
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
         """Append one piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), to the state.
 
-        Here no query is asked while tokens arrive. Games in which Alice queries too override this method.
+        Here no query is asked while tokens arrive. Games in which Alice asks queries as well override this method.
         """
         state.append(k, v)
 
     def optimum(self) -> Method:
         """Return the method of least memory that is known to answer all queries of this instance right.
 
-        Raises ValueError where none is known.
+        Raises ValueError if no such method is known, as here; a game that has one overrides this.
         """
         raise ValueError(f"barrier {self.barrier!r} has no known optimum to play; give a method")
 
     def details(self) -> dict[str, Any]:
-        """Return numbers about the instance, name -> number, computed from public data alone.
+        """Return numbers and names that describe the instance, name -> value, computed from public data alone.
 
-        The record of a game (`Result`) shows them in its field `details`.
+        The record of a game (`Result`) shows them in its field `details`. Here there are none.
         """
         return {}
 
@@ -135,8 +137,8 @@ class Instance(ABC):
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
         """Append all of Alice's tokens to the state in order, then seal the state, which marks the end of the prompt.
 
-        levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws the
-        secret token positions, in games that have such positions.
+        levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws
+        token positions that only Alice knows, in games that have such positions.
         """
         values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
@@ -157,7 +159,7 @@ class Instance(ABC):
 class KeyedInstance(Instance):
     """Define an instance whose tokens have public keys of one family, such as random signs or a code.
 
-    public  the family, number and seed of the keys, from which Alice and Bob make the same keys
+    public  the family, number, width and seed of the keys, from which Alice and Bob make the same keys
     """
 
     public: PublicKeys
@@ -178,11 +180,11 @@ class KeyedInstance(Instance):
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
     """Return n public keys for an instance whose common fields (the dict that `agreed` returns) are `shared`.
 
-    family  name of the rule that makes the keys, such as "chirp" or "sphere"; None: the rule whose smallest gap is
-            largest
-    The gap of a key is its squared norm less its largest inner product with another key; the larger it is, the
-    better a query along the key singles it out. Raises ValueError where there is no such family, or none with n keys of
-    positive gap.
+    family  name of the rule that makes the keys, such as "chirp" or "sphere"; None: the rule whose keys have the
+            largest smallest gap
+    The gap of a key is its squared norm less its largest inner product with another key. The larger it is, the better a
+    query along the key singles it out. Raises ValueError where there is no such family, or none with n keys of positive
+    gap.
     """
     return PublicKeys.chosen(family, n, shared["d"], shared["key_seed"], shared["dtype"])
 
@@ -191,9 +193,10 @@ def agreed(*, d: int, dv: int | None, bits: int, eta: float, seed: int, dtype: s
     """Check the arguments that all instances share, and return them as fields of an instance: name -> value.
 
     d, dv  widths of a key and a value; dv is d unless given
-    bits   hidden bits per value
+    bits   hidden bits per value, 1 to 24
     eta    relative error that answers may have
-    seed   the run's seed; in the result, two seeds derived from it take its place: key_seed and method_seed
+    seed   the run's seed. The result does not have it, but two seeds derived from it: key_seed and method_seed
+    dtype  float32, float16 or bfloat16
     Raises ValueError naming the argument that is out of its domain.
     """
     d = whole("d", d)

@@ -1,7 +1,8 @@
 """Play the INDEX game in two processes: Alice fills a state, its bytes go to a fresh process, and Bob answers there.
 
-Alice hides values in the tokens that she appends to the state. Bob reads the values back by queries; a hidden row is
-the dv values that one query reads. The message is the bytes of Alice's state.
+A state is the memory that a KV-cache method keeps of a stream of tokens. Alice hides values in the tokens that she
+appends to the state. Bob reads the values back by queries; a hidden row is the dv values that one query reads. The
+message is the bytes of Alice's state.
 """
 
 import dataclasses
@@ -39,11 +40,18 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from kvfloor.game.bob impo
 class Played:
     """Record one game: the hidden levels, the answers of Alice's and Bob's states, and the sizes in bytes.
 
-    A hidden level is a whole number x in [0, 2^bits). `live` has the answers of the state that Alice filled, `restored`
-    those of the state that Bob restored from the message (the bytes of Alice's state). `restored` is None if Bob could
-    not answer from the message; `why` then gives the reason. `sampled` is True if only some rows were queried,
-    `payload_bytes` is the size of the message without its header and digest, and `hidden_seed` repeats the hidden
-    values.
+    A hidden level is a whole number x in [0, 2^bits). A row is the dv hidden levels that one query reads.
+    method         the method as text
+    rows, sampled  (m,) the rows queried, numbered across streams; sampled is True if they are a random sample
+    hidden         (m, dv) the hidden levels of these rows
+    live           (m, dv) answers of the state that Alice filled
+    restored       (m, dv) answers of the state that Bob restored from the message (the bytes of Alice's state); None if
+                   Bob could not answer from the message, and `why` then gives the reason
+    message_bytes  size of the message; payload_bytes of it are not header or digest
+    state_bytes    size of Alice's state
+    bytes_read     bytes of the state that are read to answer one query token, over all streams
+    hidden_seed    seed that repeats the hidden values
+    seconds        duration of the game
     """
 
     method: str
@@ -69,8 +77,8 @@ class Played:
 def method_text(method: Method, given: str | None = None) -> str:
     """Return a text from which a fresh process rebuilds the method.
 
-    Tries `given` (the text from which the caller made the method, if any), `str(method)` and `module:Class(...)` in
-    this order, and returns the first text that parses to an equal method. Raises ValueError if none does.
+    Three texts are tried in this order: `given` (the text from which the caller made the method, if any), `str(method)`
+    and `module:Class(...)`. The first that parses to an equal method is returned. Raises ValueError if none does.
     """
     own = type(method)
     for text in (given, str(method), call_text(f"{own.__module__}:{own.__qualname__}", method)):
@@ -91,8 +99,9 @@ def play_index(
     """Play one game: hide values in a state, send its bytes, and query both the state and its restored copy.
 
     method    a method or its text; "optimum" stands for the method of least memory known for the instance
-    instance  the public half of the game. All public data for Bob's process (method, `sys.path`, instance) are fixed
-              before the first value is streamed
+    instance  what Alice and Bob both know of the game: keys, stream and queries. All that Bob's process receives
+              besides the message and the rows to query (method, instance, settings of this process) is fixed before the
+              first value is streamed
     hidden    draws the hidden values, and the rows to query if `sampled` is given
     sampled   number of hidden rows (the dv values that one query reads) to query, drawn with replacement after the
               message (the bytes of the state) is fixed; None: every row once
@@ -144,9 +153,10 @@ def _ask_here(method: Method, instance: Instance, message: bytes, rows: Tensor |
 def _request(text: str, instance: Instance) -> dict[str, Any]:
     """Return all public data that Bob's process receives, as JSON types: method, instance and process settings.
 
-    `sys.path` of this process is sent only for a method defined outside this package, so that its module is found. The
-    environment variables that are sent tell Bob's process where its libraries are and which CPU instructions to use.
-    They are read here, before the first value is streamed, so that no method can hide values in them.
+    The search path for modules (`sys.path`) of this process is sent only for a method defined outside this package, so
+    that its module is found. The environment variables that are sent tell Bob's process where its libraries are and
+    which CPU instructions to use. They are read here, before the first value is streamed, so that no method can hide
+    values in them.
     """
     third_party = ":" in text.split("@")[0]
     return {
@@ -162,9 +172,9 @@ def _request(text: str, instance: Instance) -> dict[str, Any]:
 def _ask_fresh_process(request: dict[str, Any], message: bytes, shape: torch.Size) -> tuple[Tensor | None, str]:
     """Return Bob's answers, of shape `shape`, from a new interpreter: (answers, ""), or (None, reason) if it fails.
 
-    The interpreter runs isolated (`python -I`), in an empty directory, with the request's environment. It receives the
-    request (the public data) and the message (the bytes of Alice's state) on stdin, and nothing else. Raises ValueError
-    where the interpreter cannot rebuild the method or the instance.
+    The interpreter runs isolated (`python -I`), in an empty directory, with the environment variables of the request.
+    It receives the request (the public data) and the message (the bytes of Alice's state) on stdin, and nothing else.
+    Raises ValueError where the interpreter cannot rebuild the method or the instance.
     """
     package = importlib.util.find_spec("kvfloor")
     assert package is not None and package.origin is not None

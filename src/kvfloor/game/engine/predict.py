@@ -1,15 +1,16 @@
 """Compute predictive distributions over the hidden levels, for the log-loss certificate.
 
-In the game, Alice hides levels in the values of a state, and Bob decodes them from the state's answers to queries. The
-certificate (`certificates.log_loss`) turns the probability that a predictor gives to the hidden values into a lower
-bound on the bits that a state carries.
+In the game, Alice hides levels in the values of a state (the memory of a KV-cache method), and Bob decodes them from
+the state's answers to queries. The certificate (`certificates.log_loss`) turns the probability that a predictor gives
+to the hidden levels into a lower bound on the bits that a state carries.
     level      hidden value x of 0..2^bits-1
     predictor  rule that gives, from the answers of the state alone, a probability to every level of every hidden value
     gain       log2 of a ratio: the probability given to the true levels, over the probability of guessing them
-    belief     weight in [0, 1] of a row's prediction (for the dv values that one query reads); the rest is a guess
+    belief     weight in [0, 1] of the prediction for a row (the dv values that one query reads), when it is mixed with
+               a uniform guess of weight 1 - belief
 Every distribution here sums to 1 over all levels by construction. Level x gets the mass between x - 1/2 and x + 1/2 of
 a logistic distribution around the answer, and the two end levels get its tails too. A uniform distribution over all
-levels is then mixed in. A row's distribution is a mixture of the product over its values and of pure guessing. No
+levels is then mixed in. A row's distribution is a mixture of the product over its values and of a uniform guess. No
 distribution depends on the hidden values; they only select which probability is scored.
 """
 
@@ -44,7 +45,7 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
     """Return the gain (m,), in bits, of each row's prediction mixed with a guess: weights `belief` (m,) and 1 - belief.
 
     A row is the dv hidden levels that one query reads. A gain is log2 of the probability given to these levels over the
-    probability of guessing them. row_gain (m,) is the gain of each row at belief 1.
+    probability of guessing them. row_gain (m,) is the gain of each row's prediction before it is mixed.
     Law: log2(belief 2^row_gain + 1 - belief).
     """
     return torch.logaddexp2(row_gain + torch.log2(belief), torch.log2(1.0 - belief))
@@ -53,13 +54,14 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
     """Return the gain, in bits, of each predictor in a fixed public list, for answers and hidden levels (m, dv).
 
-    A predictor gives a probability p(x) to every hidden level x, from the answers alone. Its gain is the sum of bits +
-    log2 p(x) over the hidden levels. The predictors are all combinations of
+    A predictor gives, from the answers alone, a probability P to the dv hidden levels of each row. Its gain is the sum
+    over all rows of dv * bits + log2 P. P is the product of one logistic distribution per value, mixed with a guess.
+    The predictors are all combinations of
         scaling        two: the answers as they are, or divided by the largest answer of their row
         width          scale of the logistic distribution, from 1/64 of a level to half the range
-        uniform share  two values
-        belief         weight of a row's prediction against a guess, in five ways: high for rows where `trusted` (m,) is
-                       True and low for the others; or one of four values for all rows
+        uniform share  share of a uniform distribution that is mixed into each value's distribution: two values
+        belief         weight of a row's prediction against a guess of the whole row, in five ways: high for rows where
+                       `trusted` (m,) is True and low for the others; or one of four values for all rows
     """
     m = hidden.shape[0]
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]

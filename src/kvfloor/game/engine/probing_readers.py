@@ -1,10 +1,10 @@
 """Measure the share of right answers of readers that look up scores q.k one by one, counting each look-up (probe).
 
 A reader is a rule that chooses which scores to look up. The streams are those of the time game (docs/floors.md,
-"Time"). Token 0 of n tokens has value n, all others 0. Either all keys are zero (the answer is 1), or one other token
-has a heavy key, which takes nearly all softmax mass (the answer is 1/(n-1)). Scores are the logits q.k of one fixed
-query q. A run is one such stream, with a heavy key at even odds. A reader that has not looked up the score of the heavy
-key cannot distinguish the two cases.
+"Time"). Token 0 of n tokens has value n, all others 0. Either all keys are zero, and attention is 1. Or one other token
+has a heavy key, which takes nearly all softmax mass, and attention is 1/(n-1). Scores are the logits q.k of one fixed
+query q. The reader answers which case it is: "heavy key" if one of the scores that it has looked up is above 0. A run
+is one such stream, with a heavy key at even odds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from kvfloor.statistics import wilson_interval
 
 
 class ScoreOracle:
-    """Return scores q.k_l of `runs` streams of n tokens on request, and count the look-ups (`probes`) per stream."""
+    """Return scores q.k_l of `runs` streams of n tokens on request, and count the look-ups (`probes`) per stream.
+
+    A stream has at most one heavy key, which takes nearly all softmax mass. The score of a heavy key is 2 ln(n-1), all
+    other scores are 0.
+    """
 
     def __init__(self, n: int, place: Tensor, planted: Tensor) -> None:
-        """Store the position of the heavy key of each stream; a stream has at most one.
+        """Store the position of the heavy key of each stream.
 
-        A heavy key takes nearly all softmax mass. place (runs,) is its position in 1..n-1; planted (runs,), bool, is
-        False where a stream has no heavy key.
+        place (runs,) is the position, in 1..n-1; planted (runs,), bool, is False where a stream has no heavy key.
         """
         self._n, self._place, self._planted = n, place, planted
         self.probes = torch.zeros(len(place), dtype=torch.int64)
@@ -43,9 +46,9 @@ class ScoreOracle:
 def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
     """Choose `probes` distinct random tokens of 1..n-1 to look up in each run: (runs, probes) int64.
 
-    Every token is equally likely. No choice is better, because the heavy key is equally likely at each of these tokens.
-    All runs share one random order of the tokens, and each run starts at its own random position in it; `generator`
-    draws both.
+    Every token is equally likely. No choice finds the heavy key more often, because it is equally likely at each of
+    these tokens. To save time, all runs share one random order of the tokens, and each run takes consecutive tokens of
+    it from its own random start; `generator` draws both.
     """
     order = 1 + torch.randperm(n - 1, generator=generator)
     start = torch.randint(n - 1, (runs, 1), generator=generator)
@@ -55,7 +58,7 @@ def uniform(n: int, probes: int, runs: int, generator: torch.Generator) -> Tenso
 def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
     """Choose the newest `probes` of n tokens to look up in each run, as a sliding window does: (runs, probes) int64.
 
-    Nothing is random here; `generator` is not used.
+    The choice is not random; `generator` is not used.
     """
     del generator
     return torch.arange(n - probes, n).expand(runs, -1)
@@ -64,7 +67,7 @@ def recent(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor
 def strided(n: int, probes: int, runs: int, generator: torch.Generator) -> Tensor:
     """Choose `probes` evenly spaced tokens of 1..n-1 to look up in each run: (runs, probes) int64.
 
-    Nothing is random here; `generator` is not used.
+    The choice is not random; `generator` is not used.
     """
     del generator
     return (1 + torch.arange(probes) * (n - 1) // max(1, probes)).expand(runs, -1)
@@ -80,7 +83,7 @@ class ReaderSuccess:
 
     reader  name of the rule that chooses the scores to look up
     probes  number of scores that the reader looked up per run
-    bound   largest expected success, with this number of probes, of any reader that has not read the keys on arrival
+    bound   largest expected success, with so many probes, of any reader that has not read the keys on arrival
     """
 
     reader: str
@@ -95,8 +98,8 @@ class ReaderSuccess:
 def success_bound(n: int, probes: float) -> float:
     """Return the largest chance of a right answer of a reader that looks up `probes` scores and reads no arriving key.
 
-    One of n tokens has a heavy key, which takes nearly all softmax mass, or none has, with even odds. The reader says
-    which.
+    With even odds, one of n tokens has a heavy key, which takes nearly all softmax mass, or none has. The reader says
+    which of the two it is.
     Law: (1 + T/(n-1))/2 for T probes, at most 1.
     """
     return (1.0 + min(1.0, probes / (n - 1))) / 2.0
@@ -105,9 +108,10 @@ def success_bound(n: int, probes: float) -> float:
 def curve(n: int, probes: Sequence[int], runs: int, hidden: Hidden, seed: int) -> list[ReaderSuccess]:
     """Measure the success of every reader at each number of `probes`, on `runs` streams with a heavy key at even odds.
 
-    A reader says whether a stream of n tokens has a heavy key, which takes nearly all softmax mass. Returns one record
-    per reader and number of probes. `hidden` draws the streams, `seed` the readers' choices. The last record is of a
-    reader that reads the keys as they arrive: it remembers the position of the longest key, and needs one probe.
+    A reader says whether a stream of n tokens has a heavy key, which takes nearly all softmax mass. Its success is the
+    share of streams for which it is right. Returns one record per reader and number of probes. `hidden` draws the
+    streams, `seed` the readers' choices. One more record, the last, is of a reader that reads the keys as they arrive:
+    it remembers the position of the longest key, and needs one probe.
     """
     place, planted = 1 + hidden.places(n - 1, runs), hidden.levels(runs, 1, 1)[:, 0] == 0
     points = []

@@ -1,8 +1,8 @@
 """Define the smallest method for the spike game: the keys are public, so only the levels of the values are stored.
 
 In the game, Alice hides whole numbers (levels) of `bits` bits in the values of tokens with public keys, and sends the
-bytes of a state, the message. Bob restores the state, and reads the values of each token by one query. The memory of
-this method shows that the game's floor (a lower bound on the bits of any method) is tight.
+bytes of a state, the message. Bob restores the state, and reads the values of each token by one query. This method
+needs hardly more memory than the game's floor, a lower bound on the bits of any method; so the floor is tight.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ class PublicBits(Method):
     """Store only the hidden levels of n tokens with public keys, packed into n * dv * bits bits per stream.
 
     `family` (name of the rule that makes the keys, such as "chirp"), `n` and `key_seed` define the keys, so keys need
-    no memory. The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of
-    [0, 1]; other keys raise ValueError. The message without its header has as many bits as the floor at p = 1, where
-    every answer must be right.
+    no memory. The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of [0,
+    1]; other keys raise ValueError. With one bit per value, the message without its header has as many bits (in whole
+    bytes) as the floor for p = 1, i.e. for methods whose answers are all right.
     """
 
     name: ClassVar[str] = "public_bits"
@@ -56,7 +56,10 @@ class PublicBits(Method):
 
 
 class PublicBitsState(State[PublicBits]):
-    """Hold the levels of all values in one packed bit array per stream; public keys are not counted as memory."""
+    """Hold the levels of all values in one packed bit array per stream; public keys are not counted as memory.
+
+    A level is a hidden value, a whole number of `bits` bits.
+    """
 
     def __init__(self, method: PublicBits, spec: Spec) -> None:
         super().__init__(method, spec)

@@ -1,9 +1,9 @@
 """Judge a game: compare the bits certified from the answers with the bytes of state and message, and give a verdict.
 
 In a game, Alice hides values in a method's state (the live state), and Bob restores a state from the message, i.e. the
-bytes of Alice's state. Certified bits are the number of hidden bits that a state surely carries, as its answers to
-queries prove. A method that certifies more bits than its bytes can hold keeps data elsewhere: it "cheats". Otherwise a
-game "holds" if enough answers are right, and "breaks" if too few are.
+bytes of Alice's state. A state is the memory of a KV-cache method. Certified bits are the number of hidden bits that a
+state surely carries, as its answers to queries prove. A method that certifies more bits than its bytes can hold keeps
+data elsewhere: it "cheats". Otherwise a game "holds" if enough answers are right, and "breaks" if too few are.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ Verdict = Literal["holds", "breaks", "cheats"]
 class Result:
     """Record one game and its verdict. Sizes are in bytes, information in bits.
 
+    method               the method as text
     barrier              name of the kind of game
     n                    hidden rows per stream, a row being the dv values that one query reads
     d, dv                widths of a key and of a value
@@ -50,12 +51,15 @@ class Result:
                          answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
                          else holds
     why                  the reason for the verdict, in words
-    certificate          how the certified bits are proved: hard (from the number of wrong bits), erasure (the same, in
-                         trusted rows only), log-loss (from the probabilities that the answers give to the hidden
-                         values) or sampled rows (from the wrong rows in a sample); of the first three, the best
-    details              further numbers of this kind of game: key family, window, scales, probes, measured sparsity ...
+    certificate          name of the proof of the certified bits: hard (from the number of wrong bits), erasure (the
+                         same, in trusted rows only), log-loss (from the probabilities that the answers give to the
+                         hidden values) or sampled rows (from the wrong rows in a sample). If all rows were queried, it
+                         is the best of the first three
+    details              further numbers, which differ from barrier to barrier: key family, window, probes, measured
+                         sparsity ...
     rows_asked           number of rows that were queried
     hidden_seed          seed that repeats the run's hidden values
+    seconds              duration of the game
     """
 
     method: str
@@ -105,10 +109,11 @@ def run(
     method       a method or its text, or the word "optimum": the known method of least memory for the instance
     instance     what Alice and Bob both know of the game: keys, stream and queries
     seed         seed of the public keys, recorded in the result
-    floor_bits   bits that any method needs on this instance, recorded in the result
+    floor_bits   lower bound on the bits that any method needs on this instance, recorded in the result
     hidden_seed  seed of the hidden values and of the sampled rows; None: fresh from the operating system
     sampled      number of rows to query, drawn with replacement; None: every row once
     isolated     True: Bob restores the state in a fresh process; False: in this process
+    A row is the dv hidden values that one query reads.
     """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     return conclude(played, instance, seed=seed, floor_bits=floor_bits)
@@ -125,14 +130,15 @@ def conclude(
 ) -> Result:
     """Judge the answers of Alice's live state and of the restored state, and return the result with its verdict.
 
-    The certified bits are compared with the bytes of the state and of the message.
+    The bits that the answers certify are compared with the bytes of the state and of the message.
     played      the game's answers and sizes
     instance    what Alice and Bob both know of the game: keys, stream and queries
     seed        seed of the public keys, recorded in the result
     floor_bits  lower bound on the bits that any method needs on this instance, recorded in the result
-    judge       decoder for games that need another one than `decode.judge`: it compares answers with the hidden values
-                and returns the certified bits and the shares of right answers. None: `decode.judge`
-    details     added to `instance.details()`, the instance's numbers, in the result
+    judge       decoder for games that need another one than `decode.judge`. It is called with answers and `played`,
+                compares the answers with the hidden values, and returns the certified bits and the shares of right
+                answers. None: `decode.judge`
+    details     name -> number, added in the result to `instance.details()`
     """
     bits, eta = instance.bits, instance.eta
     total = instance.copies * instance.rows
@@ -157,7 +163,7 @@ def conclude(
 
 
 def judge_bytes(played: Played, live: Decoded, sent: Decoded, certified: float) -> tuple[Verdict, str]:
-    """Return the verdict on a game (holds, breaks or cheats), and the reason for the verdict in words.
+    """Return the verdict on a game ("holds", "breaks" or "cheats"), and the reason for the verdict in words.
 
     played     the sizes of message and state, and both states' answers
     live       certified bits and share of rows right, decoded from the answers of Alice's state

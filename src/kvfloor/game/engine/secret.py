@@ -1,7 +1,8 @@
 """Draw the game's secrets (hidden values, secret positions, sampled rows) from a seed that the method never receives.
 
-In the game, Alice hides values in a method's state, and Bob decodes the values from the message, the state's bytes. A
-hidden row is the dv values that one query reads; a level is a hidden value, a whole number of `bits` bits.
+In the game, Alice hides values in a method's state (the memory of a KV cache), and Bob decodes the values from the
+message, the state's bytes. A hidden row is the dv values that one query reads; a level is a hidden value, a whole
+number of `bits` bits.
 """
 
 import hashlib
@@ -15,8 +16,8 @@ class Hidden:
     """Draw the values that Alice hides and the rows to query, so that neither a method nor Bob can foresee them.
 
     seed  None: 128 fresh bits from the operating system; a given seed repeats a run
-    Every draw is SHAKE-256 over a text that contains its purpose and `seed`, so draws for different purposes are
-    unrelated. The method receives neither the seed nor any data from which the seed derives.
+    Every draw is SHAKE-256 over a text that contains the draw's purpose and `seed`, so draws for different purposes are
+    unrelated. The method receives neither the seed nor any data from which the seed could be computed.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:
@@ -35,7 +36,7 @@ class Hidden:
         return self._whole("rows", count) % n
 
     def places(self, n: int, count: int) -> Tensor:
-        """Draw `count` token positions that only Alice receives: (count,) int64, independent and uniform in [0, n)."""
+        """Draw `count` token positions that only Alice knows: (count,) int64, independent and uniform in [0, n)."""
         return self._whole("places", count) % n
 
     def subset(self, n: int, size: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Play the spike game with bits hidden in the keys too: Alice streams a secret choice of n keys of a public codebook.
 
-In the spike game, Alice hides a row of dv values under each key of a stream and sends the bytes of a method's state.
-Bob restores the state, and reads each row by a spike query, which gives one key nearly all softmax mass. Here the keys
-come from a public codebook of M keys. The choice of n of these hides log2 C(M, n) bits besides those of the values,
-where C(M, n) is the binomial coefficient: about n log2(2.718 M / n) bits.
-Bob queries every key of the codebook. Before each query he appends a marker, a token with a slightly shorter copy of
-the queried key and value -1. If the key was streamed, it outweighs the marker. If not, the marker outweighs all other
-keys, and the answer is near -1 (docs/floors.md, "Bits in the keys"; derived).
+In the spike game, Alice hides a row of dv values under each key of a stream, and sends the bytes of a method's state
+(the memory of a KV cache). Bob restores the state, and reads each row by a spike query, which gives one key nearly all
+softmax mass. Here the keys come from a public codebook of M keys. The choice of n of these hides log2 C(M, n) bits
+besides those of the values, where C(M, n) is the binomial coefficient: about n log2(2.718 M / n) bits.
+Bob queries every key of the codebook. Before each query he appends a marker to a copy of the state: a token whose key
+is a slightly shorter copy of the queried key, and whose value is -1. If the queried key was streamed, its token
+outweighs the marker. If not, the marker outweighs all other tokens, and the answer is near -1 (docs/floors.md, "Bits in
+the keys"; derived).
 """
 
 import dataclasses
@@ -83,9 +84,9 @@ class Codebook(KeyedInstance):
         (M,) bool is True for the keys that were streamed. Returns a `Decoded` of
             certified_bits  of the choice of keys and their values together, by one log-loss certificate: it turns the
                             probability that the answers give to both into bits (`certificates.log_loss`)
-            bit_error       share of value bits decoded wrong
-            row_success     the lesser of two shares: of streamed keys decoded with all their bits, and of other keys
-                            decoded as missing
+            bit_error       share of value bits of streamed keys decoded wrong
+            row_success     the lesser of two shares: of streamed keys decoded as streamed and with all their bits
+                            right, and of other keys decoded as not streamed
         """
         believed = answers.double().mean(dim=1) > -0.5  # a marker answers -1, a streamed key at least 0
         right = believed == present
@@ -149,9 +150,9 @@ def play(
     isolated     False: restore the state in this process; quick, but data kept outside its bytes goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
-    Its row_success is the lesser of two shares: of streamed keys decoded with all their bits, and of other keys decoded
-    as missing. Its bits_per_value leaves out the bits hidden in the keys. Raises ValueError naming the argument that is
-    out of its domain.
+    Its row_success is the lesser of two shares: of streamed keys decoded as streamed and with all their bits right, and
+    of other keys decoded as not streamed. Its bits_per_value leaves out the bits hidden in the keys. Raises ValueError
+    naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, codebook = whole("n", n), whole("codebook", codebook)
@@ -172,14 +173,14 @@ def play(
 
 
 def subset_bits(codebook: int, n: int, p: float) -> float:
-    """Return the least length, in bits, of a message from which the members of a secret set of keys are decoded.
+    """Return a lower bound on the bits of a message from which the members of a secret set of keys are decoded.
 
     The set has n of the M keys of a public codebook; M is `codebook`. A share p >= 1/2 of the set's keys must be
     decoded as members, and a share p of the other keys as non-members.
-    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), and at least 0, with f = n/M and H2 the binary
-    entropy. The factor of M is the entropy that is left of one key's membership after its decoding, which is like a bit
-    sent over a binary channel with error 1-p. As entropy is concave, M times it bounds the entropy left of all keys
-    together.
+    Law: log2 C(M, n) - M (H2(f) + H2(p) - H2(f p + (1-f)(1-p))), and at least 0, with f = n/M, C(M, n) the binomial
+    coefficient and H2 the binary entropy. The reason: whether a key is a member is decoded like a bit sent over a
+    binary channel with error 1-p. The factor of M is the entropy of one key's membership that is left after the
+    decoding. As entropy is concave, M times it bounds the entropy left for all keys together.
     """
     f = n / codebook
     left_open = H2(f) + H2(p) - H2(f * p + (1.0 - f) * (1.0 - p))

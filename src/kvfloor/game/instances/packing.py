@@ -1,14 +1,15 @@
 """Play the packing game: few dimensions, logits of at most r, and as many keys as can be told apart under these limits.
 
-Alice hides a row of dv bits under every key of a stream of n tokens, and Bob, who restores her state from its bytes,
-reads each row by one query. Keys are separable if, for each of them, a query with logits of at most r puts nearly all
-softmax mass on this key.
-The floor for bounded norms is a lower bound on the bits that any method must keep in this game:
-(p dv - H2(p)) min(n, N(d, r, eta)). N is the number of keys of width d that are separable at relative error eta, H2 the
-binary entropy, and p the probability that a row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d
-of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9). The formula for N may be too low. The game builds its keys, so
-it may find more of them and hide more rows. Each of its m keys is streamed n/m times (rounded down) with its value;
-repeating all tokens alike changes no answer.
+Alice hides a row of dv bits under every key of a stream of n tokens, in the state of a method (the memory of a KV
+cache). Bob, who restores her state from its bytes, reads each row by one query. Keys are separable if, for each of
+them, a query with logits of at most r puts nearly all softmax mass on this key.
+The floor, a lower bound on the bits that any method must keep in this game, is (p dv - H2(p)) min(n, N(d, r, eta)). N
+is the number of keys of width d that are separable at relative error eta, H2 the binary entropy, and p the probability
+that a row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1
+and Corollary 9).
+The formula for N may give too small a number. The game makes its own keys, so it may find more of them and hide more
+rows. Each of its m keys is streamed n/m times (rounded down), always with the same values. As every token is repeated
+equally often, no answer changes.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ _MOST_KEYS = 2_048
 class Packing(KeyedInstance):
     """Stream m separable keys, each `repeats` times with its hidden row; no logit is above `radius`.
 
-    Keys are separable if, for each of them, a query puts nearly all softmax mass on this key. A row is the dv values of
-    a key.
+    Keys are separable if, for each of them, a query within this limit puts nearly all softmax mass on this key. A row
+    is the dv values of a key.
     """
 
     barrier: ClassVar[str] = "packing"
@@ -86,8 +87,8 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
     query leaves all other tokens together at most eps_s = (1-eta)/4 times the softmax mass on this key. The others are
     m tokens: m - 1 keys and one token that Bob may append.
     Law: keys of unit norm are separable if ln(m / eps_s) / gap <= radius. The left side is the length of the query. The
-    gap is the smallest, over all keys that `key_seed` gives, of the squared norm of a key less its largest inner
-    product with another key. One key is always separable.
+    gap of a key is its squared norm less its largest inner product with another key; the smallest gap of the m keys
+    counts. `key_seed` gives the random keys. One key is always separable.
     """
     best = ("sphere", 1)
     names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]

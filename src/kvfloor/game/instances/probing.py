@@ -2,8 +2,9 @@
 
 A bit that Alice hides chooses the case of each stream: all keys zero, or one heavy key, which takes nearly all softmax
 mass, at a secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the
-method's state). The bytes that the method reads per query are counted. The method's success is compared with that of
-simple readers: rules that choose positions beforehand and look up the scores q.k there, which are counted.
+method's state, i.e. of its KV cache). The bytes that the method reads per query are counted. The method's success, the
+share of streams answered right, is compared with that of simple readers: rules that choose positions beforehand and
+look up the scores q.k there.
 The game is that of Haris & Onak (COLT 2025), Theorems 19 and 26, on corrected streams. With the streams as printed,
 answers separate the two cases only at relative errors below 1/3, and each case has its own query (docs/floors.md,
 "Time").
@@ -43,8 +44,8 @@ _SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of n - 1: probes at whic
 class Probing(Instance):
     """Make `copies` independent streams of n tokens, with one hidden bit each.
 
-    Bit 1: all keys are zero, and the answer is 1. Bit 0: one heavy key takes nearly all softmax mass, and the answer is
-    1/(n-1).
+    Bit 1: all keys are zero, and exact attention is 1. Bit 0: one heavy key takes nearly all softmax mass, and exact
+    attention is 1/(n-1).
     """
 
     barrier: ClassVar[str] = "probing"
@@ -61,8 +62,9 @@ class Probing(Instance):
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the tokens of all streams in pieces of t tokens: keys (copies, t, d) and values (copies, t, dv).
 
-        The argument `values` (copies, 1, 1) has the hidden bit of each stream. A bit 0 puts a heavy key, which takes
-        nearly all softmax mass, at a secret position drawn from `hidden`.
+        The argument `values` (copies, 1, 1) has the hidden bit of each stream. A stream with bit 0 has a heavy key,
+        which takes nearly all softmax mass, at a secret position drawn from `hidden`. In the values that are yielded,
+        token 0 has n, all other tokens 0.
         """
         place, planted = 1 + hidden.places(self.n - 1, self.copies), values[:, 0, 0] == 0
         for start in range(0, self.n, _TOKENS_AT_ONCE):

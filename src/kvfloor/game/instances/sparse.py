@@ -1,11 +1,12 @@
 """Play the spike game with every attention row concentrated on one token (one-sparse); the floor stays the same.
 
-In the spike game, Alice hides a row of values under each public key, and Bob reads each row by a spike query, which
-gives one key nearly all softmax mass. The floor is the theorem's lower bound on the bits that any method must keep. By
-Haris & Onak (COLT 2025), Corollary 16, it stays the same if nearly all attention scores are negligible, unless the
-method is told which. In the plain spike game Alice asks no queries. Here she asks the spike query q_t = C k_t at every
-token t, k_t its key and C the length of the query. So every softmax row, hers and Bob's, has nearly all its mass on one
-token. Her queries do not depend on the hidden bits, so the proof is unchanged (docs/floors.md).
+In the spike game, Alice hides a row of values under each public key, in the state of a method (the memory of a KV
+cache). Bob reads each row by a spike query, which gives one key nearly all softmax mass. The floor is the theorem's
+lower bound on the bits that any method must keep. By Haris & Onak (COLT 2025), Corollary 16, it stays the same if
+nearly all attention scores are negligible, unless the method is told which.
+In the plain spike game Alice asks no queries. Here she asks the spike query q_t = C k_t at every token t, k_t its key
+and C the length of the query. So every softmax row, hers and Bob's, has nearly all its mass on one token. Her queries
+do not depend on the hidden bits, so the proof is unchanged (docs/floors.md).
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ _MOST_TOKENS = 16_384
 class Sparse(KeyedInstance):
     """Stream n public keys; Alice asks each token's spike query as she appends it, and Bob asks all of them at the end.
 
-    Alice hides a row of dv values under each key, and Bob decodes the rows from the answers.
+    A spike query gives one key nearly all softmax mass. Alice hides a row of dv values under each key, and Bob decodes
+    the rows from the answers to his queries.
     """
 
     barrier: ClassVar[str] = "sparse"
@@ -67,8 +69,8 @@ class Sparse(KeyedInstance):
     def take_in(self, state: State, k: Tensor, v: Tensor) -> None:
         """Append a piece of Alice's stream, k (copies, t, d) and v (copies, t, dv), to her state, with spike queries.
 
-        The spike query q_t = C k_t of token t gives the token's own key nearly all softmax mass. So eviction policies
-        observe softmax weights that are nearly one-sparse.
+        The spike query q_t = C k_t of token t gives the token's own key nearly all softmax mass. So eviction policies,
+        which choose the tokens to drop, observe softmax weights that are nearly one-sparse.
         """
         start = int(state.seen[0])
         q = self.queries[start : start + k.shape[1]].expand(self.copies, 1, -1, -1)
@@ -78,11 +80,15 @@ class Sparse(KeyedInstance):
         return by_reading(state, copy, self.queries[row])
 
     def details(self) -> dict[str, Any]:
-        """Measure the shares of scores Q K^T and of softmax weights near zero, on up to 512 rows of causal attention.
+        """Measure the shares of scores q.k and softmax weights near zero, on up to 512 rows of causal attention.
 
-        Returns name -> number. Q and K have the queries and keys as rows. A score is near zero if it is below 1e-3 of
-        its row's largest score, a weight if it is below 1e-3. `least_top_weight` is the least of the rows' largest
-        weights: 1 if every row puts all its weight on one token.
+        A row is that of one query q over the keys k up to its own token. A score is near zero if it is below 1e-3 of
+        its row's largest score in size, a softmax weight if it is below 1e-3. Returns name -> value:
+            family             name of the rule that makes the keys
+            scores_near_zero   share of scores near zero
+            softmax_near_zero  share of softmax weights near zero
+            least_top_weight   the least, over the rows, of a row's largest weight: 1 if every row puts all its weight
+                               on one token
         """
         rows = torch.linspace(0, self.n - 1, min(self.n, _ROWS_MEASURED)).long().unique()
         scores = self.queries[rows].double() @ self.keys.double().T
@@ -127,7 +133,8 @@ def play(
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
     Its `details` have three numbers about sparsity: the share of scores q.k below 1e-3 of the largest in their row, the
-    share of softmax weights below 1e-3, and the least weight that any row puts on its one token.
+    share of softmax weights below 1e-3, and the least weight that any row puts on its one token. Raises ValueError
+    naming the argument that is out of its domain.
     """
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     if whole("n", n) > _MOST_TOKENS:

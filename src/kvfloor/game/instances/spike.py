@@ -1,10 +1,10 @@
 """Play the spike game: one hidden row per public key, read by a query that gives this key nearly all softmax mass.
 
-Alice hides the rows (dv values each) in the state of a method. Bob restores the state from its bytes, the message, and
-decodes the rows from the answers to the queries. The stream is that of the proofs of Haris & Onak (COLT 2025),
-Theorems 6 (eta = 0) and 8, with exact constants (docs/floors.md). The floor is the theorem's lower bound on the bits
-that any method must keep. Independent copies of the game in one state stand for kv heads and layers: their floors add
-up.
+Alice hides the rows (dv values each) in the state of a method (the memory of a KV cache). Bob restores the state from
+its bytes, the message, and decodes the rows from the answers to the queries. The stream is that of the proofs of Haris
+& Onak (COLT 2025), Theorems 6 (eta = 0) and 8, with exact constants (docs/floors.md). The floor is the theorem's lower
+bound on the bits that any method must keep. Independent copies of the game in one state stand for kv heads and layers:
+their floors add up.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Spike(KeyedInstance):
         yield from pieces(self.keys, values)
 
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the rows' keys to other keys.
+        """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the rows' keys.
 
         Each hidden row has one key, and its spike query gives this key nearly all softmax mass. A gap is the key's
         squared norm less its largest inner product with another key.

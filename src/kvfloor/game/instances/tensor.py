@@ -1,14 +1,15 @@
 """Play tensor attention, in which every pair of tokens is a key, so that no cache of pairs or of tokens can be small.
 
-Alice hides rows of dv values in the stream, and Bob, who restores her state from its bytes, reads each row by a query
-that puts nearly all softmax mass on one pair of tokens.
+Alice hides rows of dv values in the stream, which a method keeps in its state (the memory of a KV cache). Bob, who
+restores the state from its bytes, reads each row by a query that puts nearly all softmax mass on one pair of tokens.
 Four caches: a token has a key in each of K1 and K2, and a value in each of V1 and V2. The key and the value of a pair
 (i, j) are the entry-by-entry products K1[i] * K2[j] and V1[i] * V2[j]. 2(n-1) rows are hidden. Token 0 has values 1;
 the other tokens hide the rows X1 in V1 and X2 in V2. The query at pair (i, 0) reads X1[i], and that at pair (0, i)
 reads X2[i].
 Two caches: the n^2 products of a key of K1 and a key of K2 are streamed as keys, with arbitrary values; n^2 rows are
 hidden. Any method can play, because the pairs are ordinary tokens.
-Chen et al. 2025 (arXiv 2503.11108) claim Omega(nd) and Omega(n^2 d); instances and constants: docs/floors.md.
+Chen et al. 2025 (arXiv 2503.11108) claim Omega(nd) bits for four caches and Omega(n^2 d) for two; instances and
+constants: docs/floors.md.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ _LENGTH_STEP = 64.0
 class FourCaches(Instance):
     """Stream n tokens with two keys of signs ±1 and two values each, for tensor attention over pairs of tokens.
 
-    The two values of each token 1..n-1 are hidden rows of dv values; token 0 has values 1.
+    Each of the two values of a token 1..n-1 is a hidden row of dv numbers; token 0 has values 1.
     """
 
     barrier: ClassVar[str] = "tensor"
@@ -73,9 +74,9 @@ class FourCaches(Instance):
         return k1.to(DTYPES[self.dtype]), k2.to(DTYPES[self.dtype])
 
     def lift(self, method: Method) -> Method:
-        """Wrap a method of standard attention, so that tokens have two keys and two values and queries attend to pairs.
+        """Return the method in a form that takes tokens of two keys and two values, with queries that attend to pairs.
 
-        A method of tensor attention is returned as it is.
+        A method of standard attention is wrapped; a method of tensor attention is returned as it is.
         """
         return method if method.traits.reference == "tensor" else TensorAttention(method)
 
@@ -89,9 +90,9 @@ class FourCaches(Instance):
     def aimed(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the keys of the rows' pairs.
 
-        A spike query gives one pair of tokens nearly all softmax mass. The gap of a pair is 1 - s/d, where s is the
-        largest inner product of the pair's key with the key of any other of the n^2 pairs. Raises ValueError where a
-        gap is not positive.
+        A hidden row is read at one pair of tokens. Its spike query gives this pair nearly all softmax mass. The gap of
+        a pair is 1 - s/d, where s is the largest inner product of the pair's key with the key of any other of the n^2
+        pairs. Raises ValueError where a gap is not positive.
         """
         k1, k2 = (k.double() for k in self.keys)
         token = row % (self.n - 1) + 1
@@ -139,7 +140,7 @@ class TwoCaches(Instance):
     def keys(self) -> Tensor:
         """Return the keys of all pairs: K1[i] * K2[j] / sqrt(d) entry by entry, (n^2, d), of unit norm.
 
-        K1 and K2 are two sets of n sign keys.
+        K1 and K2 are two sets of n keys with entries ±1.
         """
         first, second = self.key_seed, derived_seed("second keys", self.key_seed)
         k1, k2 = (torch.sign(rademacher(self.n, self.d, seed)).unsqueeze(0) for seed in (first, second))
@@ -175,9 +176,9 @@ def play(
     """Play tensor attention, in which pairs of tokens are keys, against a method.
 
     method       a method or its text, such as "h2o@16"
-    n            with two caches the number of pairs, i.e. the square of the number of tokens; with four caches the
-                 number of tokens, up to 1,024. With four caches and more than 512 hidden rows of dv values, 256 sampled
-                 rows are queried
+    n            with two caches the number of pairs, rounded down to the square of a number of tokens; with four caches
+                 the number of tokens, up to 1,024. With four caches and more than 512 hidden rows of dv values, 256
+                 sampled rows are queried
     d, dv        width of a key, width of a value (dv = d by default)
     caches       4: the method keeps tokens, and queries attend to pairs of them; 2: the pairs are streamed as tokens.
                  By default 4 for a method that keeps whole tokens or reads pairs of them, 2 for any other

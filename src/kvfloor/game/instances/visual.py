@@ -1,9 +1,9 @@
 """Play the visual game: all maps of an image hide bits, and the queries of one further map read the bits, all at once.
 
-The game tests methods for visual autoregression, in which an image grows map by map. A map is one square scale of the
-image pyramid, whose tokens are appended together. Alice streams the maps into a state of the tested method; every token
-has a hidden row of dv values. Bob restores the state from its bytes and appends one more map, whose queries read the
-rows, each by putting nearly all softmax mass on one token.
+The game tests methods (ways to keep a KV cache) for visual autoregression, in which an image grows map by map. A map is
+one square scale of the image pyramid, whose tokens are appended together. Alice streams the maps into a method's state,
+the memory that it keeps; every token has a hidden row of dv values. Bob restores the state from its bytes and appends
+one more map, whose queries read the rows, each by putting nearly all softmax mass on one token.
 By Cao, Li, Ke, Liang, Shi and Song 2025 (arXiv 2503.14881), visual autoregression needs Omega(n^2 d) memory for a last
 map of n x n: every token of every map must be remembered. Instance and constants, derived: docs/floors.md.
 """
@@ -52,7 +52,7 @@ class Visual(KeyedInstance):
 
     @property
     def asked_at_once(self) -> int:
-        """Return the number of queries in Bob's map, which reads the hidden rows; all are asked at once."""
+        """Return the number of queries in the map that Bob appends to read hidden rows; they are asked at once."""
         return self.sides[-1] ** 2
 
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,11 +68,11 @@ class Visual(KeyedInstance):
         NextScale(state).step(k.new_zeros(self.copies, 1, *k.shape[1:]), k, v)
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
-        """Return the answers (m, dv), float32, for hidden rows `row` (m,), one map of queries at a time.
+        """Return the answers (m, dv), float32, for hidden rows `row` (m,), read by one or more maps of queries.
 
-        A map of Bob has as many tokens as Alice's last map, with zero keys and values, and is appended to a fresh copy
-        of the state. Each of its queries gives the key of one hidden row nearly all softmax mass. `copy` is not used:
-        there is one stream.
+        Bob appends each such map to a fresh copy of the state. A map has as many tokens as Alice's last map, with zero
+        keys and values. Each of its queries gives the key of one hidden row nearly all softmax mass. `copy` is not
+        used: there is one stream.
         """
         ratio, zeros = leak_ratio(self.bits, self.eta), self.asked_at_once
         queries, _ = self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.rows, zeros, gap, norm, ratio))

@@ -1,8 +1,9 @@
-"""Play the sliding window game: n - W zero tokens, then W tokens with hidden values; W is the width of the window.
+"""Play the sliding window game: n - W tokens of zeros, then W tokens with hidden values; W is the width of the window.
 
-Alice streams the tokens. Bob restores her state from its bytes, and reads each hidden row (the dv values of one of the
-last tokens) by a query. The zero tokens have logit 0. A masked window leaves them out of the softmax; an unmasked
-window and full attention count them. The query is so long that its key outweighs them in either case.
+Alice streams the tokens into the state of a method (the memory of a KV cache). Bob restores her state from its bytes,
+and reads each hidden row (the dv values of one of the last tokens) by a query. The tokens of zeros have zero key and
+value, so their logit is 0. A masked window leaves them out of the softmax; an unmasked window and full attention count
+them. The query is so long that its key outweighs them in either case.
 If Bob appends a token before he asks (append=True, as published), this token pushes the oldest of the W tokens out of
 the window, so W - 1 rows are hidden. If he only asks, W rows are. The game is of Haris & Onak (COLT 2025), Theorems 17
 and 25, with a corrected constant (docs/floors.md).
@@ -29,7 +30,7 @@ from kvfloor.validation import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowInstance(KeyedInstance):
-    """Stream n - W zero tokens, then W tokens with public keys and hidden values; W is `window`.
+    """Stream n - W tokens with zero key and value, then W tokens with public keys and hidden values; W is `window`.
 
     append  True: Bob, the receiver of the state, appends a token before he asks. It pushes the first of the W tokens
             out of the window, so that token has value 0 and hides nothing
@@ -84,11 +85,12 @@ def play(
     family: str | None = None,
     isolated: bool = True,
 ) -> Result:
-    """Play the sliding window game against a method: zero tokens, then a window of tokens with hidden values.
+    """Play the sliding window game against a method: tokens of zeros, then a window of tokens with hidden values.
 
     method       a method or its text, such as "h2o@16"
     n, d, dv     tokens of the stream, width of a key, width of a value (dv = d by default)
-    window       number of tokens with hidden values, at the end of the n tokens, n/4 by default
+    window       number of tokens with hidden values, at the end of the n tokens, n/4 by default; the others have zero
+                 key and value
     append       True: Bob, who reads the hidden values, appends a token with zero key and value before each query, each
                  time on a fresh copy of the state
     bits         hidden bits per value, 1 to 24

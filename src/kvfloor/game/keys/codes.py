@@ -1,8 +1,8 @@
 """Make key families from codes over prime fields: explicit keys whose largest inner product is known in closed form.
 
-The keys are public keys of the game, under which values are hidden; the smaller their inner products, the better a
-query singles one key out. Every key belongs to one polynomial modulo a prime p. A point is a number x at which the
-polynomials are evaluated.
+The keys are public keys of a game in which values are hidden under them and read by queries along them. The smaller the
+inner products of the keys, the better a query singles one key out. Every key belongs to one polynomial modulo a prime
+p. A point is a number x at which the polynomials are evaluated.
 """
 
 import math
@@ -30,9 +30,10 @@ def digits_needed(n: int, p: int) -> int:
 def chirp_parameters(n: int, d: int) -> tuple[int, int] | None:
     """Find (p, m) of the chirp code of n keys in d dimensions with the smallest bound on inner products, or None.
 
-    Each of the n unit keys is made from its own polynomial of degree m modulo a prime p (`chirp`). p is tried from the
-    largest prime <= d/2 downwards. m is the least degree with p^m >= n. The first p is returned for which p > m and the
-    bound (m-1)/sqrt(p) on the inner product of two keys is less than 1. Returns None where there is no such code.
+    Each of the n unit keys is made from its own polynomial of degree at most m modulo a prime p (`chirp`). p is tried
+    from the largest prime <= d/2 downwards, and m is the least number with p^m >= n. The first p is returned for which
+    p > m and the bound (m-1)/sqrt(p) on the inner product of two keys is less than 1. Returns None where there is no
+    such code.
     """
     for p in reversed(primes_up_to(d // 2)):
         m = digits_needed(n, p)
@@ -63,7 +64,7 @@ def chirp(n: int, d: int, seed: int = 0) -> Tensor:
     """Make n unit keys (n, d), float64, of the chirp code: cosines and sines of the values of a polynomial.
 
     Each key has one polynomial f(x) = a_1 x + ... + a_m x^m mod the prime p. Its coordinates are cos(2 pi f(x)/p) /
-    sqrt(p) at the points x = 0..p-1, then the sines in the same way, then zeros.
+    sqrt(p) at the points x = 0..p-1, then sin(2 pi f(x)/p) / sqrt(p) at the same points, then zeros.
     Inner products of two keys are at most (m-1)/sqrt(p) (Weil). `seed` is not used: the code is explicit.
     Raises ValueError where no chirp code has n keys in d dimensions.
     """

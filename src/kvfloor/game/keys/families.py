@@ -1,9 +1,9 @@
 """Make public keys for the game: families of nearly orthogonal keys, each a deterministic function of (n, d, seed).
 
-In the game, Alice hides values under the keys, and Bob, who makes the same keys, reads each value by a query along its
-key. `seed` is public and is never the seed of the hidden values. All families but `jl` have unit norm. docs/floors.md
-gives the relation of n, d and the gap. The gap of a key is its squared norm less its largest inner product with another
-key.
+In the game, Alice hides values under the keys, in the KV cache of a method. Bob, who makes the same keys, reads each
+value by a query along its key. `seed` is public and is never the seed of the hidden values. All families but `jl` have
+unit norm. The gap of a key is its squared norm less its largest inner product with another key; docs/floors.md says how
+it depends on n and d.
 """
 
 import math
@@ -36,8 +36,8 @@ def sphere(n: int, d: int, seed: int = 0) -> Tensor:
 def hypercube(n: int, d: int, seed: int = 0) -> Tensor:
     """List the first n of the 2^s sign vectors on s = max(1, ceil(log2 n)) coordinates as keys (n, d), float64.
 
-    The signs are ±1/sqrt(s), and further coordinates are 0. The gap (1 less the largest inner product of two keys) is
-    2/s. `seed` is not used. Raises ValueError when d < s.
+    The signs are ±1/sqrt(s), and the d - s further coordinates are 0. The gap (1 less the largest inner product of two
+    keys) is 2/s. `seed` is not used. Raises ValueError when d < s.
     """
     del seed
     signs = max(1, math.ceil(math.log2(n)))
@@ -70,10 +70,11 @@ def jl_dimension(n: int, eps: float = 0.1) -> int:
 
 
 def packing(n: int, d: int, seed: int = 0) -> Tensor:
-    """Choose n unit keys (n, d), float64, greedily: each is the random candidate farthest from all keys chosen before.
+    """Choose n unit keys (n, d), float64, one by one: each as far as possible from all keys chosen before.
 
-    For d = 2 the best choice is known and taken: n equally spaced points of the circle. For d = 1 there are only the
-    keys ±1. Raises ValueError for d = 1 and n > 2.
+    Each key is chosen from 8 n random candidates: the one whose largest inner product with a chosen key is least. For d
+    = 2 the best set is known and taken: n equally spaced points of the circle. For d = 1 there are only the keys ±1.
+    Raises ValueError for d = 1 and n > 2.
     """
     if d == 1:
         return hypercube(n, d)

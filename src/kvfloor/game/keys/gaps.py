@@ -1,9 +1,10 @@
 """Measure the one-sided gap of each key to all other keys, and choose the key family with the largest worst gap.
 
-The keys are public keys of the game: Alice hides values under them, and Bob reads each value by a query along its key.
-A key family is a rule that makes n keys of width d, such as random signs or a code. The one-sided gap of a key is its
-squared norm less its largest inner product with another key. A query along the key can put nearly all softmax mass on
-this key only if the gap is positive; the worst gap of a family is its smallest.
+The keys are public keys of the game: Alice hides values under them, in the KV cache of a method, and Bob reads each
+value by a query along its key. A key family is a rule that makes n keys of width d, such as random signs or a code. The
+one-sided gap of a key is its squared norm less its largest inner product with another key. A query along the key can
+put nearly all softmax mass on this key only if the gap is positive. The worst gap of a family is the smallest gap of
+its keys.
 """
 
 import torch
@@ -21,8 +22,8 @@ _PRODUCTS_AT_ONCE = 2**24
 def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
     """Return the gaps |k_i|^2 - max_{j != i} <k_i, k_j> of the keys with indices `rows`, or of all keys: (m,) float64.
 
-    keys (n, d) has any float type. If n = 1, the gap is |k|^2. The time is proportional to n m d for m rows; products
-    are computed in chunks, so that memory is bounded.
+    keys (n, d) has any float type, and `rows` (m,) are indices into it. If n = 1, the gap is |k|^2. The time is
+    proportional to n m d; products are computed in chunks, so that memory is bounded.
     """
     keys = keys.double()
     n = keys.shape[0]
@@ -42,9 +43,10 @@ def one_sided_gaps(keys: Tensor, rows: Tensor | None = None) -> Tensor:
 def promised_gaps(n: int, d: int) -> dict[str, float]:
     """Return a proven lower bound on the smallest gap of n keys in d dimensions for each key family: name -> bound.
 
-    The gap of a key is its squared norm less its largest inner product with another key. Families without n keys in d
-    dimensions, or without a proven bound, are left out. For random families, the bound holds with probability at least
-    1/2 (rademacher) or above 0 (sphere).
+    The gap of a key is its squared norm less its largest inner product with another key. Families that have no n keys
+    in d dimensions, or no proven bound, are left out. Over the random draw of the keys, the bound holds with
+    probability at least 1/2 for the family rademacher, and with some probability above 0 for sphere; for the others it
+    is certain.
     """
     gaps: dict[str, float] = {}
     if chirp_code := chirp_parameters(n, d):

@@ -1,8 +1,8 @@
 """Define public keys by a family, a size and a seed that Alice and Bob share, and make spike queries for these keys.
 
-In the game, Alice hides values under the keys, and Bob reads each value by a spike query: a multiple of one key, long
-enough to give this key nearly all softmax mass. The one-sided gap of a key is its squared norm less its largest inner
-product with another key.
+In the game, Alice hides values under the keys, in the KV cache of a method. Bob reads each value by a spike query: a
+multiple of one key, long enough to give this key nearly all softmax mass. The one-sided gap of a key is its squared
+norm less its largest inner product with another key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LENGTH_STEP = 64.0  # query lengths are rounded up to 1/64, so that float noise
 class PublicKeys:
     """Define n keys of width d by a family and a public seed, from which Alice and Bob make the same table of keys.
 
-    family  name of the rule that makes the keys, such as "chirp" or "sphere"
+    family  name of the rule that makes the keys, such as "chirp" (a code) or "sphere" (random unit keys)
     """
 
     family: str
@@ -38,10 +38,11 @@ class PublicKeys:
 
     @classmethod
     def chosen(cls, family: str | None, n: int, d: int, seed: int, dtype: str = "float32") -> PublicKeys:
-        """Return public keys of the given family, or, if None, of the family whose smallest gap is largest at (n, d).
+        """Return n public keys of width d of the given family, or, if it is None, of the family with the largest gap.
 
-        The gap is a key's squared norm less its largest inner product with another key. Raises ValueError where there
-        is no such family, or none with n keys of positive gap.
+        The gap of a key is its squared norm less its largest inner product with another key; the gap of a family is the
+        smallest gap of its n keys. Raises ValueError where there is no such family, or none with n keys of positive
+        gap.
         """
         if family is None:
             return cls(best_family(n, d, seed), n, d, seed, dtype)
@@ -63,7 +64,7 @@ class PublicKeys:
 
         A spike query is a multiple of its key that gives this key nearly all softmax mass. The gap is the key's squared
         norm less its largest inner product with another key.
-        spec    gives the scale and the dtype of the queries
+        spec    settings of the state that is queried, of which the logits' scale and the dtype are used
         length  called with (gap, squared norm) of a key; returns the factor C of the query C k / scale of the key k
         """
         return aim(self.table, rows, spec, length)
@@ -75,7 +76,7 @@ def aim(keys: Tensor, rows: Tensor, spec: Spec, length: Callable[[float, float],
     A spike query gives its key nearly all softmax mass. The gap is the key's squared norm less its largest inner
     product with another key.
     keys    (n, d), all keys
-    spec    gives the scale and the dtype of the queries
+    spec    settings of the state that is queried, of which the logits' scale and the dtype are used
     length  called with (gap, squared norm) of key i, the gap cut to at most the squared norm; returns C_i, which is
             rounded up to a multiple of 1/64
     Raises ValueError where a gap is not positive, so that no query singles the key out.
