@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,21 +24,23 @@ SELECTORS = [
 
 def touched(state: Any, q: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes of the distinct keys and values that one `read` fetches from the slots."""
-    met: set[tuple[int, int, int]] = set()
-    fetch = Slots.fetch
+    met: dict[str, set[int]] = {"keys": set(), "values": set()}
 
-    def noted(self: Slots, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        assert rows is None
-        for row in range(slot.shape[0]):
-            met.update((id(x), row, int(i)) for i in slot[row].flatten())
-        return fetch(self, x, slot, rows)
+    def noting(name: str) -> Callable[[Slots, Tensor], Tensor]:
+        copied = getattr(Slots, name)
 
-    monkeypatch.setattr(Slots, "fetch", noted)
+        def noted(self: Slots, place: Tensor) -> Tensor:
+            met[name].update(place.flatten().tolist())
+            return copied(self, place)
+
+        return noted
+
+    for name in met:
+        monkeypatch.setattr(Slots, name, noting(name))
     state.read(q)
     monkeypatch.undo()
     slots = state.slots
-    keys = sum(at == id(slots.k) for at, _, _ in met)
-    return (keys * slots.k.shape[1] + (len(met) - keys) * slots.v.shape[1]) * slots.k.itemsize
+    return (len(met["keys"]) * slots.k.shape[1] + len(met["values"]) * slots.v.shape[1]) * slots.k.itemsize
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def waits_whole(method: Method) -> bool:
     """
     state, stream = method.open(spec_for(method, Setting())), stream_for(method, Setting(), n=1)
     state.append(stream.k, stream.v)
-    return all(len(row.position) == 1 for row in tokens_of(state)) and state.slots is not None
+    return all(len(row.position) == 1 for row in tokens_of(state)) and state.slots is not None and state.slots.plain
 
 
 def _nothing_lost(method: Method, state: State, q: Tensor) -> bool:
@@ -131,12 +131,12 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
         part, hide = state.read(q), unread(method, state, q)
         slots: Any = state.slots
         for row, (offset, held) in enumerate(zip(slots.offset.tolist(), slots.held.tolist(), strict=True)):
-            here = slice(offset, offset + held)
+            here = torch.arange(offset, offset + held)
             gone = torch.ones(i, dtype=torch.bool)
             gone[slots.position[here]] = False
             left = stream.v[row, :i][gone] if method.traits.reference == "unmasked" else None
             skip = None if hide is None else hide[row, :, :held]
-            kept = _Kept(q[row], slots.k[here], slots.v[here], left, skip)
+            kept = _Kept(q[row], slots.keys(here), slots.values(here), left, skip)
             truth, plain = kept.attention(spec, torch.float64), kept.attention(spec, at.dtype)
             where = f"row {row} after {i} tokens ({held} held), against attention over what it holds"
             require_accuracy(part.mean[row], truth[0], plain[0], at.dtype, f"the answers of {where}")

@@ -234,9 +234,9 @@ def tokens_of(state: State) -> list[Tokens]:
         return []
     rows = []
     for offset, held in zip(slots.offset.tolist(), slots.held.tolist(), strict=True):
-        here = slice(offset, offset + held)
+        here = torch.arange(offset, offset + held)
         order = slots.position[here].argsort(stable=True)
-        rows.append(Tokens(slots.position[here][order], slots.k[here][order], slots.v[here][order]))
+        rows.append(Tokens(slots.position[here][order], slots.keys(here)[order], slots.values(here)[order]))
     return rows
 
 

@@ -61,7 +61,8 @@ def _exact_at_first(method: Method) -> str | None:
 
 
 def _attends_to_held(method: Method) -> str | None:
-    if method.traits.lossy_values:
+    store = method.parts.store
+    if method.traits.lossy_values and (store is None or store.plain or method.traits.reference == "unmasked"):
         return "it claims lossy_values: more than whole tokens answers"
     summary, spec = method.parts.summary, spec_for(method, Setting())
     if method.traits.reference == "unmasked" or (summary is not None and summary.open(spec) is not None):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfloor.core.attend import attend_newest, fused
+from kvfloor.core.attend import fused
 from kvfloor.core.partial import Partial
 from kvfloor.core.rotation import Circle
 from kvfloor.core.selector import Chosen, Everything, Indexed, Selector, SelectorState
@@ -145,11 +145,11 @@ class Blocked(State[M]):
             k, asked = self.spec.rotation.turned(k, circle), self.spec.rotation.turned(q, circle)
         self.slots.put(k, v, seen, bare)
         view = self.slots.view()
-        out = attend_newest(asked, view.k, view.v, self.spec.scale, self.spec.softcap)
+        out = view.newest(asked, self.spec)
         self._on_query(q, seen)
         self.seen = self.seen + 1
         if (seen + 1) % self.block == 0:
-            self._close(None)
+            self._end(None)
         return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
@@ -194,7 +194,7 @@ class Blocked(State[M]):
         parts: list[Partial] = []
         t, done = int(count[0]), 0
         # A long piece without the fused kernel would store all its logits.
-        fits = t > 1 and (q is None or fused(q, k, v, self.spec.softcap))
+        fits = t > 1 and self.slots.plain and (q is None or fused(q, k, v, self.spec.softcap))
         while done < t:
             a = min(t - done, (self._at_once(seen, t - done) if fits else 0) or self.block - seen % self.block)
             piece = (k, v, q)
@@ -274,10 +274,14 @@ class Blocked(State[M]):
             seen % self.block == 0 and took > 0 for seen, took in zip(self.seen.tolist(), take.tolist(), strict=True)
         ]
         if any(ends):
-            rows = None if all(ends) else torch.tensor(ends).nonzero().squeeze(1)
-            self._close(rows)
-            if self.selection is not None:
-                self.selection.close(self.slots, rows)
+            self._end(None if all(ends) else torch.tensor(ends).nonzero().squeeze(1))
+
+    def _end(self, rows: Tensor | None) -> None:
+        """Handle the end of a block in these rows (None: all): evict, code what stays, and update the index."""
+        self._close(rows)
+        self.slots.settle(self.seen, rows)
+        if self.selection is not None:
+            self.selection.close(self.slots, rows)
 
     def _answer(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         """Return causal attention of the newest tokens' queries over all memory, a `Partial` (rows, g, a).
@@ -312,7 +316,7 @@ class Blocked(State[M]):
         view = self.slots.view(width=past)
         gone = torch.arange(past) >= before.unsqueeze(1)  # slots of a row's own new tokens, or empty
         hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
-        return Partial.over(q.flatten(1, 2), view.k, view.v, self.spec, hide=hide).shaped(*shape).merge(part)
+        return view.over(q.flatten(1, 2), self.spec, hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
         """Return causal attention over all slots, without those that a selector hides: a `Partial` (rows, g*a).
@@ -322,7 +326,7 @@ class Blocked(State[M]):
         """
         m = flat.shape[1]
         view = self.slots.view()
-        width, a = view.k.shape[1], m // g
+        width, a = view.width, m // g
         if a == 1:  # the newest token sees every held token
             hide = None if view.live is None else ~view.live.unsqueeze(1)
         else:
@@ -332,7 +336,7 @@ class Blocked(State[M]):
             hide = (torch.arange(width) > limit.unsqueeze(-1)).to(flat.device)
             hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], m, width)
         hide = self._selector.hide(flat, view, self.spec, hide)
-        return Partial.over(flat, view.k, view.v, self.spec, hide=hide)
+        return view.over(flat, self.spec, hide)
 
     def _among_chosen(self, q: Tensor, before: Tensor) -> Partial:
         """Return causal attention over the slots that the selector's index chooses: a `Partial` (rows, g*a).
@@ -359,9 +363,10 @@ class Blocked(State[M]):
         (rows, m, c), width = chosen.index.shape, int(self.slots.held.max())
         if m * c > width:
             view = self.slots.view()
-            return Partial.over(q, view.k, view.v, self.spec, hide=chosen.unread(width))
+            return view.over(q, self.spec, chosen.unread(width))
         index = chosen.index.masked_fill(chosen.dead, 0)
-        k, v = (self.slots.fetch(x, index).flatten(0, 1) for x in (self.slots.k, self.slots.v))
+        place = self.slots.at(index).flatten(0, 1)
+        k, v = self.slots.keys(place), self.slots.values(place)
         alone = q.reshape(rows * m, 1, self.spec.d)
         part = Partial.over(alone, k, v, self.spec, hide=chosen.dead.flatten(0, 1).unsqueeze(1))
         return Partial(part.mean.view(rows, m, self.spec.dv), part.log_mass.view(rows, m))
@@ -391,7 +396,7 @@ class Blocked(State[M]):
         """
         view = self.slots.view()
         if self.selection is not None:
-            return self._choose(q).unread(view.k.shape[1])
+            return self._choose(q).unread(view.width)
         return self._selector.hide(q, view, self.spec, None if view.live is None else ~view.live.unsqueeze(1))
 
     def _choose(self, q: Tensor) -> Chosen:
@@ -406,8 +411,13 @@ class Blocked(State[M]):
     def slot_bytes_read(self) -> int:
         """Return the bytes of keys, values and selector's index that one query per row reads, summed over all rows."""
         if self.selection is not None:
-            return self.selection.bytes_read(self.slots.held)
-        return self._selector.bytes_read(self.slots.held, self.spec)
+            read = self.selection.bytes_read(self.slots.held)
+        else:
+            read = self._selector.bytes_read(self.slots.held, self.spec)
+        if self.slots.plain:
+            return read
+        spec = self.spec
+        return round(read * self.slots.token_bytes / ((spec.d + (0 if spec.tied else spec.dv)) * spec.dtype.itemsize))
 
     def _seal(self) -> None:
         if self.selection is not None:
@@ -419,7 +429,7 @@ class Blocked(State[M]):
             part = self._over(q, self._choose(q))
         else:
             view = self.slots.view()
-            part = Partial.over(q, view.k, view.v, self.spec, hide=self._left_unread(q))
+            part = view.over(q, self.spec, self._left_unread(q))
         rest = self._rest(q)
         return part if rest is None else part.merge(rest)
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kvfloor.core.budget import Budget, size_bytes, tokens
 from kvfloor.core.fields import MOST, Field, require_equal
-from kvfloor.core.method import Guarantee, Method, Parts, Traits, budget_text, part_text
+from kvfloor.core.method import Guarantee, Method, Parts, Traits, budget_text, lossy, part_text
 from kvfloor.core.policy import Held, Policy
 from kvfloor.core.selector import Everything, Indexed, Selector
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import ANEW
+from kvfloor.core.store import Full, Store
 from kvfloor.core.summary import Drop, Summary
 from kvfloor.core.watching import Watching
 from kvfloor.validation import count
@@ -42,6 +43,7 @@ class Bounded(Method):
               every token, as the policies' papers do
     prefill   "stream": the budget holds from the first token; "dense": every token is kept until the seal
               (end of the prompt). None: the policy's default (`usual_prefill`)
+    store     how the slots keep their numbers: as they are given (`Full`, the default), or coded in few bits
     """
 
     name: ClassVar[str] = "bounded"
@@ -51,9 +53,10 @@ class Bounded(Method):
     budget: Budget | None = None
     block: int = DEFAULT_BLOCK
     prefill: Literal["stream", "dense"] | None = None
+    store: Store = field(default_factory=Full)
 
     def __post_init__(self) -> None:
-        for name, part in (("policy", Policy), ("summary", Summary), ("selector", Selector)):
+        for name, part in (("policy", Policy), ("summary", Summary), ("selector", Selector), ("store", Store)):
             if not isinstance(getattr(self, name), part):
                 raise TypeError(f"{name} must be a {part.__name__}, got {getattr(self, name)!r}")
         count(self.policy.name, least=1, block=self.block)
@@ -100,16 +103,17 @@ class Bounded(Method):
         constant = self.prefill == "stream" and self.policy.spares == "nothing"
         linear = self.summary.traits.value_linear and not self.policy.weighs_values
         turns = self.summary.traits.turns and not isinstance(self.selector, Indexed)
-        return replace(self.summary.traits, value_linear=linear, constant_memory=constant, pins=True, turns=turns)
+        traits = replace(self.summary.traits, value_linear=linear, constant_memory=constant, pins=True, turns=turns)
+        return traits if self.store.plain else lossy(traits)
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.policy, self.summary, self.selector)
+        return Parts(self.policy, self.summary, self.selector, self.store)
 
     @property
     def answers_prompt_exactly(self) -> bool:
         """Return True if queries of the prompt attend to all its tokens: none is evicted before the prompt's end."""
-        return self.prefill == "dense" and isinstance(self.selector, Everything)
+        return self.prefill == "dense" and isinstance(self.selector, Everything) and self.store.plain
 
     @property
     def prompt_queries(self) -> int | None:
@@ -149,8 +153,12 @@ class Bounded(Method):
     def with_summary(self, summary: Summary) -> Bounded:
         return replace(self, summary=summary)
 
+    def with_store(self, store: Store) -> Bounded:
+        return replace(self, store=store)
+
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        return self.summary.guarantee(spec) if isinstance(self.selector, Everything) else None
+        plain = isinstance(self.selector, Everything) and self.store.plain
+        return self.summary.guarantee(spec) if plain else None
 
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> Bounded:
         return replace(self, summary=self.summary.sized_for(epsilon, delta, spec))
@@ -171,6 +179,8 @@ class Bounded(Method):
             text += f"+{part_text(self.summary)}"
         if not isinstance(self.selector, Everything):
             text += f"|{part_text(self.selector)}"
+        if not self.store.plain:
+            text += f":{self.store}"
         return text if self.budget is None else f"{text}@{budget_text(self.budget)}"
 
 

@@ -7,7 +7,7 @@ token is to protect it from eviction; to forget a token is to drop it on request
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.fields import require_equal
-from kvfloor.core.method import Guarantee, Method, Parts, Traits, part_text
+from kvfloor.core.method import Guarantee, Method, Parts, Traits, lossy, part_text
 from kvfloor.core.selector import Everything, Indexed, Selector
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import ANEW
+from kvfloor.core.store import Full, Store
 
 _FIRST_SLOTS = 64
 _QUERIES_AT_ONCE = 256  # bounds the mask and the logits of a long chunk
@@ -32,18 +32,22 @@ class Exact(Method):
     name: ClassVar[str] = "exact"
     paper: ClassVar[str] = "Vaswani et al. 2017"
     selector: Selector = field(default_factory=Everything)
+    store: Store = field(default_factory=Full)
 
     def __post_init__(self) -> None:
         if not isinstance(self.selector, Selector):
             raise TypeError(f"exact: selector must be a Selector, got {self.selector!r}")
+        if not isinstance(self.store, Store):
+            raise TypeError(f"exact: store must be a Store, got {self.store!r}")
 
     @property
     def traits(self) -> Traits:
-        return Traits(constant_memory=False, pins=True, turns=not isinstance(self.selector, Indexed))
+        traits = Traits(constant_memory=False, pins=True, turns=not isinstance(self.selector, Indexed))
+        return traits if self.store.plain else lossy(traits)
 
     @property
     def parts(self) -> Parts:
-        return Parts(selector=self.selector)
+        return Parts(selector=self.selector, store=self.store)
 
     def open(self, spec: Spec) -> ExactState:
         return ExactState(self, spec)
@@ -54,12 +58,16 @@ class Exact(Method):
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
         del spec
-        if not isinstance(self.selector, Everything):
+        if not isinstance(self.selector, Everything) or not self.store.plain:
             return None
         return Guarantee(0.0, 0.0, "max norm, up to rounding", "every query", (), "the definition of attention")
 
     def __str__(self) -> str:
-        return "exact" if isinstance(self.selector, Everything) else f"exact|{part_text(self.selector)}"
+        text = "exact" if isinstance(self.selector, Everything) else f"exact|{part_text(self.selector)}"
+        return text if self.store.plain else f"{text}:{self.store}"
+
+    def with_store(self, store: Store) -> Exact:
+        return replace(self, store=store)
 
 
 class ExactState(Blocked[Exact]):
@@ -71,8 +79,9 @@ class ExactState(Blocked[Exact]):
 
     def __init__(self, method: Exact, spec: Spec) -> None:
         block = method.selector.block() if isinstance(method.selector, Indexed) else None
-        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows, lose=False)
-        super().__init__(method, spec, slots, block or _QUERIES_AT_ONCE, in_order=True)
+        block = block or method.store.block(_QUERIES_AT_ONCE)
+        slots = method.store.open(spec, [_FIRST_SLOTS] * spec.rows, block, lose=False)
+        super().__init__(method, spec, slots, block, in_order=True)
 
     @property
     def _selector(self) -> Selector:
@@ -108,7 +117,7 @@ class ExactState(Blocked[Exact]):
 
     def _at_once(self, seen: int, left: int) -> int:
         del seen
-        return left if self.selection is None else 0
+        return left if self.selection is None and self.slots.plain else 0
 
     @property
     def bytes_read(self) -> int:

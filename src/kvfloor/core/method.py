@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import keyword
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvfloor.core.policy import Policy
     from kvfloor.core.selector import Selector
     from kvfloor.core.state import State
+    from kvfloor.core.store import Store
     from kvfloor.core.summary import Summary
 
 Budget = int | str | tuple[int, ...]  # tokens per row | "25%" | "64MiB" | one number of tokens per row
@@ -57,6 +58,11 @@ class Traits:
     trained_for: tuple[int, int, int] | None = None
 
 
+def lossy(traits: Traits) -> Traits:
+    """Return the traits of a method that keeps its tokens in few bits per number."""
+    return replace(traits, normalised=False, value_linear=False, lossy_values=True, turns=False)
+
+
 @dataclass(frozen=True)
 class Guarantee:
     """Record a proved bound on the error of answers, with the norm of the error and the assumptions.
@@ -85,6 +91,7 @@ class Parts(NamedTuple):
     policy: Policy | None = None
     summary: Summary | None = None
     selector: Selector | None = None
+    store: Store | None = None
 
 
 class _Usual:
@@ -145,6 +152,11 @@ class Method(ABC):
     def with_summary(self, summary: Summary) -> Method | None:
         """Return a copy of this method with another summary of evicted tokens; None if the method takes no summary."""
         del summary
+        return None
+
+    def with_store(self, store: Store) -> Method | None:
+        """Return a copy of this method whose slots keep their numbers by another store; None if it has no slots."""
+        del store
         return None
 
     def guarantee(self, spec: Spec) -> Guarantee | None:

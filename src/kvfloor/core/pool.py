@@ -148,7 +148,7 @@ class Pool:
         self._views = self.layout.views(blocks)
         self._empty = torch.zeros(1, self.layout.nbytes, dtype=torch.uint8, device=blocks.device)
         self.layout.store(empty, self.layout.views(self._empty), torch.zeros(1, dtype=torch.int64))
-        self._plain = isinstance(empty, Blocked) and empty._plainly_read and spec.rotation is None
+        self._plain = isinstance(empty, Blocked) and empty._plainly_read and empty.slots.plain and spec.rotation is None
         self._watches = isinstance(empty, Watching) and empty.queries is not None
         self._block = empty.block if isinstance(empty, Blocked) else 1
         self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.arena import Arena, grown
+from kvfloor.core.attend import attend_newest
 from kvfloor.core.fields import MOST, Field, require_room
 from kvfloor.core.memory import Memory
+from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 
 
@@ -28,8 +30,7 @@ from kvfloor.core.spec import Spec
 class View:
     """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    position is the arrival index of each slot's token. live is True for slots that hold a token; None: all do. `fetch`
-    is a function without arguments that returns position.
+    live is True for slots that hold a token; None: all do. `fetch` is a function that returns position.
     """
 
     k: Tensor
@@ -38,9 +39,25 @@ class View:
     fetch: Callable[[], Tensor] = field(repr=False)
 
     @property
+    def width(self) -> int:
+        """Return s, the number of slots of each row."""
+        return self.k.shape[1]
+
+    @property
     def position(self) -> Tensor:
         """Return the arrival index of each slot's token; fetched on access, as attention does not need it."""
         return self.fetch()
+
+    def over(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
+        """Compute attention of q (r, m, d) over these slots: a `Partial` (r, m), i.e. outputs and log-masses.
+
+        hide: bool (r or 1, m or 1, s), True for slots that a query does not see; None: it sees all
+        """
+        return Partial.over(q, self.k, self.v, spec, hide=hide)
+
+    def newest(self, q: Tensor, spec: Spec) -> Tensor:
+        """Return attention outputs (r, g, 1, dv) of one token's queries q (r, g, 1, d), which see all s slots."""
+        return attend_newest(q, self.k, self.v, spec.scale, spec.softcap)
 
 
 class Slots(Arena):
@@ -56,6 +73,9 @@ class Slots(Arena):
     values are the keys (`spec.tied`).
     """
 
+    plain: ClassVar[bool] = True
+    """True if `k` and `v` hold the keys and values as they were given; False for a store that codes them."""
+
     def __init__(
         self,
         spec: Spec,
@@ -65,15 +85,19 @@ class Slots(Arena):
     ) -> None:
         super().__init__(spec, torch.tensor(list(capacities), dtype=torch.int64))
         self.columns = Columns()
-        total = self._places
+        self.position = torch.zeros(self._places, dtype=torch.int64, device=spec.device)
+        for name, dtype in (columns or {}).items():
+            setattr(self.columns, name, torch.zeros(self._places, dtype=dtype, device=spec.device))
+        self._open(lose)
+
+    def _open(self, lose: bool) -> None:
+        """Allocate the memory of keys and values. lose: True if tokens may leave the slots."""
+        spec, total = self.spec, self._places
         self.k = torch.zeros(total, spec.d, dtype=spec.dtype, device=spec.device)
         turns = spec.rotation is not None and (lose or spec.tied)
         self.bare = torch.zeros_like(self.k) if turns else None
         self.v = self.k if spec.tied else torch.zeros(total, spec.dv, dtype=spec.dtype, device=spec.device)
         self._tie()
-        self.position = torch.zeros(total, dtype=torch.int64, device=spec.device)
-        for name, dtype in (columns or {}).items():
-            setattr(self.columns, name, torch.zeros(total, dtype=dtype, device=spec.device))
 
     @property
     def _own(self) -> tuple[str, ...]:
@@ -105,9 +129,33 @@ class Slots(Arena):
         live = None
         if min(counts, default=width) < width:
             live = torch.arange(width) < held.unsqueeze(1)
-            live = live.to(self.k.device)
-        k, v = (self.across(x, rows, width) for x in (self.k, self.v))
+            live = live.to(self.position.device)
+        return self._viewed(rows, width, live)
+
+    def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> View:
+        """Return the first `width` slots of `rows` (None: all) as a `View` with the mask `live`."""
+        k, v = (self.numbers(name, rows, width) for name in ("k", "v"))
         return View(k, v, live, lambda: self.across(self.position, rows, width))
+
+    def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
+        """Return the keys ("k"), values ("v") or unrotated keys ("bare") in the first `width` slots of each of `rows`.
+
+        The result is (r, width, d), or (r, width, dv) for values. rows None: all rows.
+        """
+        return self.across(getattr(self, name), rows, width)
+
+    def keys(self, place: Tensor) -> Tensor:
+        """Copy the keys at the places `place` (...), int64: return (..., d)."""
+        return self.k[place]
+
+    def values(self, place: Tensor) -> Tensor:
+        """Copy the values at the places `place` (...), int64: return (..., dv)."""
+        return self.v[place]
+
+    @property
+    def token_bytes(self) -> float:
+        """Return the bytes of one held token's key and value."""
+        return (self.spec.d + (0 if self.spec.tied else self.spec.dv)) * self.spec.dtype.itemsize
 
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
         """Return the first `width` entries of each of `rows` (None: all) in a per-slot tensor x: (r, width, ...).
@@ -119,15 +167,14 @@ class Slots(Arena):
             return table if rows is None else table[rows.to(x.device)]
         return x[self._index(rows, width)]
 
-    def fetch(self, x: Tensor, slot: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Copy chosen entries of a per-slot tensor x (slots of all rows, ...): return (r, m, c, ...).
+    def at(self, slot: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the places (r, m, c) of chosen slots: c slots of the row for each of its m queries.
 
-        rows  (r,) rows to read; None: all
-        slot  (r, m, c), int64: numbers of c slots of the row for each of its m queries
+        rows  (r,) rows of the slots; None: all
+        slot  (r, m, c), int64; a slot beyond the arena is replaced by the arena's last place
         """
         offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
-        index = (offset + slot).clamp_max(x.shape[0] - 1).flatten()
-        return x.index_select(0, index).view(*slot.shape, *x.shape[1:])
+        return (offset + slot).clamp_max(self._places - 1)
 
     def column(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         return self.across(getattr(self.columns, name), rows, width)
@@ -152,7 +199,7 @@ class Slots(Arena):
         else:
             wanted = torch.arange(a) < take.unsqueeze(1)
             slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
-            slot, wanted = slot[wanted].to(self.k.device), wanted.to(self.k.device)
+            slot, wanted = slot[wanted].to(self.position.device), wanted.to(self.position.device)
             for name in self._own:
                 getattr(self, name)[slot] = given[name][wanted]
         self.held = self.held + take
@@ -196,7 +243,7 @@ class Slots(Arena):
         held = self.held - leaving.sum(1)
         ends = (slot >= held.unsqueeze(1)) & (slot < self.held.unsqueeze(1))  # each row's slots to free
         source, target, freed = (
-            (self.offset[row] + at).to(self.k.device)
+            (self.offset[row] + at).to(self.position.device)
             for row, at in (x.nonzero(as_tuple=True) for x in (ends & ~leaving, leaving & ~ends, ends))
         )
         for _, _, store in self._arrays():
@@ -231,6 +278,13 @@ class Slots(Arena):
             live = live.to(bare.device)
             self.k[self._index(rows, width)[live]] = turned[live]
 
+    def settle(self, seen: Tensor, rows: Tensor | None) -> None:
+        """Handle the end of a block of tokens in these rows (None: all), after its evictions.
+
+        seen: (rows,) tokens that each row of the state has seen. A store that codes its tokens does it here; these
+        slots keep them as they are, and nothing happens.
+        """
+
     def find(self, row: Tensor, position: Tensor) -> Tensor:
         """Return a mask (rows, width), bool on the CPU, True for the slots that hold one of e given tokens.
 
@@ -249,8 +303,9 @@ class Slots(Arena):
         `marked` (rows, width) is a bool mask. The tokens come row by row, in the order of their slots.
         """
         row, slot = marked.cpu().nonzero(as_tuple=True)
-        index = (self.offset[row] + slot).to(self.k.device)
-        return row.to(self.k.device), self.k[index], self.v[index], self.position[index]
+        index = (self.offset[row] + slot).to(self.position.device)
+        k, v = self.keys(index).to(self.spec.dtype), self.values(index).to(self.spec.dtype)
+        return row.to(self.position.device), k, v, self.position[index]
 
     # ---- size ----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from kvfloor.core.blocked import Blocked
 from kvfloor.core.partial import Partial
 from kvfloor.core.policy import Held, Queries
 from kvfloor.core.selector import Everything, Selector
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.tiles import weights_by_tile
 
@@ -38,7 +37,9 @@ class Watching(Blocked["Bounded"]):
     """
 
     def __init__(self, method: Bounded, spec: Spec, budgets: list[int]) -> None:
-        slots = Slots(spec, [budget + method.block for budget in budgets], method.policy.columns)
+        slots = method.store.open(
+            spec, [budget + method.block for budget in budgets], method.block, method.policy.columns
+        )
         super().__init__(method, spec, slots, method.block)
         self.budget = torch.tensor(budgets, dtype=torch.int64)
         self.summary = method.summary.open(spec)
@@ -147,7 +148,7 @@ class Watching(Blocked["Bounded"]):
             all                 0
         """
         policy = self.method.policy
-        if self.sealed or self.method.prefill != "dense" or not isinstance(self._selector, Everything):
+        if self.sealed or not self.method.answers_prompt_exactly:
             return 0
         if policy.wants_weights or policy.wants_keys:
             return 0
@@ -173,9 +174,9 @@ class Watching(Blocked["Bounded"]):
         if self.memory is None or not self.method.policy.wants_keys:
             return
         slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
-        index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.k.device)
+        index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.position.device)
         live = (slot >= 0).to(index.device)
-        self.memory.on_keys(rows, self.slots.k[index], self.slots.position[index], live)
+        self.memory.on_keys(rows, self.slots.keys(index).to(self.spec.dtype), self.slots.position[index], live)
 
     def _show_block(self, rows: Tensor, fill: int) -> None:
         """Pass the queries of the last `fill` tokens of these rows, and their attention weights, to the policy.
@@ -273,7 +274,7 @@ class Watching(Blocked["Bounded"]):
             spec=self.spec,
             count=clock(slots.held),
             budget=clock(self.budget),
-            fetch=lambda name: slots.across(getattr(slots, name), rows, width),
+            fetch=lambda name: slots.numbers(name, rows, width),
             rows=rows,
             prompt=None if self.prompt is None else clock(self.prompt),
             memory=self.memory,

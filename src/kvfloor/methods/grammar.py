@@ -1,9 +1,10 @@
 """Parse the text that names a method, which `str(method)` writes.
 
-METHOD  =  policy(args) + summary(args) | selector(args) @ budget
-    or     method(args) | selector(args) @ budget
+METHOD  =  policy(args) + summary(args) | selector(args) : store(args) @ budget
+    or     method(args) | selector(args) : store(args) @ budget
 
-The characters + | @ are part of the text. (args), + summary, | selector and @ budget may each be left out. The budget
+The characters + | : @ are part of the text. (args), + summary, | selector, : store and @ budget may each be left out.
+The store may also follow the budget, as in h2o@512:k4v4. The budget
 is the number of tokens that a row, i.e. one (batch item, kv head) stream, may hold; it may also be a share of the
 context (25%) or a number of bytes (64MiB).
 A policy chooses the tokens to evict, a summary keeps a compressed form of evicted tokens, a selector chooses the held
@@ -24,9 +25,11 @@ from kvfloor.core.exact import Exact
 from kvfloor.core.method import Method
 from kvfloor.core.policy import Policy
 from kvfloor.core.selector import Everything
+from kvfloor.core.store import Full
 from kvfloor.core.summary import Drop
 from kvfloor.methods.registry import kind, lookup
-from kvfloor.splitting import split_once
+from kvfloor.methods.stores.coded import Coded
+from kvfloor.splitting import outline, split_once
 
 _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
 
@@ -41,6 +44,9 @@ def parse(text: str) -> Method:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
     body, at, budget_text = split_once(text.strip(), "@")
+    body, store_text = _without_store(body)
+    if at and store_text is None:
+        budget_text, store_text = _without_store(budget_text)
     body, bar, selector_text = split_once(body, "|")
     body, plus, summary_text = split_once(body, "+")
     options: dict[str, Any] = {}
@@ -51,6 +57,8 @@ def parse(text: str) -> Method:
         method: Method = Bounded(head, summary or Drop(), selector or Everything(), **options)
     else:
         method = _whole(head, summary, selector, options, text)
+    if store_text is not None:
+        method = _stored(method, store_text, text)
     if not at:
         return method
     parts = budget_text.split(":")
@@ -59,6 +67,30 @@ def parse(text: str) -> Method:
     if bounded is None:
         raise ValueError(f"{method} keeps every token, so '@{budget_text}' cannot bound it: leave the budget out")
     return bounded
+
+
+def _without_store(text: str) -> tuple[str, str | None]:
+    """Split "h2o:k4v4" into "h2o" and "k4v4", the text of a store; return (text, None) if no store ends it."""
+    found = re.search(r":\s*((?:full|k[0-9]+v[0-9]+)(?:\(.*\))?)$", text, re.DOTALL)
+    if found is None or outline(text)[found.start()] != ":":
+        return text, None
+    return text[: found.start()].strip(), found[1]
+
+
+def _stored(method: Method, store_text: str, whole: str) -> Method:
+    """Return `method` with the store that `store_text` names, such as "k4v4(first=0)"."""
+    name, _, arguments = store_text.partition("(")
+    positional, named = _arguments(arguments.removesuffix(")"), store_text)
+    if positional or set(named) - ({"first"} if name != "full" else set()):
+        raise ValueError(f"in {whole!r}: a store such as k4v4 takes first=N, full takes nothing, got {arguments!r}")
+    try:
+        store = Full() if name == "full" else Coded.parsed(name, **named)
+    except (TypeError, ValueError) as cause:
+        raise ValueError(f"in {whole!r}: {cause}") from None
+    stored = None if store is None else method.with_store(store)
+    if stored is None:
+        raise ValueError(f"in {whole!r}: {method} has no slots whose store could be chosen: leave ':{name}' out")
+    return stored
 
 
 def _whole(head: Method, summary: Any, selector: Any, options: dict[str, Any], text: str) -> Method:
@@ -89,7 +121,7 @@ def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any
     positional, named = _arguments(arguments, text)
     if options is not None and issubclass(part, Policy):
         options.update({key: named.pop(key) for key in _OPTIONS if key in named})
-    own = [f for f in fields(cast(Any, part)) if f.init and f.name not in ("selector", "budget")]
+    own = [f for f in fields(cast(Any, part)) if f.init and f.name not in ("selector", "budget", "store")]
     allowed = [f.name for f in own]
     unknown = [key for key in named if key not in allowed]
     if unknown or len(positional) > len(allowed):

@@ -100,8 +100,8 @@ class BestFirstState(SelectorState):
             here = page[active, at : at + stride]
             new = (here.unsqueeze(2) * size + torch.arange(size, device=device)).flatten(1)
             alive = (here >= 0).repeat_interleave(size, 1) & (new < visible.flatten()[active].unsqueeze(1))
-            place = (offset[of[active]].unsqueeze(1) + new.clamp_min(0)).clamp_max(slots.k.shape[0] - 1)
-            keys = slots.k.index_select(0, place.flatten()).view(*place.shape, -1).double()
+            place = (offset[of[active]].unsqueeze(1) + new.clamp_min(0)).clamp_max(len(slots.position) - 1)
+            keys = slots.keys(place).double()
             logit = torch.einsum("acd,ad->ac", keys, asked[active]).masked_fill(~alive, -torch.inf)
             best[active], slot[active] = _largest(
                 torch.cat([best[active], logit], 1), torch.cat([slot[active], new], 1), k

@@ -243,7 +243,7 @@ class HierarchicalState(SelectorState):
         for start in range(0, m, at_once):
             part = slice(start, start + at_once)
             slot = self._slots(rank[:, part].flatten(2), slots, rows)
-            keys = slots.fetch(slots.k, slot, rows).double()
+            keys = slots.keys(slots.at(slot, rows)).double()
             worth.append(torch.einsum("rmcd,rmd->rmc", keys, q[:, part]).unflatten(2, (c, b)).amax(3))
         return torch.cat(worth, 1).masked_fill(high <= low, -torch.inf)
 

@@ -143,13 +143,13 @@ class ZCurveState(SelectorState):
         held[r] is the number of tokens that row r holds. first (r,) is the number of keys that are in each row's lists
         already and stay there; if it is 0, the lists are built anew from all held keys.
         """
-        held, device = slots.held[rows], slots.k.device
+        held, device = slots.held[rows], slots.position.device
         n, c = (int(x.max()) if len(rows) else 0 for x in (first, held - first))
         if c == 0:
             return
         slot = first.unsqueeze(1) + torch.arange(c)
-        place = (slots.offset[rows].unsqueeze(1) + slot).clamp_max(slots.k.shape[0] - 1)
-        code = self._codes(slots.k[place.to(device)])
+        place = (slots.offset[rows].unsqueeze(1) + slot).clamp_max(len(slots.position) - 1)
+        code = self._codes(slots.keys(place.to(device)))
         code = code.masked_fill((slot >= held.unsqueeze(1)).unsqueeze(1).to(device), _NONE)
         code, order = code.sort(dim=-1, stable=True)
         slot = slot.to(device, torch.int32).unsqueeze(1).expand(-1, self.method.curves, -1).gather(2, order)
@@ -217,7 +217,7 @@ class ZCurveState(SelectorState):
         at_once = max(1, _KEY_NUMBERS_AT_ONCE // max(1, r * c * self.spec.d))
         for start in range(0, m, at_once):
             part = slice(start, start + at_once)
-            keys = slots.fetch(slots.k, slot[:, part], rows).double()
+            keys = slots.keys(slots.at(slot[:, part], rows)).double()
             logits.append(torch.einsum("rmcd,rmd->rmc", keys, q[:, part]))
         return torch.cat(logits, 1)
 

@@ -1,0 +1,387 @@
+"""Keep all but the newest and the very first tokens in few bits per number.
+
+A row is one (batch item, kv head) stream, a slot the place of one held token in flat tensors over all rows (an arena),
+a code the small integer that stands for a number. A group is `group` consecutive tokens of a row, which are coded
+together when the last of them has come; until then they are kept as they were given. In shapes, r are rows, s slots of
+each row, d and dv the widths of a key and a value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.arena import Arena
+from kvfloor.core.fields import MOST, Field
+from kvfloor.core.memory import Memory
+from kvfloor.core.method import part_text
+from kvfloor.core.partial import Partial
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.store import Store
+from kvfloor.methods.stores.codes import ChannelCodes, Codes, TokenCodes
+from kvfloor.methods.stores.turn import matrix
+from kvfloor.validation import count
+
+GROUP = 32
+"""Least number of tokens that are coded together."""
+
+_TEXT = re.compile(r"k([0-9]+)v([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Coded(Store):
+    """Code keys and values in 2 to 8 bits per number: "k4v3" has 4 bits for keys and 3 for values.
+
+    Values are rotated and coded token by token (EDEN, Vargaftik et al. 2022; TurboQuant, Zandieh et al. 2025), with one
+    16-bit length per token. Keys are coded likewise, less the mean of their row's first group, in methods that evict;
+    in `exact` per channel of a group of tokens (KIVI, Liu et al. 2024), which errs less but needs groups that stay.
+    The newest tokens, those of an open group, and the `first` tokens of each row are kept as they are given: on the
+    first tokens attention often rests, and their keys are unlike all others.
+    keys, values  bits per number, 2 to 8
+    first         number of a row's first tokens that are never coded
+    """
+
+    name: ClassVar[str] = "coded"
+    paper: ClassVar[str] = "Vargaftik et al. 2022, EDEN (arXiv 2108.08842); Liu et al. 2024, KIVI (arXiv 2402.02750)"
+    keys: int
+    values: int
+    first: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "values"):
+            bits = getattr(self, name)
+            if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+                raise ValueError(f"a store such as k4v4 has 2 to 8 bits per number, got {bits!r} for {name}")
+        count("a store", least=0, first=self.first)
+
+    @classmethod
+    def parsed(cls, text: str, **arguments: Any) -> Coded | None:
+        """Return the store that a text such as "k4v3" names, with further arguments; None if it is no such text."""
+        found = _TEXT.fullmatch(text)
+        return None if found is None else cls(int(found[1]), int(found[2]), **arguments)
+
+    def open(
+        self,
+        spec: Spec,
+        capacities: Sequence[int],
+        block: int,
+        columns: dict[str, torch.dtype] | None = None,
+        lose: bool = True,
+    ) -> CodedSlots:
+        return CodedSlots(spec, capacities, self, -(-GROUP // block) * block, columns, lose)
+
+    def block(self, block: int) -> int:
+        del block
+        return GROUP
+
+    def __str__(self) -> str:
+        options = part_text(self, skip=("keys", "values")).removeprefix(self.name)
+        return f"k{self.keys}v{self.values}{options}"
+
+
+@dataclass(frozen=True)
+class CodedView:
+    """Hold the first `width` slots of r rows, whose keys and values are decoded on access: see `View`.
+
+    owner  the slots
+    rows   (r,) their rows; None: all
+    live   bool (r, width), True for slots that hold a token; None: all do
+    """
+
+    owner: CodedSlots = field(repr=False)
+    rows: Tensor | None
+    width: int
+    live: Tensor | None
+
+    @cached_property
+    def k(self) -> Tensor:
+        """Return the keys (r, width, d) in the dtype of the cache."""
+        return self.owner.numbers("k", self.rows, self.width)
+
+    @cached_property
+    def v(self) -> Tensor:
+        """Return the values (r, width, dv) in the dtype of the cache."""
+        return self.owner.numbers("v", self.rows, self.width)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """Return the arrival indices (r, width)."""
+        return self.owner.across(self.owner.position, self.rows, self.width)
+
+    def over(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
+        """Compute attention of q (r, m, d) over these slots: a `Partial` (r, m). hide: as in `View.over`.
+
+        Rotated keys and values are not rotated back: queries are rotated instead, and so is the sum of values.
+        """
+        k, v = self.owner.decoded(self, turn=True)
+        dtype, device = spec.compute_dtype, str(q.device)
+        asked = q.to(dtype)
+        if self.owner.key_codes.turns:
+            asked = asked @ matrix(spec.d, dtype, device).T
+        part = Partial.over(asked, k, v, spec, hide=hide)
+        codes = self.owner.key_codes if spec.tied else self.owner.value_codes
+        if codes is None or not codes.turns:
+            return part
+        return Partial(part.mean @ matrix(spec.dv, dtype, device), part.log_mass)
+
+    def newest(self, q: Tensor, spec: Spec) -> Tensor:
+        """Return attention outputs (r, g, 1, dv) of one token's queries q (r, g, 1, d), which see all slots."""
+        return self.over(q.squeeze(2), spec).mean.unsqueeze(2)
+
+
+class CodedSlots(Slots):
+    """Store the held tokens of every row in few bits per number, but for the newest and the first ones.
+
+    fresh_k, fresh_v  (rows, first + group, d or dv): the row's first tokens, then those of its open group, each at its
+                      position's remainder by `group`; zeros where there is none
+    coded             (rows,) number of tokens that came before the row's open group. Their codes are read; those of
+                      later tokens are not written yet
+    key_codes         codes of all slots; value_codes likewise, or None if the values are the keys (`spec.tied`)
+    """
+
+    plain: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        spec: Spec,
+        capacities: Sequence[int],
+        store: Coded,
+        group: int,
+        columns: dict[str, torch.dtype] | None = None,
+        lose: bool = True,
+    ) -> None:
+        """Open empty slots, capacities[r] in row r. group: tokens that are coded together.
+
+        columns and lose are those of `Slots`.
+        """
+        self.group, self.first, self.key_bits, self.value_bits = group, store.first, store.keys, store.values
+        super().__init__(spec, capacities, columns, lose)
+
+    def _open(self, lose: bool) -> None:
+        spec, places = self.spec, self._places
+        self.bare = None
+        if lose:
+            self.key_codes: Codes = TokenCodes(spec, spec.d, self.key_bits, places, centred=True, unbiased=False)
+        else:
+            self.key_codes = ChannelCodes(spec, spec.d, self.key_bits, places, self.group)
+        self.value_codes: Codes | None = None
+        fresh = (spec.rows, self.first + self.group)
+        self.fresh_k = torch.zeros(*fresh, spec.d, dtype=spec.dtype, device=spec.device)
+        self.fresh_v = self.fresh_k
+        if not spec.tied:
+            self.value_codes = TokenCodes(spec, spec.dv, self.value_bits, places, centred=False, unbiased=True)
+            self.fresh_v = torch.zeros(*fresh, spec.dv, dtype=spec.dtype, device=spec.device)
+        self.coded = torch.zeros(spec.rows, dtype=torch.int64)
+
+    def _parts(self) -> list[Codes]:
+        return [codes for codes in (self.key_codes, self.value_codes) if codes is not None]
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        return ("position",)
+
+    def _arrays(self) -> list[tuple[Memory, str, Tensor]]:
+        codes = [(part, name, getattr(part, name)) for part in self._parts() for name in part.own]
+        return super()._arrays() + codes
+
+    @property
+    def token_bytes(self) -> float:
+        return sum(part.token_bytes for part in self._parts())
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> CodedView:  # type: ignore[override]
+        return CodedView(self, rows, width, live)
+
+    def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
+        part, fresh = self._named(name)
+        position = self.across(self.position, rows, width)
+        entries = {own: self.across(getattr(part, own), rows, width) for own in part.own}
+        x = part.decode(entries, rows, position // self.group)
+        return self._with_fresh(x, fresh.to(x.dtype), position, rows).to(self.spec.dtype)
+
+    def decoded(self, view: CodedView, turn: bool) -> tuple[Tensor, Tensor]:
+        """Return keys (r, s, d) and values (r, s, dv) of a view in the compute dtype. turn: as in `Codes.decode`."""
+        found, rows, position = [], view.rows, view.position
+        for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
+            if part is None:
+                return found[0], found[0]
+            entries = {own: self.across(getattr(part, own), rows, view.width) for own in part.own}
+            x = part.decode(entries, rows, position // self.group, turn)
+            given = fresh.to(x.dtype)
+            if turn and part.turns:
+                given = given @ matrix(part.width, x.dtype, str(x.device)).T
+            found.append(self._with_fresh(x, given, position, rows))
+        return found[0], found[1]
+
+    def keys(self, place: Tensor) -> Tensor:
+        """Return the keys (..., d) at the places `place` (...), in the compute dtype."""
+        return self._at("k", place)
+
+    def values(self, place: Tensor) -> Tensor:
+        """Return the values (..., dv) at the places `place` (...), in the compute dtype."""
+        return self._at("v", place)
+
+    def _at(self, name: str, place: Tensor) -> Tensor:
+        part, fresh = self._named(name)
+        flat = place.flatten()
+        row = torch.bucketize(flat.cpu(), self.offset + self.capacity, right=True).clamp_max(self.spec.rows - 1)
+        position = self.position[flat].unsqueeze(1)
+        entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in part.own}
+        x = part.decode(entries, row, position // self.group)
+        return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
+
+    def _named(self, name: str) -> tuple[Codes, Tensor]:
+        """Return the codes and the uncoded tokens of the keys ("k") or values ("v")."""
+        if name == "k" or self.spec.tied:
+            return self.key_codes, self.fresh_k
+        assert name == "v" and self.value_codes is not None
+        return self.value_codes, self.fresh_v
+
+    def _with_fresh(self, x: Tensor, fresh: Tensor, position: Tensor, rows: Tensor | None) -> Tensor:
+        """Replace, in x (r, s, w), the tokens that are not coded by those in `fresh` (all rows, first + group, w).
+
+        position (r, s): the arrival index of each slot's token.
+        """
+        coded = (self.coded if rows is None else self.coded[rows]).to(x.device).unsqueeze(1)
+        i, slot = self._uncoded(position, coded).nonzero(as_tuple=True)
+        row = i if rows is None else rows.to(x.device)[i]
+        x[i, slot] = fresh[row, self._fresh_index(position[i, slot])]
+        return x
+
+    def _uncoded(self, position: Tensor, coded: Tensor) -> Tensor:
+        return (position >= coded) | (position < self.first)
+
+    def _fresh_index(self, position: Tensor) -> Tensor:
+        first = self.first
+        return torch.where(position < first, position, first + position % self.group)
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
+        del bare
+        self._reserve(self.held + take)
+        wanted = torch.arange(k.shape[1]) < take.unsqueeze(1)
+        row, j = wanted.nonzero(as_tuple=True)
+        slot = (self.offset + self.held)[row] + j
+        row, j, slot = (x.to(k.device) for x in (row, j, slot))
+        arrived = position.expand(self.spec.rows, -1)[row, j]
+        self.position[slot] = arrived
+        at = self._fresh_index(arrived)
+        self.fresh_k[row, at] = k[row, j]
+        if not self.spec.tied:
+            self.fresh_v[row, at] = v[row, j]
+        self.held = self.held + take
+
+    def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
+        del bare
+        at = self.held.tolist()[0]
+        self.position[at :: self.stride] = position
+        first = self.first
+        index = position if position < first else first + position % self.group
+        self.fresh_k[:, index] = k.squeeze(1)
+        if not self.spec.tied:
+            self.fresh_v[:, index] = v.squeeze(1)
+        self.held = self.held + 1
+
+    def evict(self, leaving: Tensor) -> None:
+        row, slot = leaving.cpu().nonzero(as_tuple=True)
+        place = (self.offset[row] + slot).to(self.position.device)
+        position, row = self.position[place], row.to(place.device)
+        gone = self._uncoded(position, self.coded.to(place.device)[row])
+        at = self._fresh_index(position[gone])
+        self.fresh_k[row[gone], at] = 0
+        self.fresh_v[row[gone], at] = 0
+        super().evict(leaving)
+
+    def settle(self, seen: Tensor, rows: Tensor | None) -> None:
+        """Code the open group of these rows (None: all) where it is complete. seen: (rows,) tokens of each row."""
+        due = (seen % self.group == 0) & (seen > self.coded)
+        if rows is not None:
+            asked = torch.zeros_like(due)
+            asked[rows] = True
+            due &= asked
+        at = due.nonzero().squeeze(1)
+        if not len(at):
+            return
+        device, first, dtype = self.position.device, self.first, self.spec.compute_dtype
+        group, here = self.coded[at] // self.group, at.to(device)
+        start = self.coded[at].to(device).unsqueeze(1)
+        real = start + torch.arange(self.group, device=device) >= first
+        width = int(self.held[at].max())
+        held = torch.arange(width) < self.held[at].unsqueeze(1)
+        position = self.across(self.position, at, width)
+        i, slot = (held.to(device) & (position >= start) & (position >= first)).nonzero(as_tuple=True)
+        place = self.offset.to(device)[here[i]] + slot
+        from_group = position[i, slot] % self.group
+        for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
+            if part is not None:
+                entries = part.encode(at, group, fresh[here, first:].to(dtype), real)
+                for name, coded in entries.items():
+                    getattr(part, name)[place] = coded[i, from_group]
+        self.fresh_k[here, first:] = 0
+        self.fresh_v[here, first:] = 0
+        self.coded = torch.where(due, seen, self.coded)
+
+    # ---- size and rows ---------------------------------------------------------------------------------------------
+
+    def _turn(self, rows: Tensor | None) -> None:
+        """Do nothing: a store of codes takes no rotation (`Traits.turns`)."""
+
+    def _moved(self) -> None:
+        """Do nothing: no attribute is a further name of a flat tensor."""
+
+    def select_rows(self, index: Tensor) -> None:
+        super().select_rows(index)
+        for part in self._parts():
+            part.select_rows(index)
+        self.coded = self.coded[index]
+        here = index.to(self.fresh_k.device)
+        self.fresh_k = self.fresh_k[here]
+        self.fresh_v = self.fresh_k if self.spec.tied else self.fresh_v[here]
+
+    # ---- as a part of a state --------------------------------------------------------------------------------------
+
+    def export(self) -> dict[str, Any]:
+        sent = super().export() | {"coded": self.coded, "fresh_k": self.fresh_k}
+        if not self.spec.tied:
+            sent["fresh_v"] = self.fresh_v
+        for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
+            sent[name] = None if part is None else part.export() | self._export(part)
+        return sent
+
+    def fields(self) -> dict[str, Any]:
+        rows, _, d = self.fresh_k.shape
+        fresh = {"fresh_k": Field(self.spec.dtype, (rows, self.fresh_k.shape[1], d), finite=True)}
+        if not self.spec.tied:
+            fresh["fresh_v"] = Field(self.spec.dtype, (rows, *self.fresh_v.shape[1:]), finite=True)
+        columns = {name: Field(column.dtype, ("tokens",)) for name, column in self._columns().items()}
+        coded = {"position": Field(torch.int64, ("tokens",), least=0, most=MOST), "columns": columns}
+        return coded | fresh
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        if bool((fields["coded"] % self.group != 0).any()):
+            raise ValueError(f"tokens are coded in groups of {self.group}, got {fields['coded'].tolist()}")
+
+    def adopt(self, fields: dict[str, Any]) -> None:
+        Arena.adopt(self, fields)
+        for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
+            if part is not None:
+                part.adopt({key: value for key, value in fields[name].items() if key not in part.own})
+        self.coded = fields["coded"]
+        self.fresh_k = fields["fresh_k"].to(self.fresh_k.device)
+        self.fresh_v = self.fresh_k if self.spec.tied else fields["fresh_v"].to(self.fresh_v.device)
+
+    def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
+        for part_name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
+            if owner is part:
+                return fields[part_name][name]
+        return super()._sent(fields, owner, name)

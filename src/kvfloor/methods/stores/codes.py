@@ -1,0 +1,213 @@
+"""Code keys or values in few bits per number: each token by itself, or each channel of a group of tokens.
+
+A row is one (batch item, kv head) stream, a place the index of a slot in flat tensors over all rows, a channel one
+entry of a key or value. A code is the small integer that stands for a number. Tokens of a row are coded in groups of
+consecutive ones. In shapes, r are the rows of a call, t tokens of one row, w the width of a key or value. The compute
+dtype is float64 for a float64 cache, float32 for all others.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.core.arena import grown
+from kvfloor.core.fields import Field
+from kvfloor.core.memory import Memory
+from kvfloor.core.rowwise import length, total
+from kvfloor.core.spec import Spec
+from kvfloor.methods.stores.levels import levels
+from kvfloor.methods.stores.packing import looked_up, pack, size, unpack
+from kvfloor.methods.stores.turn import turned, turned_back
+
+SCALE = torch.bfloat16
+"""The dtype of a coded vector's length: 16 bits that reach as far as those of float32."""
+
+
+class Codes(Memory):
+    """Keep the coded keys, or the coded values, of all slots.
+
+    Every attribute that `own` names is a tensor (places, ...) with one entry per slot.
+    """
+
+    own: tuple[str, ...]
+
+    def __init__(self, spec: Spec, width: int, bits: int, places: int) -> None:
+        """Allocate the codes of `places` slots: `bits` bits for each of `width` numbers."""
+        self.spec, self.width, self.bits = spec, width, bits
+        self.packed = torch.zeros(places, size(width, bits), dtype=torch.uint8, device=spec.device)
+
+    @abstractmethod
+    def encode(self, rows: Tensor, group: Tensor, x: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Code x (r, t, w), one group of tokens of each of `rows` (r,), in the compute dtype.
+
+        group  (r,) index of the group in its row, on the CPU
+        real   (t,) or (r, t), bool: tokens whose code will be read; the others must not influence these
+        Returns the entries of the attributes in `own`, name -> (r, t, ...). What the group shares is stored here.
+        """
+
+    @abstractmethod
+    def decode(self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor, turn: bool = False) -> Tensor:
+        """Return the numbers (r, t, w) that coded tokens stand for, in the compute dtype.
+
+        entries  of the attributes in `own`, name -> (r, t, ...)
+        rows     (r,) the tokens' rows; None: all
+        group    (r, t) index of each token's group in its row
+        turn     True: return the numbers as `turned` gives them, if `turns`
+        """
+
+    turns = False
+    """True if `decode` can return rotated numbers, without the work of rotating them back."""
+
+    @property
+    def token_bytes(self) -> float:
+        """Return the bytes of one token's code, with its share of what a group shares."""
+        return float(sum(getattr(self, name)[:1].nbytes for name in self.own))
+
+    def fields(self) -> dict[str, Any]:
+        entries = {name: getattr(self, name) for name in self.own}
+        return {name: Field(x.dtype, ("tokens", *x.shape[1:])) for name, x in entries.items()}
+
+
+class TokenCodes(Codes):
+    """Code each token by itself: its length, and the direction of its rotated vector by fixed levels.
+
+    A vector x less the row's centre is rotated to u = R (x - centre) / |x - centre|. Each entry of u gets the nearest
+    level c of `levels`, and x is decoded as centre + s R^T c. With `unbiased`, s = |x - centre| / (c u), so that the
+    error is orthogonal to x - centre on average over rotations (EDEN); without, s = |x - centre| (c u) / (c c), which
+    gives the least squared error. A token's code never depends on other tokens, so tokens may leave in any order.
+
+    centre  (rows, w), the mean of the row's first group of tokens, in the dtype of the cache; zeros if not `centred`
+    """
+
+    own = ("packed", "scale")
+    turns = True
+
+    def __init__(self, spec: Spec, width: int, bits: int, places: int, centred: bool, unbiased: bool) -> None:
+        super().__init__(spec, width, bits, places)
+        self.centred, self.unbiased = centred, unbiased
+        self.scale = torch.zeros(places, dtype=SCALE, device=spec.device)
+        self.centre = torch.zeros(spec.rows if centred else 0, width, dtype=spec.dtype, device=spec.device)
+
+    def encode(self, rows: Tensor, group: Tensor, x: Tensor, real: Tensor) -> dict[str, Tensor]:
+        if self.centred:
+            first = (group == 0).nonzero().squeeze(1).to(x.device)
+            if len(first):
+                count = real.sum(-1, keepdim=True).clamp_min(1).to(x.dtype)
+                mean = total(x.masked_fill(~real.unsqueeze(-1), 0), 1) / count
+                self.centre[rows.to(x.device)[first]] = mean.to(self.centre.dtype)[first]
+            x = x - self.centre[rows.to(x.device)].to(x.dtype).unsqueeze(1)
+        norm = length(x).unsqueeze(-1)
+        unit = turned(x / norm.clamp_min(torch.finfo(x.dtype).tiny))
+        level = levels(self.bits, self.width, str(x.device)).to(x.dtype)
+        code = torch.bucketize(unit, (level[1:] + level[:-1]) / 2)
+        near = level[code]
+        along = total(near * unit)
+        factor = 1 / along if self.unbiased else along / total(near.square())
+        scale = norm.squeeze(-1) * torch.where(along > 0, factor, torch.zeros_like(factor))
+        return {"packed": pack(code.to(torch.uint8), self.bits), "scale": scale.to(SCALE)}
+
+    def decode(self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor, turn: bool = False) -> Tensor:
+        del group
+        dtype = self.spec.compute_dtype
+        level = levels(self.bits, self.width, str(entries["packed"].device)).to(dtype)
+        x = looked_up(entries["packed"], self.width, self.bits, level)
+        x = x.mul_(entries["scale"].to(dtype).unsqueeze(-1))
+        if not turn:
+            x = turned_back(x)
+        if self.centred:
+            centre = (self.centre if rows is None else self.centre[rows.to(x.device)]).to(dtype)
+            x = x + (turned(centre) if turn else centre).unsqueeze(1)
+        return x
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index` (r,) of the centres; the owner of the slots moves the codes."""
+        self.spec = self.spec.select(index)
+        if self.centred:
+            self.centre = self.centre[index.to(self.centre.device)]
+
+
+class ChannelCodes(Codes):
+    """Code each channel of a group of tokens by an offset and a step of its own, rounding to nearest (KIVI).
+
+    The number that a code stands for is low + (high - low) code / (2^bits - 1), with low and high the range of the
+    channel in the group. The ranges of all channels of a group are coded in 8 bits in turn, rounded outwards.
+
+    low, high  (rows, groups, w) uint8, the coded ranges
+    range      (rows, groups, 4) offset and step of `low`, then of `high`, in the compute dtype
+    """
+
+    own = ("packed",)
+
+    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int) -> None:
+        super().__init__(spec, width, bits, places)
+        self.group = group
+        self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
+        self.high = torch.zeros_like(self.low)
+        self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
+
+    def encode(self, rows: Tensor, group: Tensor, x: Tensor, real: Tensor) -> dict[str, Tensor]:
+        self._grow(int(group.max()) + 1)
+        unread = ~real.unsqueeze(-1)
+        low, high = x.masked_fill(unread, torch.inf).amin(1), x.masked_fill(unread, -torch.inf).amax(1)
+        none = torch.isinf(low)  # a group without a token that is read
+        low, high = low.masked_fill(none, 0), high.masked_fill(none, 0)
+        codes, ranges = [], []
+        for bound, rounded in ((low, torch.floor), (high, torch.ceil)):
+            start = bound.amin(-1, keepdim=True)
+            step = (bound.amax(-1, keepdim=True) - start) / 255
+            step = step.clamp_min(torch.finfo(x.dtype).tiny)
+            codes.append(rounded((bound - start) / step).clamp(0, 255).to(torch.uint8))
+            ranges += [start, step]
+        at = (rows.to(x.device), group.to(x.device))
+        self.low[at], self.high[at], self.range[at] = codes[0], codes[1], torch.cat(ranges, -1)
+        start, step = (found.unsqueeze(1) for found in self._steps(self.low[at], self.high[at], self.range[at]))
+        code = ((x - start) / step.clamp_min(torch.finfo(x.dtype).tiny)).round().clamp(0, 2**self.bits - 1)
+        return {"packed": pack(code.to(torch.uint8), self.bits)}
+
+    def decode(self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor, turn: bool = False) -> Tensor:
+        del turn
+        dtype, packed = self.spec.compute_dtype, entries["packed"]
+        group = group.clamp(0, max(0, self.low.shape[1] - 1))
+        every = torch.arange(group.shape[0], device=packed.device) if rows is None else rows.to(packed.device)
+        at = (every.unsqueeze(1), group)
+        if not self.low.shape[1]:
+            return torch.zeros(*packed.shape[:2], self.width, dtype=dtype, device=packed.device)
+        start, step = self._steps(self.low[at], self.high[at], self.range[at])
+        return torch.addcmul(start, unpack(packed, self.width, self.bits).to(dtype), step)
+
+    def _steps(self, low: Tensor, high: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
+        """Return offset and step (..., w) of the codes, from coded ranges low, high (..., w) and range_ (..., 4)."""
+        dtype = range_.dtype
+        start, least, end, most = (x.unsqueeze(-1) for x in range_.unbind(-1))
+        start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
+        return start, (end - start).clamp_min(0) / (2**self.bits - 1)
+
+    def _grow(self, groups: int) -> None:
+        have = self.low.shape[1]
+        if groups <= have:
+            return
+        for name in ("low", "high", "range"):
+            old: Tensor = getattr(self, name)
+            wider = old.new_zeros(old.shape[0], max(groups, grown(have)), old.shape[2])
+            wider[:, :have] = old
+            self.move(name, wider)
+
+    @property
+    def token_bytes(self) -> float:
+        shared = 2 * self.width + 4 * self.range.element_size()
+        return super().token_bytes + shared / self.group
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index` (r,) of the ranges; the owner of the slots moves the codes."""
+        self.spec = self.spec.select(index)
+        for name in ("low", "high", "range"):
+            setattr(self, name, getattr(self, name)[index.to(self.low.device)])
+
+    def fields(self) -> dict[str, Any]:
+        rows, dtype = self.spec.rows, self.range.dtype
+        ranges = {name: Field(torch.uint8, (rows, "groups", self.width)) for name in ("low", "high")}
+        return super().fields() | ranges | {"range": Field(dtype, (rows, "groups", 4), finite=True)}

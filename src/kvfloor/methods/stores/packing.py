@@ -1,0 +1,63 @@
+"""Pack codes of 1 to 8 bits into bytes, and read them back.
+
+A code's bits are split into planes of 4, 2 and 1 bits (8 bits are one plane), so that a byte of a plane holds a whole
+number of codes: 3 bits are a plane of 2 and a plane of 1. A vector's planes lie one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def planes(bits: int) -> list[int]:
+    """Return the numbers of bits of the planes, largest first; they add up to `bits`, 1 .. 8."""
+    return [plane for plane in (8, 4, 2, 1) if bits & plane]
+
+
+def size(width: int, bits: int) -> int:
+    """Return the bytes of `width` codes of `bits` bits each."""
+    return sum(-(-width * plane // 8) for plane in planes(bits))
+
+
+def pack(code: Tensor, bits: int) -> Tensor:
+    """Pack codes (..., width), uint8 below 2^bits, into bytes (..., size(width, bits))."""
+    packed, low = [], 0
+    for plane in planes(bits):
+        each = 8 // plane
+        part = (code >> low) & (2**plane - 1)
+        part = torch.nn.functional.pad(part, (0, -part.shape[-1] % each)).unflatten(-1, (-1, each))
+        packed.append((part << _shifts(plane, code)).sum(-1, dtype=torch.uint8))
+        low += plane
+    return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
+
+
+def unpack(packed: Tensor, width: int, bits: int) -> Tensor:
+    """Undo `pack`: return the codes (..., width), uint8."""
+    code, low, at = None, 0, 0
+    for plane in planes(bits):
+        length = -(-width * plane // 8)
+        part = packed[..., at : at + length]
+        if plane < 8:
+            part = ((part.unsqueeze(-1) >> _shifts(plane, packed)) & (2**plane - 1)).flatten(-2)[..., :width]
+        code = part if code is None else code | (part << low)
+        low, at = low + plane, at + length
+    assert code is not None
+    return code
+
+
+def _shifts(plane: int, like: Tensor) -> Tensor:
+    return torch.arange(8 // plane, dtype=torch.uint8, device=like.device) * plane
+
+
+def looked_up(packed: Tensor, width: int, bits: int, level: Tensor) -> Tensor:
+    """Return the level that each packed code names: (..., width) in the dtype of `level` (2^bits,).
+
+    Where a byte holds whole codes, a table of all 256 bytes gives its levels at once.
+    """
+    shape = packed.shape[:-1]
+    if len(planes(bits)) > 1:
+        return level.index_select(0, unpack(packed, width, bits).flatten().int()).view(*shape, width)
+    every = torch.arange(256, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    table = level[unpack(every, 8 // bits, bits).long()]
+    return table.index_select(0, packed.flatten().int()).view(*shape, packed.shape[-1] * (8 // bits))[..., :width]
