@@ -235,8 +235,9 @@ def tokens_of(state: State) -> list[Tokens]:
     rows = []
     for offset, held in zip(slots.offset.tolist(), slots.held.tolist(), strict=True):
         here = torch.arange(offset, offset + held)
-        order = slots.position[here].argsort(stable=True)
-        rows.append(Tokens(slots.position[here][order], slots.keys(here)[order], slots.values(here)[order]))
+        position = slots.position[here].long()
+        order = position.argsort(stable=True)
+        rows.append(Tokens(position[order], slots.keys(here)[order], slots.values(here)[order]))
     return rows
 
 

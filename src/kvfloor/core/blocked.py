@@ -119,6 +119,11 @@ class Blocked(State[M]):
         if self.selection is not None:
             self.selection.require_fitting(fields["selection"], fields["slots"])
 
+    def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        super()._require_tokens(k, v, take)
+        if not self.slots.plain and int((self.seen + take).max()) > self.slots.longest:
+            raise ValueError(f"{self.method} numbers tokens in 32 bits: a stream ends after {self.slots.longest:,}")
+
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         self._feed(k, v, None, take)
 

@@ -75,6 +75,7 @@ class Slots(Arena):
 
     plain: ClassVar[bool] = True
     """True if `k` and `v` hold the keys and values as they were given; False for a store that codes them."""
+    position_dtype: ClassVar[torch.dtype] = torch.int64
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class Slots(Arena):
     ) -> None:
         super().__init__(spec, torch.tensor(list(capacities), dtype=torch.int64))
         self.columns = Columns()
-        self.position = torch.zeros(self._places, dtype=torch.int64, device=spec.device)
+        self.position = torch.zeros(self._places, dtype=self.position_dtype, device=spec.device)
         for name, dtype in (columns or {}).items():
             setattr(self.columns, name, torch.zeros(self._places, dtype=dtype, device=spec.device))
         self._open(lose)
@@ -135,7 +136,7 @@ class Slots(Arena):
     def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> View:
         """Return the first `width` slots of `rows` (None: all) as a `View` with the mask `live`."""
         k, v = (self.numbers(name, rows, width) for name in ("k", "v"))
-        return View(k, v, live, lambda: self.across(self.position, rows, width))
+        return View(k, v, live, lambda: self.positions(rows, width))
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         """Return the keys ("k"), values ("v") or unrotated keys ("bare") in the first `width` slots of each of `rows`.
@@ -143,6 +144,18 @@ class Slots(Arena):
         The result is (r, width, d), or (r, width, dv) for values. rows None: all rows.
         """
         return self.across(getattr(self, name), rows, width)
+
+    def positions(self, rows: Tensor | None, width: int) -> Tensor:
+        """Return the arrival indices, int64, of the tokens in the first `width` slots of each of `rows`: (r, width).
+
+        rows None: all rows.
+        """
+        return self.across(self.position, rows, width)
+
+    @property
+    def longest(self) -> int:
+        """Return the most tokens that a stream may have, so that the last one's arrival index can be stored."""
+        return torch.iinfo(self.position_dtype).max
 
     def keys(self, place: Tensor) -> Tensor:
         """Copy the keys at the places `place` (...), int64: return (..., d)."""
@@ -266,7 +279,7 @@ class Slots(Arena):
         if bare is None or rotation is None or width == 0:
             return
         live = torch.arange(width) < held.unsqueeze(1)
-        position = self.across(self.position, rows, width).masked_fill(~live.to(bare.device), 1 << 62)
+        position = self.positions(rows, width).masked_fill(~live.to(bare.device), 1 << 62)
         rank = torch.empty_like(position).scatter_(
             1, position.argsort(1), torch.arange(width, device=bare.device).expand_as(position)
         )
@@ -305,7 +318,7 @@ class Slots(Arena):
         row, slot = marked.cpu().nonzero(as_tuple=True)
         index = (self.offset[row] + slot).to(self.position.device)
         k, v = self.keys(index).to(self.spec.dtype), self.values(index).to(self.spec.dtype)
-        return row.to(self.position.device), k, v, self.position[index]
+        return row.to(self.position.device), k, v, self.position[index].long()
 
     # ---- size ----------------------------------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ class Watching(Blocked["Bounded"]):
         slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
         index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.position.device)
         live = (slot >= 0).to(index.device)
-        self.memory.on_keys(rows, self.slots.keys(index).to(self.spec.dtype), self.slots.position[index], live)
+        self.memory.on_keys(rows, self.slots.keys(index).to(self.spec.dtype), self.slots.position[index].long(), live)
 
     def _show_block(self, rows: Tensor, fill: int) -> None:
         """Pass the queries of the last `fill` tokens of these rows, and their attention weights, to the policy.
@@ -267,7 +267,7 @@ class Watching(Blocked["Bounded"]):
             return (x if rows is None else x[rows]).unsqueeze(1).to(ids.device)
 
         return Held(
-            position=slots.across(slots.position, rows, width),
+            position=slots.positions(rows, width),
             columns={name: slots.column(name, rows, width) for name in policy.columns},
             seen=clock(self.seen),
             row_ids=ids if rows is None else ids[rows.to(ids.device)],

@@ -121,7 +121,8 @@ def _build(text: str, kinds: tuple[str, ...], whole: str, options: dict[str, Any
     positional, named = _arguments(arguments, text)
     if options is not None and issubclass(part, Policy):
         options.update({key: named.pop(key) for key in _OPTIONS if key in named})
-    own = [f for f in fields(cast(Any, part)) if f.init and f.name not in ("selector", "budget", "store")]
+    composed = ("selector", "budget")  # given by marks of their own, as a store is
+    own = [f for f in fields(cast(Any, part)) if f.init and f.name not in composed and str(f.type) != "Store"]
     allowed = [f.name for f in own]
     unknown = [key for key in named if key not in allowed]
     if unknown or len(positional) > len(allowed):

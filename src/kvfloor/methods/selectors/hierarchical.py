@@ -114,7 +114,7 @@ class HierarchicalState(SelectorState):
         self.order.held = slots.held
         width = int(slots.held.max())
         live = (torch.arange(width) < slots.held.unsqueeze(1)).to(slots.position.device)
-        position = slots.across(slots.position, None, width).masked_fill(~live, torch.iinfo(torch.int64).max)
+        position = slots.positions(None, width).masked_fill(~live, torch.iinfo(torch.int64).max)
         first = torch.where(changed, 0, slots.held)
         self._number(slots, first, position.argsort(dim=1, stable=True))
 

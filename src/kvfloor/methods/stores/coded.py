@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.arena import Arena
-from kvfloor.core.fields import MOST, Field
+from kvfloor.core.fields import Field
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import part_text
 from kvfloor.core.partial import Partial
@@ -113,7 +113,7 @@ class CodedView:
     @cached_property
     def position(self) -> Tensor:
         """Return the arrival indices (r, width)."""
-        return self.owner.across(self.owner.position, self.rows, self.width)
+        return self.owner.positions(self.rows, self.width)
 
     def over(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
         """Compute attention of q (r, m, d) over these slots: a `Partial` (r, m). hide: as in `View.over`.
@@ -147,6 +147,7 @@ class CodedSlots(Slots):
     """
 
     plain: ClassVar[bool] = False
+    position_dtype: ClassVar[torch.dtype] = torch.int32  # half the bytes: beside 4-bit codes, positions count
 
     def __init__(
         self,
@@ -200,9 +201,12 @@ class CodedSlots(Slots):
     def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> CodedView:  # type: ignore[override]
         return CodedView(self, rows, width, live)
 
+    def positions(self, rows: Tensor | None, width: int) -> Tensor:
+        return super().positions(rows, width).long()
+
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         part, fresh = self._named(name)
-        position = self.across(self.position, rows, width)
+        position = self.positions(rows, width)
         entries = {own: self.across(getattr(part, own), rows, width) for own in part.own}
         x = part.decode(entries, rows, position // self.group)
         return self._with_fresh(x, fresh.to(x.dtype), position, rows).to(self.spec.dtype)
@@ -233,7 +237,7 @@ class CodedSlots(Slots):
         part, fresh = self._named(name)
         flat = place.flatten()
         row = torch.bucketize(flat.cpu(), self.offset + self.capacity, right=True).clamp_max(self.spec.rows - 1)
-        position = self.position[flat].unsqueeze(1)
+        position = self.position[flat].long().unsqueeze(1)
         entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in part.own}
         x = part.decode(entries, row, position // self.group)
         return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
@@ -273,7 +277,7 @@ class CodedSlots(Slots):
         slot = (self.offset + self.held)[row] + j
         row, j, slot = (x.to(k.device) for x in (row, j, slot))
         arrived = position.expand(self.spec.rows, -1)[row, j]
-        self.position[slot] = arrived
+        self.position[slot] = arrived.to(self.position_dtype)
         at = self._fresh_index(arrived)
         self.fresh_k[row, at] = k[row, j]
         if not self.spec.tied:
@@ -294,7 +298,7 @@ class CodedSlots(Slots):
     def evict(self, leaving: Tensor) -> None:
         row, slot = leaving.cpu().nonzero(as_tuple=True)
         place = (self.offset[row] + slot).to(self.position.device)
-        position, row = self.position[place], row.to(place.device)
+        position, row = self.position[place].long(), row.to(place.device)
         gone = self._uncoded(position, self.coded.to(place.device)[row])
         at = self._fresh_index(position[gone])
         self.fresh_k[row[gone], at] = 0
@@ -317,7 +321,7 @@ class CodedSlots(Slots):
         real = start + torch.arange(self.group, device=device) >= first
         width = int(self.held[at].max())
         held = torch.arange(width) < self.held[at].unsqueeze(1)
-        position = self.across(self.position, at, width)
+        position = self.positions(at, width)
         i, slot = (held.to(device) & (position >= start) & (position >= first)).nonzero(as_tuple=True)
         place = self.offset.to(device)[here[i]] + slot
         from_group = position[i, slot] % self.group
@@ -363,7 +367,7 @@ class CodedSlots(Slots):
         if not self.spec.tied:
             fresh["fresh_v"] = Field(self.spec.dtype, (rows, *self.fresh_v.shape[1:]), finite=True)
         columns = {name: Field(column.dtype, ("tokens",)) for name, column in self._columns().items()}
-        coded = {"position": Field(torch.int64, ("tokens",), least=0, most=MOST), "columns": columns}
+        coded = {"position": Field(torch.int32, ("tokens",), least=0), "columns": columns}
         return coded | fresh
 
     def require_sound(self, fields: dict[str, Any]) -> None:
