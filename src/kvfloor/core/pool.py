@@ -280,9 +280,9 @@ class Pool:
         """Append tokens and answer their queries, for requests that are all within or all past their prompts.
 
         ids    (n,) the requests' blocks
-        q      (n, H, g, t, d) -> outputs (n, H, g, t, dv)
+        q      (n, H, g, t, d) -> outputs (n, H, g, t, dv), 0 for padding
         k, v   (n, H, t, d), (n, H, t, dv)
-        count  (n,) number of each request's real tokens, which come first; None: all are real
+        count  (n,) number of each request's real tokens, which come first; the others are padding. None: all are real
         A single request's state is changed in its block. The states of several requests are copied out of their blocks,
         changed together as one state, and copied back.
         """
