@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvfloor.core import pool as pool_module
 from kvfloor.core.broken import BrokenState
 from kvfloor.core.decoding import DecodeBatch
-from kvfloor.core.pool import Pool
 from tests.core.test_pool import SPEC, Engine
 
 LAYERS = 2
@@ -117,7 +117,7 @@ def test_a_batch_does_not_open_torn_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     engine = started()[0]
     batches = [engine.pool.batch(torch.tensor(blocks)) for blocks in ([1, 2], [2, 4], [4])]
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(Pool, "_attended", fails)
+        patch.setattr(pool_module, "attend_blocks", fails)
         engine.pool.step(batches[0], *engine.piece(2, 1))
     with pytest.raises(BrokenState, match="a call on them broke off"):
         engine.pool.step(batches[1], *engine.piece(2, 1))

@@ -15,9 +15,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from kvfloor.core.attend import attend, fused
+from kvfloor.core.attend_blocks import attend_blocks
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.bounded import Bounded
 from kvfloor.core.broken import BrokenState
@@ -247,7 +246,8 @@ class Pool:
                 views["queries"][batch.rows, :, :, batch.fill] = asked
                 views["asked"][batch.rows, :, batch.fill] = True
             views["slots.held"][batch.index] += 1
-            out = self._attended(batch, asked)
+            values = self._slots("slots.k" if self.spec.tied else "slots.v")
+            out = attend_blocks(asked, self._slots("slots.k"), values, batch, self.spec.scale, self.spec.softcap)
             views["seen"][batch.index] += 1
             if batch.check is not None:
                 batch.check.add(q, k, v)
@@ -263,20 +263,6 @@ class Pool:
             with self._lent(ids[at]) as state, torch.inference_mode(False), torch.no_grad():
                 assert isinstance(state, Blocked)
                 state._close(None)
-
-    def _attended(self, batch: DecodeBatch, q: Tensor) -> Tensor:
-        """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too."""
-        n, heads, g, _d = q.shape
-        keys = self._slots("slots.k")[:, :, : batch.width]
-        values = keys if self.spec.tied else self._slots("slots.v")[:, :, : batch.width]
-        at = batch.index  # blocks that follow one another are read in place, others are copied together first
-        k, v = (x[at] if isinstance(at, slice) else x.index_select(0, at) for x in (keys, values))
-        if fused(q.flatten(0, 1), k[0], v[0], self.spec.softcap):
-            return scaled_dot_product_attention(q, k, v, attn_mask=batch.visible, scale=self.spec.scale)
-        hide = None if batch.visible is None else ~batch.visible.expand(n, heads, 1, -1).flatten(0, 1)
-        law = (self.spec.scale, self.spec.softcap, None, hide)
-        out, _ = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *law)
-        return out.view(n, heads, g, self.spec.dv).to(self.spec.dtype)
 
     def _slots(self, name: str) -> Tensor:
         """View a field with one entry per slot as (blocks, H, slots, ...)."""
