@@ -7,12 +7,18 @@ triton decides when it is imported whether it interprets, so this is a process o
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
+from kvfloor.core import attend_blocks, attend_blocks_triton
 from kvfloor.core.attend_blocks import attend_blocks as definition
 from kvfloor.core.attend_blocks_triton import attend_blocks as kernel
 from tests.core.blocks import CASES, error, error_of_equal_keys, made
+from tests.core.test_pool import Engine
 
 
 def error_beside_poison() -> float:
@@ -34,10 +40,27 @@ def refusal_of_scattered_entries() -> str:
     return ""
 
 
+def error_in_a_pool() -> float:
+    """Return the largest distance of a pool with the kernel from states that serve each request alone."""
+    engine, worst, calls = Engine("h2o@24"), 0.0, []
+    for block, tokens in ((5, 70), (0, 3), (3, 31)):
+        engine.start(block)
+        engine.step([block], tokens)
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return kernel(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attend_blocks, "kernel_applies", lambda q: True)
+        patch.setattr(attend_blocks_triton, "attend_blocks", counted)
+        for _ in range(12):
+            worst = max(worst, engine.step([0, 3, 5], 1), engine.step([5, 3], 1))
+    return worst if len(calls) == 24 and all(engine.same(block) for block in (0, 3, 5)) else math.inf
+
+
 def kernel_less_one(q, k, v, batch, scale, softcap):
     """A mutant: the newest token is not read."""
-    from dataclasses import replace
-
     return kernel(q, k, v, replace(batch, held=batch.held - 1), scale, softcap)
 
 
@@ -47,6 +70,7 @@ if __name__ == "__main__":
         "equal keys": {str(case): error_of_equal_keys(kernel, case) for case in CASES[:4]},
         "mutant": error(kernel_less_one, CASES[2]),
         "poison": error_beside_poison(),
+        "pool": error_in_a_pool(),
         "scattered": refusal_of_scattered_entries(),
     }
     print(json.dumps(found))

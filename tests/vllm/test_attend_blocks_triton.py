@@ -48,6 +48,10 @@ def test_the_kernel_reads_no_slot_without_a_token(found: dict[str, Any]) -> None
     assert found["poison"] < 3e-6
 
 
+def test_a_pool_with_the_kernel_serves_each_request_as_alone(found: dict[str, Any]) -> None:
+    assert found["pool"] < 2e-6
+
+
 def test_entries_that_lie_apart_are_refused(found: dict[str, Any]) -> None:
     assert "must lie together" in found["scattered"]
 

@@ -37,7 +37,7 @@ def attend_blocks(
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         raise ValueError(f"the entries of a key must lie together, got strides {k.stride()} and {v.stride()}")
     q, out = q.contiguous(), torch.empty(n, heads, g, dv, dtype=q.dtype, device=q.device)
-    attend_kernel[(n * heads,)](
+    attend_kernel[(n * heads,)](  # pyright: ignore[reportIndexIssue]
         q,
         k,
         v,
