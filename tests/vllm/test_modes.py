@@ -15,14 +15,15 @@ STAGES = {"pipeline_parallel_size": 2, "enforce_eager": False}
 COMPILED = {"enforce_eager": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "method"),
     [
-        pytest.param(COMPILED, "h2o@64"),
-        pytest.param(TENSORS, "h2o@64", marks=pytest.mark.slow),
-        pytest.param(TENSORS, "random@64", marks=pytest.mark.slow),
-        pytest.param(TENSORS | COMPILED, "sinks+value_sum@64", marks=pytest.mark.slow),
-        pytest.param(STAGES, "h2o@64", marks=pytest.mark.slow),
+        (COMPILED, "h2o@64"),
+        (TENSORS, "h2o@64"),
+        (TENSORS, "random@64"),
+        (TENSORS | COMPILED, "sinks+value_sum@64"),
+        (STAGES, "h2o@64"),
     ],
     ids=str,
 )
