@@ -134,7 +134,7 @@ def test_requests_in_a_pool_are_what_each_is_alone(text: str) -> None:
     assert all(engine.same(block) for block in (0, 3, 5))
 
 
-@pytest.mark.parametrize("text", ["h2o@24", "sinks+value_sum@24", "balance@64"])
+@pytest.mark.parametrize("text", (*CONSTANT, "sinks(block=1)@24", "h2o(block=1)@24"))
 def test_many_requests_are_copied_out_a_few_at_a_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "AT_ONCE", 2)
     engine, everyone = Engine(text, blocks=7), [6, 1, 3, 0, 4]
@@ -148,6 +148,7 @@ def test_many_requests_are_copied_out_a_few_at_a_time(text: str, monkeypatch: py
     worst += [engine.step(everyone, 1) for _ in range(10)]
     assert max(worst) < 2e-6
     assert all(engine.same(block) for block in everyone)
+    assert all(shell.nbytes < 0.1 * n * engine.pool.layout.nbytes for n, shell in engine.pool._shells.items() if n > 1)
 
 
 @pytest.mark.parametrize("text", ["sinks@24", "h2o@24", "sinks+value_sum@24"])

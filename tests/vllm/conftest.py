@@ -1,5 +1,9 @@
-"""Leave out the tests that run vLLM where it is not installed, as it needs an environment of its own."""
+"""Leave out the tests that need vLLM or triton where these are not installed: they take an environment of their own."""
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_engine.py", "test_schedules.py", "test_start.py"]
+ENGINES = ["test_engine.py", "test_modes.py", "test_schedules.py", "test_start.py"]
+
+collect_ignore = [] if importlib.util.find_spec("vllm") else ENGINES
+if importlib.util.find_spec("triton") is None:
+    collect_ignore.append("test_attend_blocks_triton.py")

@@ -121,6 +121,19 @@ def answer_of(output: Any, index: int = 0) -> Answer:
     return Answer(tokens, [step[token].logprob for step, token in zip(one.logprobs, tokens, strict=True)])
 
 
+def alike(one: Answer, other: Answer) -> bool:
+    """Return True if two greedy answers have equal tokens, up to one that was as probable as another but for rounding.
+
+    After such a token the answers go different ways, so the rest is not compared.
+    """
+    for a, b, p, q in zip(one.tokens, other.tokens, one.log_probabilities, other.log_probabilities, strict=True):
+        if abs(p - q) > TOLERANCE:
+            return False
+        if a != b:
+            return True
+    return True
+
+
 class Driver:
     """Step an engine by hand, with access to its scheduler and to the memory of its layers."""
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from kvfloor.core.pool import Pool, block_bytes
+from kvfloor.core.spec import Spec
+from kvfloor.methods.grammar import parse
 from kvfloor.vllm.batch import Plan, Planner
 
 
@@ -48,3 +52,23 @@ def test_a_recomputed_request_ends_its_prompt_at_the_first_chunk_after_it() -> N
     assert planned(planner, (3, 4, 4, True)).over.tolist() == []  # the chunk goes on past the prompt's end
     assert planned(planner, (3, 8, 3, False)).over.tolist() == [3]
     assert planned(planner, (3, 11, 1, False)).over.tolist() == []
+
+
+def test_a_forward_says_afterwards_that_a_number_was_not_finite() -> None:
+    """On a device no layer waits for its numbers; here the check is put off by hand."""
+    method, spec = parse("h2o@24"), Spec(2, 16, 16)
+    pool = Pool(method, spec, 2, torch.zeros(8, block_bytes(method, spec, 2), dtype=torch.uint8))
+    pool.clear(torch.tensor([5, 3]))
+    plan = planned(Planner(), (5, 0, 1, True), (3, 0, 1, True))
+    plan.require_finite()  # no layer ran yet
+    plan._step = pool.batch(plan.singles, plan.seen, deferred=True)
+    assert plan.step_of(pool) is plan._step
+    k = torch.zeros(2, 2, 1, 16)
+    pool.step(plan.step_of(pool), torch.zeros(2, 2, 2, 1, 16), k, k)
+    plan.require_finite()
+    pool.clear(torch.tensor([5, 3]))
+    plan._step = pool.batch(plan.singles, plan.seen, deferred=True)
+    k[1, 1] = torch.nan
+    pool.step(plan.step_of(pool), torch.zeros(2, 2, 2, 1, 16), k, k)
+    with pytest.raises(ValueError, match=r"blocks \[3\] had NaN"):
+        plan.require_finite()

@@ -19,6 +19,7 @@ def config(**changes: Any) -> Any:
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
             "use_ubatching": False,
+            "pipeline_parallel_size": 1,
         },
         "model_config": {
             "use_mla": False,
@@ -26,7 +27,9 @@ def config(**changes: Any) -> Any:
             "is_hybrid": False,
             "is_mm_prefix_lm": False,
             "runner_type": "generate",
+            "enforce_eager": True,
         },
+        "device_config": {"device_type": "cpu"},
     }
     whole: dict[str, Any] = {"speculative_config": None, "kv_transfer_config": None}
     for name, value in changes.items():
@@ -44,6 +47,7 @@ def config(**changes: Any) -> Any:
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 1"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 1"),
         ({"use_ubatching": True}, "--enable-dbo"),
+        ({"pipeline_parallel_size": 2}, "leave --enforce-eager out"),
         ({"kv_transfer_config": "connector"}, "--kv-transfer-config"),
         ({"use_mla": True}, "latent attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
@@ -57,6 +61,11 @@ def test_a_setting_is_refused_by_one_line(change: dict[str, Any], says: str) -> 
     with pytest.raises(ValueError, match=says) as refused:
         require_servable(config(**change))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("other", [{"enforce_eager": False}, {"device_type": "cuda"}])
+def test_pipeline_parallelism_is_served_where_vllm_can(other: dict[str, Any]) -> None:
+    require_servable(config(pipeline_parallel_size=2, **other))
 
 
 PLAIN = {

@@ -7,24 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.serving import TOLERANCE, Answer, Driver, distance, engine, generated, prompts, small_llama
+from tests.vllm.serving import TOLERANCE, Answer, Driver, alike, distance, engine, generated, prompts, small_llama
 
 pytestmark = pytest.mark.slow
 
 SCHEDULES, LONGEST_ANSWER = 1000, 24
-
-
-def alike(one: Answer, other: Answer) -> bool:
-    """Return True if two greedy answers have equal tokens, up to one that was as probable as another but for rounding.
-
-    After such a token the answers go different ways, so the rest is not compared.
-    """
-    for a, b, p, q in zip(one.tokens, other.tokens, one.log_probabilities, other.log_probabilities, strict=True):
-        if abs(p - q) > TOLERANCE:
-            return False
-        if a != b:
-            return True
-    return True
 
 
 @pytest.mark.parametrize("method", ["h2o@64", "sinks+value_sum@64"])

@@ -288,7 +288,10 @@ def write_examples(path: Path, examples: Iterable[SideBySide]) -> None:
 
 
 def read_examples(path: Path) -> list[SideBySide]:
-    """Read the examples that `write_examples` wrote. Raises ValueError naming the file if a line is no example."""
+    """Read the examples that `write_examples` wrote. Raises ValueError naming the file if a line is no example.
+
+    A file of more than _MOST_BYTES raises ValueError too.
+    """
     read = read_records(path, SideBySide, _MOST_BYTES, "examples.jsonl", "an example")
     try:
         return [replace(one, exact=_read(one.exact), others=tuple(map(_read, one.others))) for one in read]

@@ -183,6 +183,7 @@ def read_part(folder: Path, name: str) -> tuple[list[Any], int]:
     """Read the records of one of a journal's files, and return (records, size of its complete lines in bytes).
 
     name: `nats.jsonl`, `rows.jsonl` or `floors.jsonl`. A last line that was cut off while it was written is left out.
+    Raises ValueError for any other line that is not a record, and for a file that is larger than an audit's can be.
     """
     kind, most, what = _KINDS[name]
     records, size = read_growing(folder / name, kind, most, name, what)

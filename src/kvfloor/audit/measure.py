@@ -7,6 +7,8 @@ layer's queries, keys and values, recorded over context, question and right answ
 A task may check an answer in several parts, each named, e.g. "first word"; each check gives a share from 0 to 1. An
 audit with a time limit may measure a cell on further rounds of samples: round 1 has the first n, round 2 the next n.
 Errors of the attention output are measured in round 1 alone, so a further round costs the answers and little more.
+A sample is right if each of its questions is answered right, i.e. each check of each answer gives the share 1. On a
+sharded model, every rank makes the same calls, and bytes are those of all ranks together.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ BATCH_BYTES = 2**29  # the most that the exact cache of a batch may take, unless
 class Turn:
     """Hold one question to every sample of a cell, as token ids.
 
+    Every sample has as many questions as the others; turn i holds the i-th question of each sample.
+
     asks     per sample, the tokens to feed before the answer is decoded: those of the question. For the first question
              under "visible" it is its last token alone, as its other tokens are fed with the context
     answers  per sample, the tokens of the right answer
@@ -62,9 +66,10 @@ class Prepared:
     their keys and values are used.
 
     work      the cell with its samples as text
-    contexts  per sample, the tokens of the prompt: the context and, under "visible", the question without its last
-              token
-    turns     the questions that are asked after the end of the prompt, one after the other
+    contexts  per sample, the tokens of the prompt: the context and, under "visible", the first question without its
+              last token, which is in `turns[0]`
+    turns     the questions that are asked after the end of the prompt, one after the other: turns[i] holds the i-th
+              question of every sample
     traces    the traces of the first samples, TRACED_SAMPLES (4) at most, one entry per layer
     batches   indices of the samples that run together, with an object that feeds their prompts to a setting's cache
     """
@@ -82,7 +87,7 @@ class Measurement:
 
     Samples run in batches: the times and bytes of a batch are divided by its number of samples.
 
-    right                one 0 (wrong) or 1 (right) per sample
+    right                one number per sample: 1 if all its questions are answered right, else 0
     parts                name of each part of the answers -> share, from 0 to 1, that its check gave; mean over samples
     state_bytes          bytes of the cache at the end of the context
     peak_state_bytes     the most bytes of the cache at any moment
@@ -107,8 +112,8 @@ class Measurement:
 class ExactOutcome(NamedTuple):
     """Hold what other settings are compared with on a cell: the exact cache's answers and its bytes.
 
-    right        one 0 (wrong) or 1 (right) per sample
-    state_bytes  bytes of the cache at the end of the context, per sample
+    right        one number per sample: 1 if all its questions are answered right, else 0
+    state_bytes  bytes of the cache at the end of the context, per sample (mean over the samples)
     """
 
     right: tuple[int, ...]
@@ -137,7 +142,7 @@ class _Run(NamedTuple):
 def _token_bytes(recorded: Sequence[traces.Trace]) -> int:
     """Return the bytes of one token's keys and values in all layers of the exact cache.
 
-    recorded: traces, one entry per layer; they give the number of kv heads, the widths and the dtype.
+    recorded: traces, one entry per layer; they give the number of kv heads (of all ranks), the widths and the dtype.
     """
     return sum(one.kv_heads * (one.k.shape[2] + one.v.shape[2]) * one.k.element_size() for one in recorded)
 
@@ -255,7 +260,8 @@ class Bench:
         """Run a method on all samples of a cell, batch by batch, and return the answers, bytes and times.
 
         `prepared` holds the cell's samples as token ids. The contexts are prefilled and the cache is sealed. Then each
-        question is fed, and its answer is decoded greedily.
+        question is fed, and its answer is decoded greedily. A sample's questions follow each other in one cache, so a
+        later question comes after the earlier ones and the model's own answers to them.
         """
         method = self.resolved(method, prepared)
         runs = [self._run(method, prepared, samples, prompt) for samples, prompt in prepared.batches]
@@ -278,6 +284,7 @@ class Bench:
     def _run(self, method: Method, prepared: Prepared, samples: range, prompt: SharedPrompt) -> _Run:
         """Run a method, whose budget is in tokens, on one batch: prefill, seal, then feed and answer each question.
 
+        The questions follow each other in one cache, which also holds the answers before.
         prepared  the cell with its samples
         samples   indices of the batch's samples
         prompt    object that feeds the prompts of these samples to the cache

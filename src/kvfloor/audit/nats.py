@@ -95,7 +95,7 @@ def figures(exact: Iterable[Tensor], method: Iterable[Tensor], tokens: Iterable[
 class TextRow:
     """Record one setting measured on one text.
 
-    Bytes are of the whole cache: all layers and heads of one sequence.
+    Bytes are of the whole cache: all layers and heads (of all ranks, on a sharded model) of one sequence.
 
     method                 the setting as text, e.g. `h2o(recent=64)@256`
     configuration          the setting without its budget, e.g. `h2o(recent=64)`
@@ -305,7 +305,10 @@ def write_text_rows(path: Path, rows: Iterable[TextRow]) -> None:
 
 
 def read_text_rows(path: Path) -> list[TextRow]:
-    """Read the rows that `write_text_rows` wrote. Raises ValueError naming the file and line that is not a row."""
+    """Read the rows that `write_text_rows` wrote. Raises ValueError naming the file and line that is not a row.
+
+    A file of more than MOST_BYTES raises ValueError too.
+    """
     return read_records(path, TextRow, MOST_BYTES, "nats.jsonl", "a row of an audit's texts")
 
 

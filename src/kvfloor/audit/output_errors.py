@@ -117,7 +117,10 @@ def write_error_maps(path: Path, maps: Iterable[ErrorMap]) -> None:
 
 
 def read_error_maps(path: Path) -> list[ErrorMap]:
-    """Read the maps that `write_error_maps` wrote. Raises ValueError naming the file and line that is not a map."""
+    """Read the maps that `write_error_maps` wrote. Raises ValueError naming the file and line that is not a map.
+
+    A file of more than MOST_BYTES raises ValueError too.
+    """
     return read_records(path, ErrorMap, MOST_BYTES, "output_errors.jsonl", "a map of output errors")
 
 

@@ -17,8 +17,8 @@ def read_prompts(path: Path, n: int) -> tuple[Item, ...]:
     """Read a user's samples from JSON lines: {"prompt", "answer"}, or {"context", "question", "answer"}.
 
     A generated answer counts as right if it begins with the text of "answer". Lines may end in LF or CRLF, and blank
-    ones are skipped. All samples are returned. Raises ValueError naming the file and the broken line, and for fewer
-    than `n` samples.
+    ones are skipped. All samples are returned. Raises ValueError naming the file and the broken line, for fewer than
+    `n` samples, and for a file of more than 256 MiB.
     """
     data = read_regular(path, MOST_PROMPT_BYTES, "prompts file")
     before, zero, _ = data.partition(b"\0")

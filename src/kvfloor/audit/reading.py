@@ -3,7 +3,8 @@
 An excerpt is the context and the continuation that an audit reads of a text; the scored tokens are those of the
 continuation. The exact cache keeps every token. Here it is transformers' own cache with the model's own attention,
 without kvfloor, and called the reference. So kvfloor's method `exact` is compared with it like any other method. The
-reference's logits are computed once per excerpt and used for all settings.
+reference's logits are computed once per excerpt and used for all settings. On a sharded model, every rank makes the
+same calls, and bytes are those of all ranks together.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ Many cells and settings are tested, and three rules keep the probability of a wr
 
 - **Cells.** A setting must pass its test on every cell, each at the full level. Several tests that must all reject need
   no correction (intersection-union test: Berger, Technometrics 24 (1982)).
-- **Budgets.** A method's budgets are tested from the largest down. After the first budget that fails, no smaller one is
-  accepted. Bytes alone fix this order, before any score is known, so a method's budgets share one level
-  (fixed-sequence test: Maurer, Hothorn and Lehmacher, 1995).
+- **Budgets.** A method's budgets are tested from the largest down. After the first budget whose verdict is not "holds",
+  no smaller one is accepted. Bytes alone fix this order, before any score is known, so a method's budgets share one
+  level (fixed-sequence test: Maurer, Hothorn and Lehmacher, 1995).
 - **Methods.** The 5 % are divided by the number of tested methods (Bonferroni).
 
 An audit with a time limit is a race: it judges after every text and after every round of a cell's samples (round 1 has
@@ -250,7 +250,12 @@ def _candidates(
 
 
 def _judge(candidates: Sequence[_Candidate], standard: Standard) -> tuple[Judged, ...]:
-    """Judge the candidates by `standard`, each method's largest budget first; return the verdicts by rising bytes."""
+    """Judge the candidates by `standard`, each method's largest budget first; return the verdicts by rising bytes.
+
+    Each candidate's verdict comes from its own rows alone. A verdict "falls" or "open" ends its method's sequence: for
+    it and all smaller budgets `believed` is False, also where a smaller budget's own verdict is "holds". A candidate
+    that was not run on every cell gets "open" in place of "holds".
+    """
     judged: list[Judged] = []
     stopped: set[str] = set()
     for one in sorted(candidates, key=lambda one: (-one.mean("state_bytes"), one.setting)):

@@ -29,7 +29,7 @@ def write_records(path: Path, records: Iterable[Any]) -> None:
 def read_records(path: Path, kind: type[R], most_bytes: int, file_name: str, what: str) -> list[R]:
     """Read a file of objects of the dataclass `kind`, one per line; lists in it become tuples.
 
-    most_bytes  largest size of the file that is read
+    most_bytes  a larger file raises ValueError, and is not read
     file_name   name that an audit gives such a file, for errors
     what        description of one line, such as "a row of an audit", for errors
     Raises ValueError naming the file, and the line that is not such an object.
@@ -44,7 +44,7 @@ def read_growing(path: Path, kind: type[R], most_bytes: int, file_name: str, wha
     the result is ([], 0).
 
     kind        dataclass of the objects
-    most_bytes  largest size of the file that is read
+    most_bytes  a larger file raises ValueError, and is not read
     file_name   name that an audit gives such a file, for errors
     what        description of one line, such as "a row of an audit", for errors
     Raises ValueError naming the file, and the line that is not such an object.

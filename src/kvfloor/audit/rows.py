@@ -50,14 +50,14 @@ class Cell(NamedTuple):
 class Row:
     """Record one setting measured on one cell.
 
-    Bytes are of the whole cache: all layers and heads of one sequence.
+    Bytes are of the whole cache: all layers and heads (of all ranks, on a sharded model) of one sequence.
 
     method                 the setting as text, e.g. `h2o(recent=64)@256`
     budget_tokens          tokens kept per kv head; None if the budget is not one number
     task, context          the task's name; the number of tokens of context
     protocol               "visible": a question is compressed with its context; "after": it follows the compression
     n                      number of samples, at least 32
-    score                  share of exactly right answers
+    score                  share of right samples, i.e. of ones in `outcomes`
     score_low, score_high  95 % Wilson interval of the score
     exact_score            the exact cache's share on the same samples
     diff_low, diff_high    95 % Tango interval of the paired difference score - exact_score
@@ -82,7 +82,8 @@ class Row:
                            context x log2(vocabulary) / 8
     output_error_by_layer  relative L2 error of the attention output against exact, same queries: (layers,)
     output_error_by_head   the same per layer and kv head: (layers, kv heads)
-    outcomes               one 0 (wrong) or 1 (right) per sample, in the samples' order
+    outcomes               one number per sample, in the samples' order: 1 if all its questions are answered right, else
+                           0
     gained, lost           numbers of samples that only this setting answers right, and that only exact answers right
     round                  number of the round of samples, from 1. Output errors are measured in the first round alone:
                            in a later one `output_error` is 0, and the errors by layer and by head are empty
@@ -208,13 +209,13 @@ def measured_row(
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
-    Bytes are of the whole cache of one sample.
+    Bytes are of the whole cache of one sample, of all ranks on a sharded model.
 
     setting                the method with its budget
     budget_tokens          tokens kept per kv head; None if the budget is not one number
     task, context          the task's name; the number of tokens of context
     protocol               "visible": a question is compressed with its context; "after": it follows the compression
-    outcomes               one 0 (wrong) or 1 (right) per sample
+    outcomes               one number per sample: 1 if all its questions are answered right, else 0
     exact_outcomes         the exact cache's outcomes on the same samples in the same order; for the exact cache's own
                            row they are `outcomes` again
     state_bytes            bytes at the end of the context; `peak_state_bytes` are the most at any moment
@@ -289,7 +290,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the rows that `write_rows` wrote. Raises ValueError naming the file and line that is not a row."""
+    """Read the rows that `write_rows` wrote. Raises ValueError naming the file and line that is not a row.
+
+    A file of more than MOST_BYTES raises ValueError too.
+    """
     return read_records(path, Row, MOST_BYTES, "rows.jsonl", "an audit row")
 
 

@@ -65,7 +65,8 @@ def text_of(name: str, tokens: int) -> str:
     """Return the text of this name: a shipped one, a generated one, or the content of a file.
 
     A generated text is made so long that it has at least `tokens` tokens of the built-in model's tokenizer; other texts
-    are returned whole. Raises ValueError for a name that is neither a text nor a readable UTF-8 file.
+    are returned whole. Raises ValueError for a name that is neither a text nor a readable UTF-8 file of at most 128
+    MiB.
     """
     if name in SHIPPED:
         return files("kvfloor.tasks").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")

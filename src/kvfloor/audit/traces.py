@@ -56,7 +56,10 @@ class Trace:
 
 
 def token_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes that the queries, keys and values of one token take in the traces of all layers."""
+    """Return the bytes that the queries, keys and values of one token of one sample take in the traces of all layers.
+
+    All heads of the model count: on a sharded model too, the traces on each rank hold those of all ranks.
+    """
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads

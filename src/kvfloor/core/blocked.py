@@ -10,7 +10,8 @@ A token's rank is its index among the held tokens of its row, the oldest at 0. I
 constants) has a rotation, keys and queries are rotated to ranks: by RoPE with the rank in place of the position in the
 stream.
 In shapes, r are rows (some rows only, where an argument `rows` selects them), g query heads per kv head, a new tokens,
-m queries, s slots, d and dv the widths of a key and a value. take[r] and count[r] are numbers of tokens of row r.
+m queries, s slots, d and dv the widths of a key and a value. take[r] and count[r] are numbers of tokens of row r;
+what follows them in the row is padding, whose answers have no meaning: the public calls (`State.step`) replace them.
 """
 
 from __future__ import annotations

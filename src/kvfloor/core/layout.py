@@ -119,22 +119,32 @@ class Layout:
         return found
 
     def load(self, views: dict[str, Tensor], ids: Tensor, state: State) -> None:
-        """Copy the contents of the blocks `ids` (n,) into `state`, which is a state of n requests.
+        """Give `state`, a state of n requests, copies of what the blocks `ids` (n,) hold.
 
-        views: what the method `views` returned. Apart from its number of requests, `state` has the sizes of the state
-        that the layout was made from. Raises ValueError if the blocks differ in a number, because a state has one value
-        of it for all requests: for example, if the prompt has ended in some of the requests only.
+        views: what `views` returned. The state's own tensors are replaced, so `empty` may have dropped them. Raises
+        ValueError if the blocks differ in a number, as a state has it only once: for example if the prompt is over in
+        some of them only.
         """
-        for field in self.fields:
-            owner, name = _owner(state, field.path)
-            source = views[field.name].index_select(0, ids)
-            if not field.shape:
-                if bool((source != source[0]).any()):
-                    raise ValueError(f"these blocks differ in {field.name}: load them one after the other")
-                setattr(owner, name, type(getattr(owner, name))(source[0].item()))
-            elif name not in _DERIVED:
-                target = getattr(owner, name)
-                target.copy_(source.view(target.shape))
+        copies = {field.name: views[field.name][ids] for field in self.fields if field.path[-1] not in _DERIVED}
+        for path, field in self.paths.items():
+            owner, name = _owner(state, path)
+            if name in _DERIVED:
+                continue
+            source, now = copies[field], getattr(owner, name)
+            if isinstance(now, Tensor):
+                setattr(owner, name, source.flatten(0, 1).to(now.device))
+                continue
+            if bool((source != source[0]).any()):
+                raise ValueError(f"these blocks differ in {field}: load them one after the other")
+            setattr(owner, name, type(now)(source[0].item()))
+
+    def empty(self, state: State) -> None:
+        """Drop the tensors of `state`, which takes no memory then. Only `load` and `bind` may use it further."""
+        for path in self.paths:
+            owner, name = _owner(state, path)
+            now = getattr(owner, name)
+            if isinstance(now, Tensor) and name not in _DERIVED:
+                setattr(owner, name, now.new_empty(0))
 
     def bind(self, views: dict[str, Tensor], block: int, state: State) -> None:
         """Replace the tensors of `state`, a state of one request, by views of the fields of one block.

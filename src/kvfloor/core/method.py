@@ -142,6 +142,8 @@ class Method(ABC):
 
         prompt  number of tokens before the end of the prompt; None: the prompt has not ended
         pinned  number of tokens that are protected from eviction for good
+        A method whose capacity follows from its budget raises ValueError if the budget is a share or bytes: convert it
+        to tokens first (`kvfloor.resolve`).
         """
 
     def with_budget(self, budget: Budget) -> Method | None:

@@ -13,19 +13,18 @@ t tokens, d and dv the widths of a key and a value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from kvfloor.core.attend import attend, fused
+from kvfloor.core.attend_blocks import attend_blocks
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.bounded import Bounded
 from kvfloor.core.broken import BrokenState
+from kvfloor.core.decoding import DecodeBatch
 from kvfloor.core.layout import Layout
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
@@ -33,7 +32,9 @@ from kvfloor.core.state import State
 from kvfloor.core.watching import Watching
 
 AT_ONCE = 8
-"""Most requests whose states `step` copies out of their blocks at a time; each layer keeps memory for the copy."""
+"""Most requests whose blocks are copied out together: so many blocks of one layer take memory beside the engine's."""
+
+STALE = "the batch was made for other clocks than these blocks have: make it anew for each step"
 
 
 def opened(method: Method, spec: Spec, g: int, tokens: int | None = None) -> State:
@@ -62,57 +63,6 @@ def block_bytes(method: Method, spec: Spec, g: int, tokens: int | None = None) -
     budgets that differ between kv heads.
     """
     return Layout.of(opened(method, spec, g, tokens)).nbytes
-
-
-@dataclass(frozen=True)
-class DecodeBatch:
-    """Hold the block indices and token counts for a decode step, which gives one new token to each of n requests.
-
-    They are the same in all layers. Counts are those before the step.
-
-    ids       (n,) index of each request's block, on the CPU
-    index     the same indices on the blocks' device, or a slice if they are consecutive
-    rows      (n,) the same indices as a tensor on the blocks' device
-    seen      (n,) tokens appended to each request so far
-    held      (n,) tokens that each kv head of the request holds
-    fill      (n,) tokens in the request's last token block, if that is not complete; else 0
-    width     largest number of tokens that a kv head holds once the new token is added
-    visible   bool (n, 1, 1, width), True for slots that hold a token then; None: all slots do
-    complete  (c,) indices, on the CPU, of the blocks of those requests whose token block the new token completes; None:
-              there are none
-    """
-
-    ids: Tensor
-    index: Tensor | slice
-    rows: Tensor
-    seen: Tensor
-    held: Tensor
-    fill: Tensor
-    width: int
-    visible: Tensor | None
-    complete: Tensor | None
-
-    @classmethod
-    def of(cls, ids: Tensor, seen: Tensor, held: Tensor, block: int, device: torch.device) -> DecodeBatch:
-        """Make the batch from the requests' block indices and their token counts before the step.
-
-        ids     (n,) index of each request's block, on the CPU
-        seen    (n,) tokens appended to each request so far, on the CPU
-        held    (n,) tokens that each of its kv heads holds, on the CPU
-        block   number of tokens in a token block
-        device  that of the blocks
-        """
-        named, counts, fill = ids.tolist(), held.tolist(), seen % block
-        width = max(counts) + 1
-        visible = None
-        if min(counts) + 1 < width:
-            visible = (torch.arange(width) <= held.unsqueeze(1)).view(-1, 1, 1, width).to(device)
-        consecutive = all(b == a + 1 for a, b in pairwise(named))
-        rows = ids.to(device)
-        index = slice(named[0], named[-1] + 1) if consecutive else rows
-        ends = fill == block - 1
-        complete = ids[ends] if bool(ends.any()) else None
-        return cls(ids, index, rows, seen.to(device), held.to(device), fill.to(device), width, visible, complete)
 
 
 class Pool:
@@ -152,9 +102,9 @@ class Pool:
         self._watches = isinstance(empty, Watching) and empty.queries is not None
         self._block = empty.block if isinstance(empty, Blocked) else 1
         self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None
-        self._working: State | None = None  # the state that blocks were copied out to last
-        self._lens: State | None = None  # a state of one request that is bound to one block after the other
-        self._torn: set[int] = set()
+        self._shells: dict[int, State] = {}  # states without memory of their own, by number of requests
+        self._torn: dict[int, str] = {}  # blocks that refuse all calls, and why
+        self._unsettled: DecodeBatch | None = None  # the last step, if its check of numbers was put off
 
     # ---- whole blocks ----------------------------------------------------------------------------------------------
 
@@ -163,13 +113,13 @@ class Pool:
         """Overwrite these blocks by empty states. No byte of the old states is left."""
         ids = self._known(ids, torn=True)
         self._blocks[ids, : self.layout.nbytes] = self._empty
-        self._torn.difference_update(ids.tolist())
+        self._mend(ids.tolist())
 
     @torch.inference_mode()
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy the state in block source[i] into block target[i] for each i, to fork requests; both are (n,)."""
         source, target = self._known(source), self._known(target, torn=True)
-        with self._writing(target):
+        with self._writing(target.tolist()):
             self._blocks[target, : self.layout.nbytes] = self._blocks[source, : self.layout.nbytes]
 
     @torch.inference_mode()
@@ -179,10 +129,7 @@ class Pool:
         Later changes of the blocks do not change the copy. Raises ValueError if the prompt has ended in some of the
         requests but not in all.
         """
-        ids = self._known(ids)
-        taken = self._loaded(ids)
-        self._working = None
-        return taken
+        return self._filled(self._known(ids), bound=False)
 
     @torch.inference_mode()
     def put(self, ids: Tensor, state: State) -> None:
@@ -196,7 +143,7 @@ class Pool:
                 f"the state is of {state.method} and has {state.spec.rows} rows; {len(ids)} blocks hold {self.method} "
                 f"with {self.spec.rows} rows each"
             )
-        with self._writing(ids):
+        with self._writing(ids.tolist()):
             self.layout.store(state, self._views, ids)
 
     @torch.inference_mode()
@@ -215,12 +162,15 @@ class Pool:
         return self._views["seen"][ids] * 0 if held is None else held[ids]
 
     @torch.inference_mode()
-    def batch(self, ids: Tensor, seen: Tensor | None = None) -> DecodeBatch:
-        """Prepare a decode step of one new token for each of these requests, for the pools of all layers.
+    def batch(self, ids: Tensor, seen: Tensor | None = None, deferred: bool | None = None) -> DecodeBatch:
+        """Prepare a step of one token of each of these requests, for the pools of all layers: their clocks agree.
 
-        One batch serves all layers, because a request has the same token counts in all of them.
-        seen: (n,) tokens appended to each request so far, on the CPU. None: the counts are read from the blocks, which
-        waits for their device.
+        seen      (n,) tokens that each request has taken in, on the CPU; None: they are read from the blocks. Given, no
+                  device is waited for
+        deferred  True: steps do not wait to learn whether all numbers are finite. The next call of a pool does, and
+                  before it `DecodeBatch.require_finite`; nothing is evicted until then. Blocks of requests whose
+                  numbers were not finite are torn. False: every step checks its numbers before it changes a block.
+                  None: True if `seen` is given and the blocks are not on the CPU
         """
         ids = self._known(ids)
         clock = self.seen(ids).cpu() if seen is None else seen.to(torch.int64)
@@ -229,7 +179,9 @@ class Pool:
         else:  # evictions at block ends bring a row down to its budget
             last = clock - clock % self._block
             held = last.clamp_max(self._capacity) + clock - last
-        return DecodeBatch.of(ids, clock, held, self._block, self._blocks.device)
+        device = self._blocks.device
+        deferred = (seen is not None and device.type != "cpu") if deferred is None else deferred
+        return DecodeBatch.of(ids, len(self._blocks), clock, held, self._block, device, deferred)
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
@@ -242,11 +194,10 @@ class Pool:
         """
         ids = self._known(ids)
         ids = ids[(self._views["sealed"][ids, 0] == 0).cpu()]
-        with self._writing(ids):
-            for block in ids.split(1) if len(ids) else ():
-                state = self._bound(block)
-                state.seal()
-                self.layout.store(state, self._views, block)
+        with self._writing(ids.tolist()):
+            for some in ids.split(AT_ONCE) if len(ids) else ():
+                with self._lent(some) as state:
+                    state.seal()
 
     @torch.inference_mode()
     def step(
@@ -263,38 +214,38 @@ class Pool:
                them
         q      (n, H, g, t, d) -> outputs (n, H, g, t, dv) in the spec's dtype, 0 for padding
         k, v   (n, H, t, d), (n, H, t, dv)
-        count  (n,) number of each request's real tokens, which come first; the others are padding. None: all are real
-        Raises ValueError for bad input, with the blocks unchanged.
+        count  (n,) number of each request's real tokens, which are its first; the rest is padding. None: all are real
+        Raises ValueError for bad input, with the blocks as they were; but see `batch` for numbers that are not finite.
         """
-        batch = ids if isinstance(ids, DecodeBatch) else None
-        ids = self._known(ids.ids if isinstance(ids, DecodeBatch) else ids)
-        self._require(ids, q, k, v, count)
-        if self._plain and k.shape[2] == 1 and (count is None or bool((count == 1).all())):
-            return self._decode(self.batch(ids) if batch is None else batch, q, k, v)
+        if isinstance(ids, DecodeBatch):
+            batch = self._taken(ids)
+            ids = batch.ids
+        else:
+            batch, ids = None, self._known(ids)
+        self._require(len(ids), q, k, v, count)
+        alone = k.shape[2] == 1 and (count is None or bool((count == 1).all()))
+        if batch is not None and not alone:
+            raise ValueError("a batch is of one token of each request: name the blocks for other numbers of tokens")
+        plain = alone and self._plain
+        if alone and (batch is None or batch.check is None or not plain):
+            self._require_finite(q, k, v)
+        self._require_room(ids, batch, k.shape[2], count)
+        if plain:
+            return self._decode(self.batch(ids, deferred=False) if batch is None else batch, q, k, v)
         out = torch.zeros(*q.shape[:4], self.spec.dv, dtype=self.spec.dtype, device=q.device)
         for at in self._parts(ids):
             out[at] = self._stepped(ids[at], q[at], k[at], v[at], None if count is None else count[at])
         return out
 
     def _stepped(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> Tensor:
-        """Append tokens and answer their queries, for requests that are all within or all past their prompts.
-
-        ids    (n,) the requests' blocks
-        q      (n, H, g, t, d) -> outputs (n, H, g, t, dv)
-        k, v   (n, H, t, d), (n, H, t, dv)
-        count  (n,) number of each request's real tokens, which come first; None: all are real
-        A single request's state is changed in its block. The states of several requests are copied out of their blocks,
-        changed together as one state, and copied back.
-        """
+        """Do `step` for requests whose prompts are all over, or all not over."""
         n, _, g, t, d = q.shape
         present = None
         if count is not None:
             real = (torch.arange(t) < count.cpu().unsqueeze(1)).to(k.device)
             present = real.unsqueeze(1).expand(n, self.spec.rows, t).reshape(-1, t)
-        with self._writing(ids):
-            state = self._bound(ids) if n == 1 else self._loaded(ids)
+        with self._writing(ids.tolist()), self._lent(ids) as state:
             out = state.step(q.reshape(-1, g, t, d), k.reshape(-1, t, d), v.reshape(-1, t, self.spec.dv), present)
-            self.layout.store(state, self._views, ids)
         return out.view(n, self.spec.rows, g, t, self.spec.dv)
 
     def _decode(self, batch: DecodeBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -306,8 +257,8 @@ class Pool:
         """
         views, at, asked = self._views, batch.held, q.squeeze(3)
         if q.device.type == "cpu" and not torch.equal(views["seen"][batch.index, 0], batch.seen):
-            raise ValueError("the batch was made for other clocks than these blocks have: make it anew for each step")
-        with self._writing(batch.ids):
+            raise ValueError(STALE)
+        with self._writing(batch.named):
             self._slots("slots.k")[batch.rows, :, at] = k.squeeze(2)
             if not self.spec.tied:
                 self._slots("slots.v")[batch.rows, :, at] = v.squeeze(2)
@@ -316,37 +267,23 @@ class Pool:
                 views["queries"][batch.rows, :, :, batch.fill] = asked
                 views["asked"][batch.rows, :, batch.fill] = True
             views["slots.held"][batch.index] += 1
-            out = self._attended(batch, asked)
+            values = self._slots("slots.k" if self.spec.tied else "slots.v")
+            out = attend_blocks(asked, self._slots("slots.k"), values, batch, self.spec.scale, self.spec.softcap)
             views["seen"][batch.index] += 1
+            if batch.check is not None:
+                batch.check.add(q, k, v)
+                self._unsettled = batch
             if batch.complete is not None:
+                batch.require_finite()
                 self._close(batch.complete)
         return out.unsqueeze(3)
 
     def _close(self, ids: Tensor) -> None:
-        """Handle the end of a token block in the requests of these blocks, for example by evicting tokens.
-
-        The requests are handled one by one, each state in its block. A request comes here once per token block.
-        """
-        for block in ids.split(1):
-            state = self._bound(block)
-            assert isinstance(state, Blocked)
-            with torch.inference_mode(False), torch.no_grad():
+        """Handle the end of a block of tokens in these requests, for example by evicting tokens."""
+        for at in self._parts(ids):
+            with self._lent(ids[at]) as state, torch.inference_mode(False), torch.no_grad():
+                assert isinstance(state, Blocked)
                 state._close(None)
-            self.layout.store(state, self._views, block)
-
-    def _attended(self, batch: DecodeBatch, q: Tensor) -> Tensor:
-        """Return attention outputs (n, H, g, dv) of q (n, H, g, d) over all held tokens, the newest included."""
-        n, heads, g, _d = q.shape
-        keys = self._slots("slots.k")[:, :, : batch.width]
-        values = keys if self.spec.tied else self._slots("slots.v")[:, :, : batch.width]
-        at = batch.index  # blocks that follow one another are read in place, others are copied together first
-        k, v = (x[at] if isinstance(at, slice) else x.index_select(0, at) for x in (keys, values))
-        if fused(q.flatten(0, 1), k[0], v[0], self.spec.softcap):
-            return scaled_dot_product_attention(q, k, v, attn_mask=batch.visible, scale=self.spec.scale)
-        hide = None if batch.visible is None else ~batch.visible.expand(n, heads, 1, -1).flatten(0, 1)
-        law = (self.spec.scale, self.spec.softcap, None, hide)
-        out, _ = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *law)
-        return out.view(n, heads, g, self.spec.dv).to(self.spec.dtype)
 
     def _slots(self, name: str) -> Tensor:
         """Return a view (blocks, H, slots, ...) of the field `name`, which has one entry per slot, as "slots.k" has."""
@@ -366,43 +303,64 @@ class Pool:
             if len(at):
                 yield from at.split(AT_ONCE)
 
+    @contextmanager
+    def _lent(self, ids: Tensor) -> Iterator[State]:
+        """Lend the state in these blocks (n,), one of n H rows; what the caller changes in it is changed in the blocks.
+
+        That of one request lies in its block, those of several are copied out and in.
+        """
+        state = self._filled(ids, bound=len(ids) == 1)
+        yield state
+        self.layout.store(state, self._views, ids)
+        if len(ids) > 1:
+            self.layout.empty(state)
+        self._shells[len(ids)] = state
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _bound(self, ids: Tensor) -> State:
-        """Return a state of one request whose tensors are views of the block that `ids` (1,) names.
+    def _filled(self, ids: Tensor, bound: bool) -> State:
+        """Return a state of n H rows with the content of these blocks (n,).
 
-        A call on the state changes the block in place. `layout.store` must follow, as numbers and replaced tensors of
-        the state are not views. The state is valid until the next call of this method, which moves it to another block.
+        bound: True if its tensors are views of the block, of which there is one; False if they are copies.
         """
-        if self._lens is None or self._lens.broken:
-            self._lens = opened(self.method, self.spec, self.g, self._tokens)
-        self.layout.bind(self._views, int(ids[0]), self._lens)
-        return self._lens
-
-    def _loaded(self, ids: Tensor) -> State:
-        """Copy the states out of these blocks, and return them as one state of n H rows, request after request.
-
-        The next call of this method may overwrite the returned state.
-        """
-        state, n = self._working, len(ids)
-        if state is None or state.broken or state.spec.rows != n * self.spec.rows:
+        state, n = self._shells.pop(len(ids), None), len(ids)
+        if state is None:
             places = None if self.spec.places is None else tuple(self.spec.places) * n
             rows = {"rows": n * self.spec.rows, "row_ids": tuple(self.spec.row_ids or ()) * n, "places": places}
             state = opened(self.method, replace(self.spec, **rows), self.g, self._tokens)
-        self.layout.load(self._views, ids, state)
-        self._working = state
+        if bound:
+            self.layout.bind(self._views, int(ids[0]), state)
+        else:
+            self.layout.load(self._views, ids, state)
         return state
 
-    @contextmanager
-    def _writing(self, ids: Tensor) -> Iterator[None]:
-        """Mark these blocks as half-written while the body of the `with` statement changes them.
+    # ---- torn blocks -----------------------------------------------------------------------------------------------
 
-        If an exception ends the body, the mark stays, and later calls on the blocks raise BrokenState.
-        """
-        touched = ids.tolist()
-        self._torn.update(touched)
+    @contextmanager
+    def _writing(self, named: Sequence[int]) -> Iterator[None]:
+        """Mark these blocks as torn while the caller changes them, and for good if an exception ends the change."""
+        self._torn.update(dict.fromkeys(named, "a call on them broke off"))
         yield
-        self._torn.difference_update(touched)
+        self._mend(named)
+
+    def _mend(self, named: Sequence[int]) -> None:
+        """Let these blocks take calls again."""
+        for block in named:
+            self._torn.pop(block, None)
+
+    def _settle(self) -> None:
+        """Learn whether all numbers of the last step were finite, if that check was put off; tear blocks otherwise."""
+        if self._unsettled is not None:
+            for block in self._unsettled.bad():
+                self._torn.setdefault(block, "they got a q, k or v with NaN or infinite entries")
+            self._unsettled = None
+
+    def _require_whole(self, named: Sequence[int]) -> None:
+        """Raise BrokenState if one of these blocks is torn."""
+        broken = sorted(self._torn.keys() & named) if self._torn else []
+        if broken:
+            why = " and ".join(sorted({self._torn[block] for block in broken}))
+            raise BrokenState(f"the blocks {broken} are torn, as {why}: clear them and start again")
 
     # ---- input -----------------------------------------------------------------------------------------------------
 
@@ -418,18 +376,24 @@ class Pool:
         named = ids.tolist()
         if min(named) < 0 or max(named) >= len(self._blocks) or len(set(named)) < len(named):
             raise ValueError(f"blocks must be different indices in 0..{len(self._blocks) - 1}, got {named}")
-        if not torn and not self._torn.isdisjoint(named):
-            broken = sorted(self._torn.intersection(named))
-            raise BrokenState(f"a call on the blocks {broken} broke off and left them torn: clear them and start again")
+        self._settle()
+        if not torn:
+            self._require_whole(named)
         return ids.to(torch.int64)
 
-    def _require(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
-        """Raise ValueError if the arguments of `step` have a wrong shape or dtype, or do not fit into their blocks.
+    def _taken(self, batch: DecodeBatch) -> DecodeBatch:
+        """Return a batch that this pool can step; its blocks were checked when it was made."""
+        if batch.blocks != len(self._blocks):
+            raise ValueError(f"the batch is for pools of {batch.blocks} blocks; this one has {len(self._blocks)}")
+        if self._unsettled is batch:
+            raise ValueError(STALE)
+        self._settle()
+        self._require_whole(batch.named)
+        return batch
 
-        ids (n,) are the requests' blocks. The entries must also be finite; this is checked here for one token per
-        request only, as the states check longer input themselves.
-        """
-        n, spec, t = len(ids), self.spec, k.shape[2] if k.ndim == 4 else -1
+    def _require(self, n: int, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
+        """Raise ValueError unless the tokens of n requests have the right shapes."""
+        spec, t = self.spec, k.shape[2] if k.ndim == 4 else -1
         wanted = {
             "q": (n, spec.rows, self.g, t, spec.d),
             "k": (n, spec.rows, t, spec.d),
@@ -438,13 +402,22 @@ class Pool:
         for (name, shape), x in zip(wanted.items(), (q, k, v), strict=True):
             if tuple(x.shape) != shape or x.dtype != spec.dtype:
                 raise ValueError(f"{name} must be {spec.dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
-            if t == 1 and not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
-                raise ValueError(f"{name} has NaN or infinite entries; no block was changed")
         if count is not None and (count.shape != (n,) or int(count.min()) < 0 or int(count.max()) > t):
             raise ValueError(f"count must be (n,) = ({n},) numbers in 0..{t}, got {count.tolist()}")
-        if self._tokens is not None:
-            after = self._views["seen"][ids, 0].cpu() + (t if count is None else count.cpu())
-            if int(after.max()) > self._tokens:
-                raise ValueError(
-                    f"a request would have {int(after.max())} tokens; its block has room for {self._tokens}"
-                )
+
+    def _require_finite(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError unless all entries are finite; the device is waited for."""
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
+                raise ValueError(f"{name} has NaN or infinite entries; no block was changed")
+
+    def _require_room(self, ids: Tensor, batch: DecodeBatch | None, t: int, count: Tensor | None) -> None:
+        """Raise ValueError if a request would get more tokens than its block has room for."""
+        if self._tokens is None:
+            return
+        if batch is None:
+            longest = int((self._views["seen"][ids, 0].cpu() + (t if count is None else count.cpu())).max())
+        else:
+            longest = batch.longest
+        if longest > self._tokens:
+            raise ValueError(f"a request would have {longest} tokens; its block has room for {self._tokens}")

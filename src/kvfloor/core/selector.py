@@ -98,7 +98,8 @@ class SelectorState(Memory, ABC):
         """Choose the slots to read for queries q (rows, g, a, d) of newly appended tokens: a `Chosen` with m = g * a.
 
         visible   (rows, a) number of slots that a token's queries see, that of the token itself included
-        position  (rows, a) index of the token in the stream, or -1 where the row has no such token
+        position  (rows, a) index of the token in the stream, or -1 for padding, whose queries are 0 and whose choice is
+                  not used
         Unlike `choose`, the call may store a choice in the index, so that the queries of later tokens use it too.
         """
         del position

@@ -113,7 +113,7 @@ class Spec:
         return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
 
     def select(self, index: Tensor) -> Spec:
-        """Return the spec for the rows at `index` (r,) alone; these rows keep their row ids and places."""
+        """Return the spec for the rows at `index` (r,), repeats allowed; these rows keep their row ids and places."""
         assert self.row_ids is not None
         chosen = [self.row_ids[i] for i in index.tolist()]
         places = None if self.places is None else [self.places[i] for i in index.tolist()]

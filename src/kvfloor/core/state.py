@@ -148,7 +148,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """Append the first take[r] tokens of each row r, and answer each token's queries: a `Partial` (rows, g, t).
 
         A token's queries are answered right after it is appended, before the next token. Faster variants must give the
-        same answers as this token-by-token form.
+        same answers as this token-by-token form. From index take[r] on, row r is padding, and its results have no
+        meaning: the caller replaces them.
         """
         out = Partial.empty(*q.shape[:3], dv=self.spec.dv, dtype=self.spec.compute_dtype, device=q.device)
         for i in range(int(take.max())):
@@ -160,7 +161,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _step(self, k: Tensor, v: Tensor, q: Tensor, take: Tensor) -> Tensor:
         """Append the first take[r] tokens of each row r, and return the outputs (rows, g, t, dv) of all their queries.
 
-        Each token's queries are answered right after the token is appended, before the next one.
+        Each token's queries are answered right after the token is appended, before the next one. From index take[r] on,
+        row r is padding, and its outputs have no meaning: the caller replaces them.
         """
         return self._step_partial(k, v, q, take).mean
 
@@ -175,7 +177,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
         """Append one token to every row and return the outputs (rows, g, 1, dv) of its queries q (rows, g, 1, d).
 
-        Called only while `_steps_alone` is True. A variant overrides it with a faster form.
+        Called only while `_steps_alone` is True, and without padding. A variant overrides it with a faster form.
         """
         return self._step(k, v, q, torch.ones(self.spec.rows, dtype=torch.int64))
 
@@ -203,7 +205,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """
 
     def _select_rows(self, index: Tensor) -> None:
-        """Keep only the rows at `index` (r,), in this order; `select_rows` has checked that these rows exist."""
+        """Keep only the rows at `index` (r,), in this order, repeats allowed; `select_rows` has checked the indices."""
         super().select_rows(index)
 
     def _pin(self, start: int, stop: int) -> None:
@@ -505,6 +507,7 @@ class State(Memory, Generic[M], metaclass=_Plain):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Check k, v, q and `present`, move each row's padding behind its real tokens; return (k, v, q, take, order).
 
+        The padding keeps its numbers, which may be NaN.
         take (rows,) is the number of real tokens of each row. order (rows, t) names the tokens in their new order, by
         their index in the call: the token now at i was at order[r, i]; `order` is None if all tokens are real.
         """

@@ -54,8 +54,9 @@ class SummaryState(Memory, ABC):
         """
 
     def on_queries(self, q: Tensor) -> None:
-        """Record queries q (rows, g, a, d) that the state is given, with or without new tokens; padding is set to 0.
+        """Record queries q (rows, g, a, d) that the state is given, with a new tokens or (a = m) without new tokens.
 
+        The caller has already set the queries of padding to 0.
         A summary needs them only if its error bound assumes something about queries.
         """
 

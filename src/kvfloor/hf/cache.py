@@ -347,8 +347,8 @@ class CompressedCache(Cache):
 
         model       a prepared model with the weights that filled the cache
         method      the method that the cache was made with; needed only if a class from outside kvfloor is part of it
-        most_bytes  a larger file is refused unread; 32 GiB unless given. Loading takes three times the file's size in
-                    memory
+        most_bytes  a larger file raises ValueError, and is not read in full; 32 GiB unless given. Loading takes three
+                    times the file's size in memory
         Collective on a sharded model: every rank reads the file, and keeps only its own kv heads.
         Raises CorruptState (damaged file), WrongModel (another model filled the cache), NewerVersion or OlderVersion
         (of the file's format), or UnknownMethod (the saved method cannot be built); all are ValueErrors. Raises

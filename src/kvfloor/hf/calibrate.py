@@ -1,10 +1,12 @@
 """Measure how many tokens each kv head tells apart on a calibration prompt, to divide a cache budget among the heads.
 
 A head's queries are those of the query heads in its GQA group. A head tells tokens apart if the value of each could be
-recovered from the attention outputs of its queries. A cache that answers these queries correctly must then store a
-separate value for each of the tokens. Tokens that the queries do not separate can form a group, of which one common
-value could be recovered. A compressed layer is a layer with attention over all tokens, whose keys and values kvfloor
-compresses.
+recovered from attention outputs of its queries that are only roughly right. Roughly right means, for values in [-1, 1],
+that each number of an output is within 0.25 (`ETA`) of the exact one with probability 0.9 (`P`). A value counts as
+recovered if at least two levels of each of its numbers can be told apart. A cache whose outputs are so right must then
+store a separate value for each of the tokens. Tokens that the queries do not separate can form a group, of which one
+common value could be recovered. A compressed layer is a layer with attention over all tokens, whose keys and values
+kvfloor compresses.
 """
 
 from __future__ import annotations
@@ -69,10 +71,12 @@ def in_proportion(needs: Sequence[Sequence[float]], kept: float) -> Shares:
 
 
 def distinguished(seen: Recorded) -> list[int]:
-    """Return, per kv head of a layer, how many groups of tokens the newest 256 queries tell apart (at least 1).
+    """Return, per kv head of a layer, how many groups of tokens its queries tell apart (at least 1).
 
-    A group is one or several tokens whose common value could be recovered from the outputs of these queries.
-    seen: the queries, keys and values of the layer on the calibration prompt, of one batch item.
+    The queries are those of the prompt's newest 256 tokens, one per token and query head of the GQA group. A group is
+    one or several tokens whose common value could be recovered from the outputs of these queries (see the module).
+    seen: the queries, keys and values of the layer on the calibration prompt, of one batch item; on a sharded model,
+    those of this process's heads.
     """
     q, k, v = seen.by_row
     asked = q[:, :, -MOST_QUERIES:].flatten(1, 2).float()

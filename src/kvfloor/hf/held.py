@@ -4,7 +4,8 @@ A method is a way to compress a KV cache, and a state is what it stores of one l
 one (batch item, kv head). All rows of a layer hold equally many tokens, so each row takes the same bytes; a state also
 takes some bytes once, for all rows. The sizes with one and with two rows give both numbers, and so the size with any
 number of rows. Some methods compress a prompt only at its end. A `LayerShape` holds the sizes of one layer: kv heads,
-query heads per kv head, and the widths of a key and of a value.
+query heads per kv head, and the widths of a key and of a value. Bytes are those of the rows that a state or a
+`LayerShape` has: all kv heads of a layer in a `LayerShape`, this process's kv heads in a state of a sharded model.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ MOST_BYTES = 2**30
 
 @dataclass
 class Room:
-    """Count the bytes that the records of several prompts may still take together.
+    """Count the bytes that the records of several prompts may still take together, in this process.
 
     A prompt whose record does not fit is run through the model for every cache.
     """

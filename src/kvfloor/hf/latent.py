@@ -27,8 +27,9 @@ _newest = threading.local()  # what the last `update` of this thread returned, b
 
 
 def staged(keys: Tensor, values: Tensor) -> None:
-    """Remember, for this thread, the keys and values that a cache's `update` returned; `awaited` returns them later.
+    """Remember, for this thread, the keys and values that a layer's `update` returned; `awaited` returns them later.
 
+    Every compressed layer calls this in its `update`, of latent attention or not, and replaces what was remembered.
     A latent-attention module computes new tensors from these keys and values before it calls its attention function, so
     the function's arguments no longer show from which cache they came. Only weak references are kept.
     """
@@ -36,9 +37,11 @@ def staged(keys: Tensor, values: Tensor) -> None:
 
 
 def awaited() -> tuple[Tensor, Tensor] | None:
-    """Return the (keys, values) that this thread's last cache `update` returned, as remembered by `staged`.
+    """Return the (keys, values) that this thread's last `update` of a compressed layer returned.
 
-    Returns None if these tensors no longer exist, because the forward ended or failed.
+    They are those last given to `staged`: latents only if that layer has latent attention, which the caller must check.
+    Updates of transformers' own layers do not count. Returns None if these tensors no longer exist, because the forward
+    ended or failed, or if there was no update yet.
     """
     pair = getattr(_newest, "pair", None)
     if pair is None:

@@ -4,7 +4,8 @@ A method is a way to compress a KV cache. A state holds what the method keeps of
 the stream of one (batch item, kv head). A slot is one column of the padded batch. The model passes a forward's keys and
 values to the layer's `update`. They are staged, i.e. noted but not stored, until `answer` receives the queries, and
 appends the keys and values to the state. In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads,
-n the number of new slots, d and dv the widths of a key and of a value.
+n the number of new slots, d and dv the widths of a key and of a value. On a sharded model, heads and bytes are those of
+this process.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from kvfloor.hf.rows import present_rows, step_rows
 class Meter:
     """Record the bytes held and the slots seen by each layer of a cache, and the peak of all layers' bytes together.
 
-    The peak includes staged tensors and temporary copies. A layer has no entry until its first attention call.
+    The peak includes staged tensors and temporary copies. A layer has no entry until its first attention call. On a
+    sharded model, the bytes are those of this process alone.
     """
 
     def __init__(self) -> None:
@@ -308,7 +310,7 @@ class CompressedLayer(CacheLayerMixin):
         self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch items with these indices (b,), in that order, each with the rows of all its kv heads."""
+        """Keep the batch items with these indices (b,), in that order, repeats allowed, each with all its kv heads."""
         if self.state is None:
             return
         heads = self.state.spec.rows // self.batch
@@ -329,7 +331,7 @@ class CompressedLayer(CacheLayerMixin):
         sink: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Append the staged keys and values, and return the queries' attention output (B, n, H, dv).
+        """Append the staged keys and values, and return the queries' attention output (B, n, H, dv), 0 in pads.
 
         query      (B, H, n, d)
         key        (B, Hkv, n, d), the keys that this forward's `update` staged; value: (B, Hkv, n, dv), their values
@@ -371,7 +373,7 @@ class CompressedLayer(CacheLayerMixin):
         lower: torch.dtype | None,
         attend: bool = True,
     ) -> Tensor:
-        """Append the staged keys and values, and return this layer's own attention output (B, n, H, dv).
+        """Append the staged keys and values, and return this layer's own attention output (B, n, H, dv), 0 in pads.
 
         query           (B, H, n, d)
         key, value      (B, Hkv, n, .), the keys and values that this forward's `update` staged
@@ -468,7 +470,7 @@ class CompressedLayer(CacheLayerMixin):
         positions: Tensor | None,
         lower: torch.dtype | None,
     ) -> Tensor:
-        """Return the attention output (B, m, H, dv) of a later layer that attends to this layer's keys.
+        """Return the attention output (B, m, H, dv), 0 in pads, of a later layer that attends to this layer's keys.
 
         The queries attend to a copy of the state from before this forward, with this forward's tokens appended to the
         copy. So queries of later layers have no influence on the tokens that this layer keeps.

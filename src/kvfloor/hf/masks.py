@@ -41,6 +41,8 @@ class SlotCount(int):
 class LazyMask:
     """Stand in for the mask tensor (batch, 1, queries, slots) of a compressed layer, and build it when it is used.
 
+    The tensor is bool, True for slots that a query attends to, if the model used sdpa before kvfloor's attention. For
+    eager attention it is a float tensor to be added to the logits.
     Any tensor operation on this object builds the tensor, once, and is applied to the tensor. Only a move to another
     device and a slice of the queries return a LazyMask again.
     """
@@ -89,14 +91,16 @@ class LazyMask:
     def for_stock(self) -> Tensor | None:
         """Build the mask that transformers' own attention would have received; None if no mask is needed.
 
-        No mask is needed, for example, where sdpa can use is_causal instead. The mask is built once for all layers.
+        No mask is needed, for example, where sdpa can use is_causal instead. The mask is built once for all layers, and
+        is bool or additive, as the class says.
         """
         return self._make(self._queries == EVERY)
 
     def tensor(self) -> Tensor:
         """Build the mask tensor (batch, 1, queries, slots), once for all layers.
 
-        Unlike `for_stock`, it is never None.
+        It is bool for sdpa, additive for eager attention. It is built even where sdpa would need no mask, while
+        `for_stock`, which gives a mask to transformers' own attention, returns None there.
         """
         mask = self._make(False)
         assert mask is not None
@@ -212,7 +216,7 @@ def mask_over(before: str, *args: Any, **kwargs: Any) -> LazyMask | Tensor | Non
 
     None means that no mask is needed. This is the mask function that transformers calls, with its arguments for masks
     in `kwargs`. before: name of the attention that the model used before kvfloor's. If it ends with "eager", a tensor
-    has the form for eager attention, otherwise the form for sdpa.
+    has the form for eager attention (additive), otherwise the form for sdpa (bool).
     Raises TypeError if any mask arguments are passed by position (`args`).
     Raises ValueError, before any layer has changed, for a mask rule that a compressed layer cannot follow.
     """

@@ -134,7 +134,8 @@ class Opening:
         The budget is one number, or one per row if the kv heads have different budgets. A row is one (batch item, kv
         head).
         spec             widths and dtype of keys and values, to convert a budget in bytes or percent to tokens
-        batch, kv_heads  number of batch items, and of kv heads per item
+        batch, kv_heads  number of batch items, and of kv heads per item: those of the whole model, also if it is
+                         sharded. `spec` and the budgets have one row for each of these heads
         g                query heads per kv head
         """
         if self.budgets is not None:

@@ -2,7 +2,7 @@
 
 These are layers with a sliding window, a convolution or linear attention. A hybrid layer has full attention beside a
 convolution or linear attention. For such a layer, callers pass in `names` the attributes of the convolution or linear
-attention, so that only these are handled.
+attention, so that only these are handled. On a sharded model, a layer's keys and values are those of this process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ BY_HEAD = ("keys", "values")
 
 
 def has_heads(layer: Any) -> bool:
-    """Return True if this layer of a class of transformers holds keys and values, tensors with an axis of kv heads."""
+    """Return True if this layer of one of transformers' classes holds tensors of keys and values now.
+
+    False for a layer that makes them at its first update and had none yet, and for a kind of layer without keys.
+    """
     return isinstance(getattr(layer, "keys", None), Tensor)
 
 

@@ -2,8 +2,8 @@
 
 Under autocast, rotary keys come in float32 and values in bfloat16. A layer then stores autocast's own dtype, in which
 transformers' attention would compute. Without autocast it stores the dtype that holds both keys and values without
-loss. Later tokens are converted to the stored dtype: under autocast always, otherwise only if this rounds nothing.
-Attention outputs have autocast's dtype if it is on, otherwise the query's.
+loss. Later tokens are converted to the stored dtype. Under autocast this may round them; without it, keys or values
+that would be rounded raise ValueError. Attention outputs have autocast's dtype if it is on, otherwise the query's.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Presence:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the lists of pads and of hidden tokens: 16 per entry."""
+        """Return the bytes of the lists of pads and of hidden tokens: 16 per entry; every rank has the same lists."""
         return self.pads.nbytes + self.hidden.nbytes
 
     def leaving(self, padding: Tensor | None, seen: int, batch: int) -> Tokens | None:

@@ -1,6 +1,7 @@
 """Record the queries, keys and values that the attention of a cache's compressed layers receives.
 
 In shapes, B is the batch, H and Hkv the numbers of query heads and kv heads, n the number of tokens, d a key's width.
+On a sharded model, heads are those of this process.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A state is what a compression method stores for the rows of one layer. A row is the stream of one (batch item, kv head);
 g is the number of query heads in a GQA group. In shapes, B is the batch, H and Hkv the numbers of query heads and kv
-heads, n the number of slots (columns of the padded batch), d and dv the widths of a key and of a value.
+heads, n the number of slots (columns of the padded batch), d and dv the widths of a key and of a value. On a sharded
+model, heads are those of this process.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def step_rows(
 ) -> Tensor:
     """Append n tokens to a state, and return attention of their queries (B, H, n, d) as (B, n, H, dv), contiguous.
 
+    The result is 0 in slots of pads.
     key, value: (B, Hkv, n, .), of the n tokens alone. present: (B * Hkv, n), True for real tokens; None: all are real.
     sink: (H,), one logit per query head that takes its share of the softmax and has no value; None without.
     """

@@ -119,7 +119,7 @@ def load(
     """Load the cache saved at `path`, as an object of class `kind`, to continue on `model`.
 
     method       the method of the cache, needed only if a third party's class is part of it
-    most_bytes   a larger file is refused unread
+    most_bytes   a larger file raises ValueError, and is not read in full
     Raises CorruptState for a file that is damaged, truncated or no saved cache; OlderVersion or NewerVersion for a file
     whose format an older or newer release wrote; WrongModel if another model filled the cache; UnknownMethod if the
     method named in the file cannot be built. Raises ValueError for a file that cannot be read or has more than

@@ -3,7 +3,8 @@
 The meta device computes the shapes of tensors, and neither stores nor computes any number. So a forward of the model
 shows the keys, values and linear-attention states of every layer, as the model itself makes them, without weights and
 in little time. A compressed layer is a cache layer whose keys and values kvfloor compresses. In shapes, B is the batch,
-H and Hkv the numbers of query heads and kv heads, n the number of tokens.
+H and Hkv the numbers of query heads and kv heads, n the number of tokens. All sizes are of the whole model, not of one
+process's part of a sharded model.
 """
 
 from __future__ import annotations
@@ -164,11 +165,12 @@ def _windowed(index: int, layer: Any) -> LayerShape:
 def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[int], int]:
     """Return a function of the number of tokens fed: the bytes that transformers' own layers then hold.
 
-    config: the model's configuration. Linear and convolution states are counted as they are in `cache`, which a forward
-    of this model has filled: their size does not depend on the number of tokens. For a layer with keys, the function
-    feeds all tokens to an empty layer of this configuration on the meta device: all but the last one in one step, as a
-    prompt, and the last one in a second step. Until this second step, a sliding window's tensors would be views of the
-    whole prompt's keys and values, and count as many bytes as these.
+    config: the model's configuration. cache: a cache that a forward of this model has filled; the bytes are for its
+    batch size. Linear and convolution states are counted as they are in `cache`: their size does not depend on the
+    number of tokens. For a layer with keys, the function feeds all tokens to an empty layer of this configuration on
+    the meta device: all but the last one in one step, as a prompt, and the last one in a second step. Until this second
+    step, a sliding window's tensors would be views of the whole prompt's keys and values, and count as many bytes as
+    these.
     """
     fixed = 0
     for layer in cache.layers:

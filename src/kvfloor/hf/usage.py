@@ -1,6 +1,7 @@
 """Sum the tokens and bytes of many compressed caches, beside the bytes that exact caches would have taken.
 
 An exact cache keeps every token. In an evaluation's results, the totals show that the compression was really applied.
+On a sharded model, they count the kv heads of all ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Usage:
         self._state_bytes = self._exact_bytes = self._peak_bytes = 0
 
     def record(self, cache: CompressedCache) -> None:
-        """Add one cache to the totals, at the end of its batch."""
+        """Add one cache to the totals, at the end of its batch. Collective on a sharded model."""
         batch = 0
         for layer, entry in zip(cache.compressed, cache.report(), strict=True):
             if layer.state is None:

@@ -64,7 +64,7 @@ class Line:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Hold the memory that a model takes at a context length, in bytes.
+    """Hold the memory that a model takes at a context length, in bytes: the whole model, not one process's part of it.
 
     model              the model's name or path; model_type: its type in transformers, such as "llama"
     dtype              of the weights, and of keys and values

@@ -1,6 +1,7 @@
-"""Assign one colour and marker shape to each method, the same in every figure and distinct without colour.
+"""Assign one colour and marker shape to each method, the same in every figure.
 
-A marker is the shape of a curve's points. A mark is the look of a curve: its colour and its marker.
+A marker is the shape of a curve's points. A mark is the look of a curve: its colour and its marker. The first 8 marks
+differ in both, so they are distinct without colour; the first 64 differ in at least one of the two.
 """
 
 import math
@@ -53,7 +54,8 @@ def marks(rows: Sequence[Row | TextRow]) -> dict[str, Mark]:
     """Map each method, with its arguments but without its budget, to its colour and marker (a `Mark`).
 
     Methods are in the rows' order, with baselines (the methods that every audit compares with) last. The marks of the
-    first 64 methods differ. The exact cache is left out: its mark is the same in every figure.
+    first 64 methods differ; those of the first 8 differ in both colour and marker. The exact cache is left out: its
+    mark is the same in every figure.
     """
     methods: dict[str, bool] = {}
     for row in rows:
@@ -64,7 +66,7 @@ def marks(rows: Sequence[Row | TextRow]) -> dict[str, Mark]:
 
 
 def nth_mark(index: int, name: str, baseline: bool = False) -> Mark:
-    """Return mark number `index`, a colour and a marker; the first 64 differ in colour or marker.
+    """Return mark number `index` (from 0), a colour and a marker.
 
     name      name of the curve, for legend and tooltips
     baseline  True for a mark that is drawn hollow and dashed

@@ -71,23 +71,25 @@ class BoundedBuilder(AttentionMetadataBuilder[Plan]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._planner, self._clock = Planner(), LogTimer(settings.log_seconds())
+        self._last: Plan | None = None
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Plan:
-        """Return the plan of a forward: which requests begin, end their prompt, or get tokens.
+        """Return the plan of a forward, from vLLM's numbers about its requests.
 
-        common_attn_metadata: vLLM's data about the requests of the forward, such as their lengths and block indices.
-        The other arguments are not used.
+        Raises ValueError if the forward before had keys or values that were not finite.
         """
         del common_prefix_len, fast_build
+        if self._last is not None:
+            self._last.require_finite()
         given, n = common_attn_metadata, common_attn_metadata.num_reqs
         # The bound is exact, as there is no speculative decoding; it spares a transfer from the device.
         lengths = given.seq_lens if given.seq_lens_cpu_upper_bound is None else given.seq_lens_cpu_upper_bound
         prompting = torch.zeros(n, dtype=torch.bool)
         prompting[: len(given.is_prefilling)] = given.is_prefilling[:n]
         blocks = given.block_table_tensor[:n, 0]
-        return self._planner.plan(
-            given.query_start_loc_cpu[: n + 1], lengths[:n], blocks, prompting, report=self._clock.due()
-        )
+        starts = given.query_start_loc_cpu[: n + 1]
+        self._last = self._planner.plan(starts, lengths[:n], blocks, prompting, report=self._clock.due())
+        return self._last
 
 
 class BoundedImpl(AttentionImpl[Plan]):
@@ -164,7 +166,7 @@ class BoundedImpl(AttentionImpl[Plan]):
         heads, g, d = self.num_kv_heads, self._served.g, self.head_size
         out = output.view(-1, heads * g, d)
         if len(plan.singles):
-            at, n = plan.places.to(query.device), len(plan.places)
+            at, n = plan.places_on(query.device), len(plan.places)
             q, k, v = query[at].view(n, heads, g, 1, d), key[at].view(n, heads, 1, d), value[at].view(n, heads, 1, d)
             out[at] = pool.step(plan.step_of(pool), q, k, v).reshape(n, heads * g, d)
         for block, start, stop in plan.chunks:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvfloor.core.pool import DecodeBatch, Pool
+from kvfloor.core.decoding import DecodeBatch
+from kvfloor.core.pool import Pool
 
 PADDING = 0
 """The block of padding rows, which belong to no request."""
@@ -40,6 +41,7 @@ class Plan:
     chunks: tuple[tuple[int, int, int], ...]
     report: bool = False
     _step: DecodeBatch | None = field(default=None, repr=False)
+    _there: Tensor | None = field(default=None, repr=False)
 
     def step_of(self, pool: Pool) -> DecodeBatch:
         """Return the decode step of the requests in `singles`: their block indices and token counts.
@@ -50,6 +52,20 @@ class Plan:
         if self._step is None:
             self._step = pool.batch(self.singles, self.seen)
         return self._step
+
+    def places_on(self, device: torch.device) -> Tensor:
+        """Return `places` on the device of the forward, where they are copied to once."""
+        if self._there is None:
+            self._there = self.places.to(device, non_blocking=True)
+        return self._there
+
+    def require_finite(self) -> None:
+        """Raise ValueError if a query, key or value of this forward was NaN or infinite and no pool has said so yet.
+
+        The call waits until a device is done with the forward.
+        """
+        if self._step is not None:
+            self._step.require_finite()
 
     @property
     def blocks(self) -> Tensor:

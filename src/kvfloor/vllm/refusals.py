@@ -29,6 +29,10 @@ def require_servable(config: Any) -> None:
         "dual-batch overlap runs two halves of a batch side by side, which is not supported: leave --enable-dbo out": (
             parallel.use_ubatching
         ),
+        "pipeline parallelism with --enforce-eager fails on a CPU in vLLM itself, at the first request: leave "
+        "--enforce-eager out": (
+            parallel.pipeline_parallel_size > 1 and model.enforce_eager and config.device_config.device_type == "cpu"
+        ),
         "a KV connector transfers blocks of tokens, which a bounded cache does not have: leave --kv-transfer-config "
         "out": config.kv_transfer_config is not None,
         "this model has latent attention (MLA), which stores no keys and values": model.use_mla,

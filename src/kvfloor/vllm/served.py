@@ -31,7 +31,7 @@ class Served:
     g       query heads per kv head
     tokens  most tokens of a request
     first   index of this process's first kv head among all kv heads of the layer; not 0 only under tensor parallelism
-    nbytes  bytes of the block that holds the state
+    nbytes  bytes of the block that holds the state, i.e. of this process's kv heads
     """
 
     method: Method
@@ -65,8 +65,8 @@ def size(config: Any, rank: int, heads: int, kv_heads: int, d: int, scale: float
     d         width of a key and of a value
     scale     the factor on q.k; softcap: the cap on logits, or None
     The method is that of the environment variable KVFLOOR_METHOD. A budget in percent is a share of the longest request
-    that the engine takes; a budget in bytes is for one request in all layers. Raises ValueError for a method whose
-    state does not fit a block of fixed size.
+    that the engine takes; a budget in bytes is for one request in all layers and processes. Raises ValueError for a
+    method whose state does not fit a block of fixed size.
     """
     method = settings.method_asked()
     assert method is not None  # the backend is registered only if a method was asked for

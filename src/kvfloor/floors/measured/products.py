@@ -55,8 +55,9 @@ class Factors:
 class Rounding:
     """Hold bounds on the logits that are computed in one precision: two tensors (m,), float64, one bound per query.
 
+    The true logit is that of the given query and key in exact arithmetic. Both logits are after the softcap, if any.
     error  bound on the difference of a computed logit from the true one, for every key
-    reach  bound on the absolute value of a logit, for every key
+    reach  bound on the absolute value of the true logit, for every key
     """
 
     error: Tensor
@@ -64,7 +65,7 @@ class Rounding:
 
     @staticmethod
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
-        """Bound the rounding error and the size of the logits that `factors` give, per query, as a `Rounding`.
+        """Bound the error of the logits that `factors` give, and the absolute value of the true ones, as a `Rounding`.
 
         `factors` were made from q (m, d), k (n, d) and scale. Notation: q is here the unrounded query times scale, q'
         and k' are the rounded factors, |.| are l2 norms (of keys: the largest), and u is the unit roundoff of the sums
@@ -73,6 +74,8 @@ class Rounding:
             (d + 2) u |q'| |k'|               the sum over coordinates, in any order (Cauchy-Schwarz)
             unit(dtype) |q'| |k'|             the rounding of the result, unit(dtype) the unit roundoff of the factors
             8 u softcap                       the softcap, whose slope is at most 1
+        The true logit is at most (|q'| + |q - q'|) (|k'| + |k - k'|), which is >= |q| |k|, and at most the softcap.
+        Both bounds are enlarged by 0.1 %.
         """
         short_q, short_k = factors.q.double(), factors.k.double()
         lost_q, lost_k = (q.double() * scale - short_q).norm(dim=1), (k.double() - short_k).norm(dim=1).max()

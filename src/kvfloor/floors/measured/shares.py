@@ -89,8 +89,9 @@ def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple
     """Round queries and keys, whose products are the logits, to the shortest precision that suffices.
 
     Returns `Factors`, the rounded queries (times `scale`), the rounded keys and the softcap, and `Rounding`, bounds per
-    query on the error and the size of the logits computed from them. Small inputs use float64. Larger ones may use
-    float32 or bfloat16 where torch allows it, bfloat16 only if its rounding error is small enough.
+    query on the error of the logits computed from them and on the absolute value of the true ones. Small inputs use
+    float64. Larger ones may use float32 or bfloat16 where torch allows it, bfloat16 only if its rounding error is small
+    enough.
     """
     allowed = [torch.float64]
     if len(q) * k.numel() > _WIDE_UP_TO:

@@ -4,6 +4,7 @@ In the game, Alice hides values in a method's state (the memory of a KV cache) a
 state and queries it.
     row      the dv values that one query reads: a row of the hidden levels (m, dv) and of the answers (m, dv)
     level    hidden value x of 0..2^bits-1, streamed as the number x / (2^bits - 1)
+    answer   attention output for one hidden value: near the streamed number, in [0, 1]
     leak     softmax mass on tokens other than the one that the query aims at
     message  the bytes of the state that Alice sends
     gain     bits that the message is shown to carry, before the allowance for chance is subtracted (`certificates`)

@@ -88,7 +88,8 @@ class Instance(ABC):
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         """Return the state's answers (m, dv), float32, for hidden rows `row` (m,) of the streams `copy` (m,).
 
-        A hidden row is the dv values in [0, 1] that one query reads; `copy` and `row` are indices.
+        A hidden row is the dv values in [0, 1] that one query reads, and answers are in the same unit; `copy` and `row`
+        are indices.
         """
 
     def lift(self, method: Method) -> Method:
@@ -148,8 +149,8 @@ class Instance(ABC):
     def ask(self, state: State, rows: Tensor | None) -> Tensor:
         """Return the state's answers (m, dv), float32, for hidden rows `rows` (m,), or for all rows in order if None.
 
-        A hidden row is the dv values that one query reads. Rows are numbered across streams: the first stream's rows
-        come first.
+        A hidden row is the dv values in [0, 1] that one query reads, and answers are in the same unit. Rows are
+        numbered across streams: the first stream's rows come first.
         """
         rows = torch.arange(self.copies * self.rows) if rows is None else rows
         return self.answers(state, rows // self.rows, rows % self.rows).float().contiguous()

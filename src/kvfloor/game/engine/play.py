@@ -44,9 +44,10 @@ class Played:
     method         the method as text
     rows, sampled  (m,) the rows queried, numbered across streams; sampled is True if they are a random sample
     hidden         (m, dv) the hidden levels of these rows
-    live           (m, dv) answers of the state that Alice filled
-    restored       (m, dv) answers of the state that Bob restored from the message (the bytes of Alice's state); None if
-                   Bob could not answer from the message, and `why` then gives the reason
+    live           (m, dv) answers of the state that Alice filled: attention outputs, in which level x is about
+                   x / (2^bits - 1)
+    restored       (m, dv) the same of the state that Bob restored from the message (the bytes of Alice's state); None
+                   if Bob could not answer from the message, and `why` then gives the reason
     message_bytes  size of the message; payload_bytes of it are not header or digest
     state_bytes    size of Alice's state
     bytes_read     bytes of the state that are read to answer one query token, over all streams

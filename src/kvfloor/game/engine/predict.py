@@ -3,7 +3,8 @@
 In the game, Alice hides levels in the values of a state (the memory of a KV-cache method), and Bob decodes them from
 the state's answers to queries. The certificate (`certificates.log_loss`) turns the probability that a predictor gives
 to the hidden levels into a lower bound on the bits that a state carries.
-    level      hidden value x of 0..2^bits-1
+    level      hidden value x of 0..2^bits-1, streamed as the number x / (2^bits - 1)
+    answer     attention output for one hidden value: near the streamed number, in [0, 1]
     predictor  rule that gives, from the answers of the state alone, a probability to every level of every hidden value
     gain       log2 of a ratio: the probability given to the true levels, over the probability of guessing them
     belief     weight in [0, 1] of the prediction for a row (the dv values that one query reads), when it is mixed with
@@ -28,9 +29,9 @@ _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
     """Return log2 of the probability of `level`, predicted by a logistic distribution around the answer `centre`.
 
-    `centre`, `level` and the result have one shape. Levels are 0..2^bits-1, and the answers are in units of the level
-    spacing. `width` is the scale of the logistic, and `uniform_share` the share of a uniform distribution over all
-    levels that is mixed in.
+    `centre`, `level` and the result have one shape. Levels are 0..2^bits-1, and `centre` is in the same unit: an answer
+    times 2^bits - 1. `width` is the scale of the logistic, and `uniform_share` the share of a uniform distribution over
+    all levels that is mixed in.
     """
     top = 2**bits - 1
     below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)
@@ -54,6 +55,7 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
 def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
     """Return the gain, in bits, of each predictor in a fixed public list, for answers and hidden levels (m, dv).
 
+    An answer is in the unit of the streamed numbers, in which level x is x / (2^bits - 1); `hidden` has the levels x.
     A predictor gives, from the answers alone, a probability P to the dv hidden levels of each row. Its gain is the sum
     over all rows of dv * bits + log2 P. P is the product of one logistic distribution per value, mixed with a guess.
     The predictors are all combinations of
@@ -79,8 +81,8 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
 def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
     """Yield two scalings of the answers (m, dv), each (m, dv) in units of the level spacing.
 
-    The first has the answers as given. In the second, each row is scaled so that its largest answer lies on the top
-    level.
+    The answers are in the unit of the streamed numbers. The first scaling multiplies them by 2^bits - 1. In the second,
+    each row is scaled so that its largest answer lies on the top level.
     """
     top = 2**bits - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)

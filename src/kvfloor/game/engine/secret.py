@@ -16,8 +16,9 @@ class Hidden:
     """Draw the values that Alice hides and the rows to query, so that neither a method nor Bob can foresee them.
 
     seed  None: 128 fresh bits from the operating system; a given seed repeats a run
-    Every draw is SHAKE-256 over a text that contains the draw's purpose and `seed`, so draws for different purposes are
-    unrelated. The method receives neither the seed nor any data from which the seed could be computed.
+    Every draw is SHAKE-256 over a text that contains the draw's purpose and `seed`. So draws for different purposes,
+    i.e. of different methods of this class, are unrelated, and a second call with the same arguments returns the same
+    draw again. The method receives neither the seed nor any data from which the seed could be computed.
     """
 
     def __init__(self, seed: int | str | None = None) -> None:

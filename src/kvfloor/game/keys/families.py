@@ -72,9 +72,9 @@ def jl_dimension(n: int, eps: float = 0.1) -> int:
 def packing(n: int, d: int, seed: int = 0) -> Tensor:
     """Choose n unit keys (n, d), float64, one by one: each as far as possible from all keys chosen before.
 
-    Each key is chosen from 8 n random candidates: the one whose largest inner product with a chosen key is least. For d
-    = 2 the best set is known and taken: n equally spaced points of the circle. For d = 1 there are only the keys ±1.
-    Raises ValueError for d = 1 and n > 2.
+    All are chosen from one pool of 8 n random unit vectors. The first key is the pool's first vector; each next key is
+    the vector whose largest inner product with a chosen key is least. For d = 2 the best set is known and taken: n
+    equally spaced points of the circle. For d = 1 there are only the keys ±1. Raises ValueError for d = 1 and n > 2.
     """
     if d == 1:
         return hypercube(n, d)

@@ -203,8 +203,9 @@ class HierarchicalState(SelectorState):
     def _blocks(self, visible: Tensor) -> Tensor:
         """Return how many whole key blocks lie between the sinks and the window of a query that sees `visible` tokens.
 
-        The sinks are a row's first tokens, the window the newest tokens that the query sees. The result has the shape
-        of `visible`.
+        The sinks are a row's first `sinks` tokens, the window the newest `window` tokens that the query sees; both
+        numbers are settings of `Hierarchical`. Key block i is the tokens from index sinks + i key_block on. The result
+        has the shape of `visible`.
         """
         return (visible - self.method.sinks - self.method.window).clamp_min(0) // self.method.key_block
 

@@ -1,8 +1,8 @@
-"""Quantise the keys and values of every token to a few bits per number, as a baseline for eviction (KIVI).
+"""Quantise keys and values to a few bits per number, as a baseline for eviction (KIVI).
 
 In this file a row is one (batch item, kv head) stream. A group is `group` consecutive tokens of a row, which are
-quantised together; a code is the small integer that stands for a number; a slot is the place of one token whose key and
-value are kept unquantised.
+quantised together once the last of them has come. The newest tokens of a row, fewer than a group, stay unquantised
+until then; a slot is the place of one of them. A code is the small integer that stands for a quantised number.
 """
 
 from __future__ import annotations

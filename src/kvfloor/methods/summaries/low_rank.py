@@ -217,7 +217,7 @@ def read_kernels(path: Path, stamp: tuple[int, ...]) -> KernelFile:
 
     A result is cached, and returned again for the same path and `stamp`. The caller passes as `stamp` numbers that
     change with the file, such as its size and the time of its last change, so that a changed file is read anew. Raises
-    ValueError if the file is damaged or holds other tensors than such maps.
+    ValueError if the file is damaged, too large, or holds other tensors than such maps.
     """
     del stamp
     try:

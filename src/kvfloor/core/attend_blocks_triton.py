@@ -1,0 +1,136 @@
+"""Compute attention of one new token of each request over the slots in its block: a kernel that copies no block.
+
+The definition is `attend_blocks`, in torch, which copies the blocks of a step together first. Import this module only
+where triton is installed. In shapes, n are the requests of a step, H kv heads, g query heads per kv head (GQA group),
+d and dv the widths of a key and a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from kvfloor.core.decoding import DecodeBatch
+
+TILE_BYTES = 16384
+"""Bytes of the keys, as float32, that a program holds at a time."""
+
+
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: DecodeBatch,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too.
+
+    The arguments are those of the definition; slots that hold no token may have any numbers here. Products are summed
+    in float32. Numbers of 16 bits are multiplied as TF32, which holds them exactly; their weights have its 10 bits.
+    """
+    (n, heads, g, d), dv = q.shape, v.shape[-1]
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        raise ValueError(f"the entries of a key must lie together, got strides {k.stride()} and {v.stride()}")
+    q, out = q.contiguous(), torch.empty(n, heads, g, dv, dtype=q.dtype, device=q.device)
+    attend_kernel[(n * heads,)](  # pyright: ignore[reportIndexIssue]
+        q,
+        k,
+        v,
+        out,
+        batch.rows,
+        batch.held,
+        *(k.stride(0), k.stride(1), k.stride(2)),
+        *(v.stride(0), v.stride(1), v.stride(2)),
+        scale,
+        softcap or 0.0,
+        **constants(heads, g, d, dv, q.dtype, softcap is not None),
+    )
+    return out
+
+
+def constants(heads: int, g: int, d: int, dv: int, dtype: torch.dtype, capped: bool) -> dict[str, Any]:
+    """Return what the kernel is compiled for: the sizes, and the powers of 2 that its tiles have in their place.
+
+    capped: True if there is a cap on logits
+    """
+    wide_d, wide_dv = (max(16, triton.next_power_of_2(width)) for width in (d, dv))
+    return {
+        "heads": heads,
+        "g": g,
+        "d": d,
+        "dv": dv,
+        "CAPPED": capped,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "G": max(16, triton.next_power_of_2(g)),
+        "D": wide_d,
+        "DV": wide_dv,
+        "TILE": max(16, min(128, TILE_BYTES // (max(wide_d, wide_dv) * torch.float32.itemsize))),
+    }
+
+
+@triton.jit
+def attend_kernel(
+    q_at,
+    k_at,
+    v_at,
+    out_at,
+    rows_at,
+    held_at,
+    k_block,
+    k_head,
+    k_slot,
+    v_block,
+    v_head,
+    v_slot,
+    scale,
+    softcap,
+    heads: tl.constexpr,
+    g: tl.constexpr,
+    d: tl.constexpr,
+    dv: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Answer the queries of one request and kv head, tile by tile of its slots, with a running softmax."""
+    program = tl.program_id(0).to(tl.int64)
+    request, head = program // heads, program % heads
+    block = tl.load(rows_at + request).to(tl.int64)
+    held = tl.load(held_at + request) + 1  # with the newest token
+    group, wide, wide_v, slot = tl.arange(0, G), tl.arange(0, D), tl.arange(0, DV), tl.arange(0, TILE)
+    own = group[:, None] < g
+    q = tl.load(
+        q_at + (program * g + group[:, None]) * d + wide[None, :], mask=own & (wide[None, :] < d), other=0.0
+    ).to(tl.float32)
+    k_at += block * k_block + head * k_head
+    v_at += block * v_block + head * v_head
+    top = tl.full((G,), -float("inf"), tl.float32)
+    mass = tl.zeros((G,), tl.float32)
+    total = tl.zeros((G, DV), tl.float32)
+    for start in range(0, held, TILE):
+        at = (start + slot).to(tl.int64)
+        live = at < held
+        k = tl.load(k_at + at[None, :] * k_slot + wide[:, None], mask=live[None, :] & (wide[:, None] < d), other=0.0)
+        logits = tl.dot(q, k.to(tl.float32), input_precision=PRECISION) * scale
+        if CAPPED:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), where 2 x <= 80 keeps the exponential finite
+            logits = softcap * (1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * logits / softcap, 80.0)) + 1.0))
+        logits = tl.where(live[None, :], logits, -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp(logits - higher[:, None])
+        fade = tl.exp(top - higher)
+        mass = mass * fade + tl.sum(weights, 1)
+        v = tl.load(
+            v_at + at[:, None] * v_slot + wide_v[None, :], mask=live[:, None] & (wide_v[None, :] < dv), other=0.0
+        )
+        total = total * fade[:, None] + tl.dot(weights, v.to(tl.float32), input_precision=PRECISION)
+        top = higher
+    answer = (total / mass[:, None]).to(out_at.dtype.element_ty)
+    tl.store(out_at + (program * g + group[:, None]) * dv + wide_v[None, :], answer, mask=own & (wide_v[None, :] < dv))
