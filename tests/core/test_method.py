@@ -14,6 +14,7 @@ from kvfloor.core.budget import resolve
 from kvfloor.core.exact import Exact
 from kvfloor.core.method import Parts, standard_law
 from kvfloor.core.selector import Everything
+from kvfloor.core.store import Full
 from kvfloor.core.summary import Drop
 from kvfloor.methods.policies.window import Window
 from kvfloor.methods.summaries.value_sum import ValueSum
@@ -64,8 +65,8 @@ def test_usual_values_are_no_defaults_of_a_third_partys_fields() -> None:
 
 
 def test_parts_of_the_tables_methods() -> None:
-    assert parse("window+value_sum@8").parts == (Window(), ValueSum(), Everything())
-    assert parse("exact").parts == (None, None, Everything())
+    assert parse("window+value_sum@8").parts == (Window(), ValueSum(), Everything(), Full())
+    assert parse("exact").parts == (None, None, Everything(), Full())
     assert parse("quant").parts == Parts()
     assert parse("window@8").with_summary(ValueSum()) == parse("window+value_sum@8")
 
