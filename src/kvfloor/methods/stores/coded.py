@@ -336,6 +336,11 @@ class CodedSlots(Slots):
 
     # ---- size and rows ---------------------------------------------------------------------------------------------
 
+    def resize(self, capacity: Tensor) -> None:
+        super().resize(capacity)
+        for part in self._parts():
+            part.reserve(int(capacity.max()) // self.group)
+
     def _turn(self, rows: Tensor | None) -> None:
         """Do nothing: a store of codes takes no rotation (`Traits.turns`)."""
 
@@ -357,8 +362,9 @@ class CodedSlots(Slots):
         sent = super().export() | {"coded": self.coded, "fresh_k": self.fresh_k}
         if not self.spec.tied:
             sent["fresh_v"] = self.fresh_v
+        groups = int(self.coded.max()) // self.group
         for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
-            sent[name] = None if part is None else part.export() | self._export(part)
+            sent[name] = None if part is None else part.sent(groups) | self._export(part)
         return sent
 
     def fields(self) -> dict[str, Any]:

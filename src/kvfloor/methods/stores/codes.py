@@ -62,6 +62,14 @@ class Codes(Memory):
     turns = False
     """True if `decode` can return rotated numbers, without the work of rotating them back."""
 
+    def reserve(self, groups: int) -> None:
+        """Allocate what each row's first `groups` groups share; the default shares nothing."""
+
+    def sent(self, groups: int) -> dict[str, Any]:
+        """Return what a saved state keeps beside the attributes in `own`, if rows have at most `groups` coded groups."""
+        del groups
+        return {name: value for name, value in self.export().items() if name not in self.own}
+
     @property
     def token_bytes(self) -> float:
         """Return the bytes of one token's code, with its share of what a group shares."""
@@ -150,7 +158,7 @@ class ChannelCodes(Codes):
         self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
 
     def encode(self, rows: Tensor, group: Tensor, x: Tensor, real: Tensor) -> dict[str, Tensor]:
-        self._grow(int(group.max()) + 1)
+        self.reserve(int(group.max()) + 1)
         unread = ~real.unsqueeze(-1)
         low, high = x.masked_fill(unread, torch.inf).amin(1), x.masked_fill(unread, -torch.inf).amax(1)
         none = torch.isinf(low)  # a group without a token that is read
@@ -186,7 +194,11 @@ class ChannelCodes(Codes):
         start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
         return start, (end - start).clamp_min(0) / (2**self.bits - 1)
 
-    def _grow(self, groups: int) -> None:
+    def sent(self, groups: int) -> dict[str, Any]:
+        shared = {name: getattr(self, name)[:, :groups] for name in ("low", "high", "range")}
+        return super().sent(groups) | shared
+
+    def reserve(self, groups: int) -> None:
         have = self.low.shape[1]
         if groups <= have:
             return
