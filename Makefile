@@ -23,7 +23,7 @@ PEERS  := .venv-peers
 VLLM   := .venv-vllm
 DOCS   := .venv-docs
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -107,6 +107,10 @@ bench: $(VENV)/.development
 peers: $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python bench/peers/kvpress_beside.py
 	$(PEERS)/bin/python bench/peers/parity.py
+
+# Bytes against nats on SmolLM2, for fewer tokens, fewer bits and both: table and chart.
+frontier: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) out site

@@ -40,15 +40,18 @@ class BudgetedMethod:
 
     @cached_property
     def name(self) -> str:
-        """Return the names of the method's parts without arguments, e.g. `h2o` or `sinks+less|pages`.
+        """Return the names of the method's parts without arguments, e.g. `h2o` or `sinks+less|pages:k4v4`.
 
         First comes the eviction policy, or the method if it is not made of parts. After `+` comes the part that
-        summarises evicted tokens, after `|` the part that selects which kept tokens a query reads.
+        summarises evicted tokens, after `|` the part that selects which kept tokens a query reads, after `:` the bits per
+        number of keys and values, if they are coded.
         """
-        policy, summary, selector = self.method.parts
+        policy, summary, selector, store = self.method.parts
         name = part_name(policy or self.method)
         if summary is not None and not isinstance(summary, Drop):
             name += f"+{part_name(summary)}"
         if selector is not None and not isinstance(selector, Everything):
             name += f"|{part_name(selector)}"
+        if store is not None and not store.plain:
+            name += f":{str(store).partition('(')[0]}"
         return name

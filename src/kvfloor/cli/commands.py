@@ -579,7 +579,7 @@ def check(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the built-in eviction policies, summaries of evicted tokens, selectors of tokens to read, and whole methods.
+    """List the built-in policies (what to evict), summaries, selectors (what to read), stores and whole methods.
 
     The table shows each one's name, kind, memory and purpose; --json adds paper, guarantee, traits and aliases.
     """

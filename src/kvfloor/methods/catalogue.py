@@ -2,7 +2,8 @@
 
 A method is a way to cache tokens. Some methods, such as `exact` (keeps every token), are registered as a whole. Others
 are composed of registered parts: a policy (chooses the tokens to evict), a summary (keeps a compressed form of evicted
-tokens) and a selector (chooses the held tokens that a query reads). A guarantee is a proved error bound; traits are the
+tokens), a selector (chooses the held tokens that a query reads) and a store (keeps keys and values in full, or coded in
+few bits). A guarantee is a proved error bound; traits are the
 properties that a method promises, such as constant memory.
 """
 
@@ -16,21 +17,23 @@ from kvfloor.core.method import Method, Traits
 from kvfloor.core.spec import Spec
 from kvfloor.methods.grammar import default_method, parse
 from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, kind, lookup
+from kvfloor.methods.stores.coded import Coded
 
 _ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of what a theorem may need
 
 
 def rows() -> list[dict[str, Any]]:
-    """Return one dict per registered method, policy, summary and selector: the rows of the table of methods.
+    """Return one dict per registered method, policy, summary and selector, and one for the stores of coded tokens.
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory
     ("constant", "constant under a budget" or "grows with the stream"), traits, aliases. The values are text, except
-    traits and aliases, which are lists of text. The last dicts are of the kind "variant". These are methods that no
+    traits and aliases, which are lists of text. The store's name is an example. The last dicts are of the
+    kind "variant". These are methods that no
     model can use as its cache, mostly because they compute another attention, such as one over pairs of tokens.
     Variants with an argument that has no default are left out.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
-    return [_row(name, kind(TABLE[name])) for name in TABLE] + [_row(name, "variant") for name in variants]
+    return [*(_row(name, kind(TABLE[name])) for name in TABLE), _store_row(), *(_row(x, "variant") for x in variants)]
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -49,6 +52,20 @@ def _row(name: str, label: str) -> dict[str, Any]:
         "memory": _memory(method),
         "traits": _claims(method.traits),
         "aliases": sorted(alias for alias, target in ALIASES.items() if target == name),
+    }
+
+
+def _store_row(name: str = "k4v4") -> dict[str, Any]:
+    method = parse(f"sinks:{name}@64")
+    return {
+        "name": name,
+        "kind": "store",
+        "about": _first_sentence(Coded.__doc__ or ""),
+        "paper": Coded.paper,
+        "guarantee": "none",
+        "memory": _memory(method),
+        "traits": _claims(method.traits),
+        "aliases": [],
     }
 
 

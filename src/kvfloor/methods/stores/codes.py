@@ -66,7 +66,7 @@ class Codes(Memory):
         """Allocate what each row's first `groups` groups share; the default shares nothing."""
 
     def sent(self, groups: int) -> dict[str, Any]:
-        """Return what a saved state keeps beside the attributes in `own`, if rows have at most `groups` coded groups."""
+        """Return what a saved state keeps beside the attributes in `own`, with the first `groups` groups of each row."""
         del groups
         return {name: value for name, value in self.export().items() if name not in self.own}
 
