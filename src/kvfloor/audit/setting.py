@@ -43,8 +43,8 @@ class BudgetedMethod:
         """Return the names of the method's parts without arguments, e.g. `h2o` or `sinks+less|pages:k4v4`.
 
         First comes the eviction policy, or the method if it is not made of parts. After `+` comes the part that
-        summarises evicted tokens, after `|` the part that selects which kept tokens a query reads, after `:` the bits per
-        number of keys and values, if they are coded.
+        summarises evicted tokens, after `|` the part that selects which kept tokens a query reads, and after `:` the
+        bits per number of keys and values, if they are coded.
         """
         policy, summary, selector, store = self.method.parts
         name = part_name(policy or self.method)

@@ -99,9 +99,8 @@ class PagesState(SelectorState):
         if not len(row):
             return
         first = slots.offset[row] + page * self.method.page
-        keys = slots.keys((first.unsqueeze(1) + torch.arange(self.method.page)).to(slots.position.device)).to(
-            self.boxes.low.dtype
-        )
+        place = first.unsqueeze(1) + torch.arange(self.method.page)
+        keys = slots.keys(place.to(slots.position.device)).to(self.spec.dtype)
         place = self.boxes.places(None, wanted.shape[1])[row.to(keys.device), 0, page.to(keys.device)]
         self.boxes.low[place], self.boxes.high[place] = keys.amin(1), keys.amax(1)  # type: ignore[attr-defined]
 
