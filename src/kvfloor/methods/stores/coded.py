@@ -25,7 +25,7 @@ from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
-from kvfloor.methods.stores.codes import ChannelCodes, Codes, TokenCodes
+from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.turn import matrix
 from kvfloor.validation import count
 
@@ -169,10 +169,10 @@ class CodedSlots(Slots):
         spec, places = self.spec, self._places
         self.bare = None
         if lose:
-            self.key_codes: Codes = TokenCodes(spec, spec.d, self.key_bits, places, centred=True, unbiased=False)
+            self.key_codes: SlotCodes = TokenCodes(spec, spec.d, self.key_bits, places, centred=True, unbiased=False)
         else:
             self.key_codes = ChannelCodes(spec, spec.d, self.key_bits, places, self.group)
-        self.value_codes: Codes | None = None
+        self.value_codes: SlotCodes | None = None
         fresh = (spec.rows, self.first + self.group)
         self.fresh_k = torch.zeros(*fresh, spec.d, dtype=spec.dtype, device=spec.device)
         self.fresh_v = self.fresh_k
@@ -181,7 +181,7 @@ class CodedSlots(Slots):
             self.fresh_v = torch.zeros(*fresh, spec.dv, dtype=spec.dtype, device=spec.device)
         self.coded = torch.zeros(spec.rows, dtype=torch.int64)
 
-    def _parts(self) -> list[Codes]:
+    def _parts(self) -> list[SlotCodes]:
         return [codes for codes in (self.key_codes, self.value_codes) if codes is not None]
 
     @property
@@ -212,7 +212,7 @@ class CodedSlots(Slots):
         return self._with_fresh(x, fresh.to(x.dtype), position, rows).to(self.spec.dtype)
 
     def decoded(self, view: CodedView, turn: bool) -> tuple[Tensor, Tensor]:
-        """Return keys (r, s, d) and values (r, s, dv) of a view in the compute dtype. turn: as in `Codes.decode`."""
+        """Return keys (r, s, d) and values (r, s, dv) of a view in the compute dtype. turn: as in `SlotCodes.decode`."""
         found, rows, position = [], view.rows, view.position
         for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
             if part is None:
@@ -242,7 +242,7 @@ class CodedSlots(Slots):
         x = part.decode(entries, row, position // self.group)
         return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
 
-    def _named(self, name: str) -> tuple[Codes, Tensor]:
+    def _named(self, name: str) -> tuple[SlotCodes, Tensor]:
         """Return the codes and the uncoded tokens of the keys ("k") or values ("v")."""
         if name == "k" or self.spec.tied:
             return self.key_codes, self.fresh_k

@@ -27,7 +27,7 @@ SCALE = torch.bfloat16
 """The dtype of a coded vector's length: 16 bits that reach as far as those of float32."""
 
 
-class Codes(Memory):
+class SlotCodes(Memory):
     """Keep the coded keys, or the coded values, of all slots.
 
     Every attribute that `own` names is a tensor (places, ...) with one entry per slot.
@@ -66,7 +66,7 @@ class Codes(Memory):
         """Allocate what each row's first `groups` groups share; the default shares nothing."""
 
     def sent(self, groups: int) -> dict[str, Any]:
-        """Return what a saved state keeps beside the attributes in `own`, with the first `groups` groups of each row."""
+        """Return what a saved state keeps beside the attributes in `own`, of the first `groups` groups of each row."""
         del groups
         return {name: value for name, value in self.export().items() if name not in self.own}
 
@@ -80,7 +80,7 @@ class Codes(Memory):
         return {name: Field(x.dtype, ("tokens", *x.shape[1:])) for name, x in entries.items()}
 
 
-class TokenCodes(Codes):
+class TokenCodes(SlotCodes):
     """Code each token by itself: its length, and the direction of its rotated vector by fixed levels.
 
     A vector x less the row's centre is rotated to u = R (x - centre) / |x - centre|. Each entry of u gets the nearest
@@ -138,7 +138,7 @@ class TokenCodes(Codes):
             self.centre = self.centre[index.to(self.centre.device)]
 
 
-class ChannelCodes(Codes):
+class ChannelCodes(SlotCodes):
     """Code each channel of a group of tokens by an offset and a step of its own, rounding to nearest (KIVI).
 
     The number that a code stands for is low + (high - low) code / (2^bits - 1), with low and high the range of the
