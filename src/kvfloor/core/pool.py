@@ -107,7 +107,7 @@ class Pool:
         self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None
         self._shells: dict[int, State] = {}  # number of requests -> state to use again, with new tensors
         self._torn: dict[int, str] = {}  # index of each torn block -> why it is torn
-        self._unsettled: DecodeBatch | None = None  # the last step, if it did not check for NaN and infinity
+        self._unsettled: DecodeBatch | None = None  # the last step, if its check for NaN and infinity is unread
 
     # ---- whole blocks ----------------------------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class Pool:
         seen      (n,) tokens appended to each request so far, on the CPU. None: the counts are read from the blocks,
                   which waits for their device
         deferred  False: `step` reads from the device whether q, k and v are finite before it changes a block, and
-                  waits for the device to do so. True: `step` stores the result on the device, unread. It is read by the
+                  waits for the device to do so. True: `step` leaves the result on the device, unread. It is read by the
                   pool's next call, by `DecodeBatch.require_finite`, or before tokens are evicted, whichever comes
                   first. If a request had NaN or infinite entries, its block is torn. If this is found before an
                   eviction, the step raises ValueError and all blocks of the batch are torn in this pool. None: True if
