@@ -222,10 +222,8 @@ class Pool:
         q      (n, H, g, t, d) -> outputs (n, H, g, t, dv) in the spec's dtype, 0 for padding
         k, v   (n, H, t, d), (n, H, t, dv)
         count  (n,) number of each request's real tokens, which come first; the others are padding. None: all are real
-        Raises ValueError for bad input, and BrokenState for a torn block, with the blocks unchanged. There are two
-        exceptions, both for NaN or infinite entries. A batch with `deferred` reports them later (`batch`). In a call
-        that is not one token per request, requests are handled in groups (`_parts`): the first group with such entries
-        is torn, and the groups before it have got their tokens.
+        Raises ValueError for bad input, and BrokenState for a torn block, with the blocks unchanged. Only a batch with
+        `deferred` reports NaN or infinite entries later (`batch`).
         """
         if isinstance(ids, DecodeBatch):
             batch = self._taken(ids)
@@ -237,8 +235,8 @@ class Pool:
         if batch is not None and not alone:
             raise ValueError("a batch is of one token of each request: name the blocks for other numbers of tokens")
         plain = alone and self._plain
-        if alone and (batch is None or batch.check is None or not plain):
-            self._require_finite(q, k, v)
+        if batch is None or batch.check is None or not plain:
+            self._require_finite(q, k, v, count)
         self._require_room(ids, batch, k.shape[2], count)
         if plain:
             return self._decode(self.batch(ids, deferred=False) if batch is None else batch, q, k, v)
@@ -445,10 +443,18 @@ class Pool:
         if count is not None and (count.shape != (n,) or int(count.min()) < 0 or int(count.max()) > t):
             raise ValueError(f"count must be (n,) = ({n},) numbers in 0..{t}, got {count.tolist()}")
 
-    def _require_finite(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise ValueError if q, k or v has NaN or infinite entries. The call waits for their device."""
+    def _require_finite(self, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
+        """Raise ValueError if q, k or v, the arguments of `step`, have NaN or infinite entries; padding may have any."""
+        real = None
+        if count is not None and int(count.min()) < k.shape[2]:
+            real = torch.arange(k.shape[2]) < count.cpu().unsqueeze(1)
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
+            if math.isfinite(x.sum().item()):  # one cheap look; a sum may also overflow
+                continue
+            finite = torch.isfinite(x).all(-1)
+            if real is not None:
+                finite |= ~real.to(x.device).view(len(real), *[1] * (finite.ndim - 2), -1)
+            if not bool(finite.all()):
                 raise ValueError(f"{name} has NaN or infinite entries; no block was changed")
 
     def _require_room(self, ids: Tensor, batch: DecodeBatch | None, t: int, count: Tensor | None) -> None:
