@@ -15,7 +15,7 @@ from kvfloor.core import pool as pool_module
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.broken import BrokenState
 from kvfloor.core.layout import ALIGNMENT, Layout
-from kvfloor.core.pool import Pool, block_bytes, opened
+from kvfloor.core.pool import AT_ONCE, Pool, block_bytes, opened
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
@@ -288,6 +288,22 @@ def test_bad_tokens_change_no_byte() -> None:
         with pytest.raises(ValueError, match="count"):
             engine.pool.step(at, q, k, v, torch.tensor(count))
     assert torch.equal(engine.memory, before)
+
+
+def test_bad_entries_among_many_requests_change_no_byte_but_padding_may_have_them() -> None:
+    engine = Engine("sinks@24", blocks=AT_ONCE + 2)
+    everyone = list(range(AT_ONCE + 2))
+    for request in everyone:
+        engine.start(request)
+    engine.step(everyone, 10)
+    before, at = engine.memory.clone(), torch.tensor(everyone)
+    q, k, v = engine.piece(len(everyone), 3)
+    k[-1, 0, -1, 0] = torch.inf
+    with pytest.raises(ValueError, match="k has NaN or infinite entries; no block was changed"):
+        engine.pool.step(at, q, k, v)
+    assert torch.equal(engine.memory, before)
+    engine.pool.step(at, q, k, v, torch.tensor([3] * (AT_ONCE + 1) + [2]))
+    assert engine.pool.seen(at).tolist() == [13] * (AT_ONCE + 1) + [12]
 
 
 def test_memory_that_cannot_hold_the_blocks_is_refused() -> None:

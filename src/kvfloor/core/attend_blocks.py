@@ -1,7 +1,9 @@
-"""Compute attention of one new token of each request over the slots in its block: the definition, in torch.
+"""Compute a decode step's attention over the tokens in the requests' blocks of memory: the definition, in torch.
 
-A slot is the place of one held token. In shapes, n are the requests of a step, H kv heads, g query heads per kv head
-(GQA group), d and dv the widths of a key and a value. `attend_blocks_triton` has the same function as a kernel.
+A decode step gives one new token to each of n requests. A block is the memory of one request's KV cache in one layer. A
+slot is the place of one held token in it; some slots may hold no token. The module `attend_blocks_triton` computes the
+same function by a Triton kernel.
+In shapes, H are kv heads, g query heads per kv head (GQA group), d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -28,14 +30,15 @@ def attend_blocks(
     softcap: float | None,
     backend: Literal["auto", "torch"] = "auto",
 ) -> Tensor:
-    """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too.
+    """Return attention outputs (n, H, g, dv), in the dtype of q, of each request over its held tokens.
 
-    k, v     (blocks, H, slots, d) and (blocks, H, slots, dv), with the newest token's entry in place; slots that hold
-             no token have any finite numbers
-    batch    the requests' blocks, and the numbers of tokens that they held before the newest
-    scale    the factor on q.k; softcap: the cap on logits, or None
-    backend  "auto": the kernel where it applies (`kernel_applies`); "torch": never
-    The result has the dtype of q.
+    q        (n, H, g, d), queries of the new token of each request, which attend to the new token too
+    k, v     (blocks, H, slots, d) and (blocks, H, slots, dv), keys and values of all blocks. Those of the new tokens
+             must be stored already. Slots that hold no token may contain any finite numbers
+    batch    the requests' block indices, and how many tokens each request held before the new one
+    scale    factor on q.k
+    softcap  c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
+    backend  "auto": the Triton kernel where it applies (`kernel_applies`); "torch": never the kernel
     """
     if backend == "auto" and kernel_applies(q):
         from kvfloor.core import attend_blocks_triton
@@ -53,5 +56,8 @@ def attend_blocks(
 
 
 def kernel_applies(q: Tensor) -> bool:
-    """Return True if the kernel can serve queries like these: on a CUDA device, no float64, with triton installed."""
+    """Return True if the Triton kernel can be used for queries q.
+
+    It needs q on a CUDA device, in float32, bfloat16 or float16, and an installed triton.
+    """
     return q.device.type == "cuda" and q.dtype in _NARROW and find_spec("triton") is not None

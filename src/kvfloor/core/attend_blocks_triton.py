@@ -1,8 +1,10 @@
-"""Compute attention of one new token of each request over the slots in its block: a kernel that copies no block.
+"""Compute a decode step's attention over the tokens in the requests' blocks of memory: a Triton kernel.
 
-The definition is `attend_blocks`, in torch, which copies the blocks of a step together first. Import this module only
-where triton is installed. In shapes, n are the requests of a step, H kv heads, g query heads per kv head (GQA group),
-d and dv the widths of a key and a value.
+A decode step gives one new token to each of n requests. A block is the memory of one request's KV cache in one layer. A
+slot is the place of one held token in it; some slots may hold no token. The module `attend_blocks` defines the same
+function in torch. It copies blocks that are not consecutive; the kernel reads all blocks in place. Import this module
+only where triton is installed.
+In shapes, H are kv heads, g query heads per kv head (GQA group), d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from kvfloor.core.decoding import DecodeBatch
 
 TILE_BYTES = 16384
-"""Bytes of the keys, as float32, that a program holds at a time."""
+"""Most bytes of keys, or of values, in float32 that a kernel program loads at a time, unless 16 slots take more."""
 
 
 def attend_blocks(
@@ -28,10 +30,17 @@ def attend_blocks(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Return attention (n, H, g, dv) of q (n, H, g, d) over the slots that each request holds, its newest too.
+    """Return attention outputs (n, H, g, dv), in the dtype of q, of each request over its held tokens.
 
-    The arguments are those of the definition; slots that hold no token may have any numbers here. Products are summed
-    in float32. Numbers of 16 bits are multiplied as TF32, which holds them exactly; their weights have its 10 bits.
+    q        (n, H, g, d), queries of the new token of each request, which attend to the new token too
+    k, v     (blocks, H, slots, d) and (blocks, H, slots, dv), keys and values of all blocks. Those of the new tokens
+             must be stored already. Slots that hold no token are not read, so they may contain NaN
+    batch    the requests' block indices, and how many tokens each request held before the new one
+    scale    factor on q.k
+    softcap  c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
+    Sums are in float32, and so are products of float32 inputs. Inputs of 16 bits are multiplied in TF32, which holds
+    them exactly but rounds the softmax weights to 10 bits of mantissa. Raises ValueError if the last axis of k or v has
+    a stride other than 1.
     """
     (n, heads, g, d), dv = q.shape, v.shape[-1]
     if k.stride(-1) != 1 or v.stride(-1) != 1:
@@ -54,9 +63,12 @@ def attend_blocks(
 
 
 def constants(heads: int, g: int, d: int, dv: int, dtype: torch.dtype, capped: bool) -> dict[str, Any]:
-    """Return what the kernel is compiled for: the sizes, and the powers of 2 that its tiles have in their place.
+    """Return the compile-time arguments of `attend_kernel`, by name.
 
-    capped: True if there is a cap on logits
+    Each of g, d and dv also gets an entry G, D and DV: its next power of 2, at least 16, as tiles need such sizes.
+    heads   H, number of kv heads
+    dtype   that of q
+    capped  True if logits have a softcap
     """
     wide_d, wide_dv = (max(16, triton.next_power_of_2(width)) for width in (d, dv))
     return {
@@ -100,7 +112,13 @@ def attend_kernel(
     DV: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Answer the queries of one request and kv head, tile by tile of its slots, with a running softmax."""
+    """Compute the attention outputs of one request and kv head, with an online softmax over tiles of TILE slots.
+
+    Each kernel program handles one of the n H pairs. Arguments ending in `_at` point to the first entry of a tensor:
+    q (n, H, g, d), k, v, the output (n, H, g, dv), `rows` and `held` of the `DecodeBatch`. `k_block`, `k_head`,
+    `k_slot` are k's strides in entries, and `v_block`, `v_head`, `v_slot` those of v. The arguments that are
+    `tl.constexpr` come from `constants`.
+    """
     program = tl.program_id(0).to(tl.int64)
     request, head = program // heads, program % heads
     block = tl.load(rows_at + request).to(tl.int64)

@@ -1,7 +1,10 @@
-"""Describe a step of one token of each of n requests, once for the pools of all layers.
+"""Describe a decode step, which gives one new token to each of n requests, once for the pools of all layers.
 
-A pool keeps the states of requests of one layer in blocks of bytes, one block per request, on a device. What a step
-needs to know of its requests is the same in all layers. So it is worked out and checked once, on the CPU.
+A state is the KV cache of one request in one layer. A pool keeps the states of one layer in blocks of bytes, one block
+per request, on a device. A request has the same block index and the same token counts in all layers. So they are
+prepared and checked once, on the CPU.
+A token block is a fixed number of consecutive tokens of a request; methods evict tokens where one ends. "Block" alone
+always means a block of bytes.
 """
 
 from __future__ import annotations
@@ -14,25 +17,28 @@ from torch import Tensor
 
 
 class FiniteCheck:
-    """Gather on the device which requests brought a NaN or an infinity, so that the host waits for it once.
+    """Record on the device which requests had NaN or infinite entries, for the host to read once for all layers.
 
-    To read a number from a device is to wait until all work before it is done. A check of every layer's tokens at once
-    would make the host wait in every layer.
+    Reading a number from a device waits until the device has done all earlier work. If each layer read its own check,
+    the host would wait in every layer.
     """
 
     def __init__(self) -> None:
-        self._bad: Tensor | None = None  # (n,) on the device, True for requests with such an entry
-        self._read: list[int] | None = []  # their indices, None if they were not read since the last `add`
+        self._bad: Tensor | None = None  # (n,) on the device, True for requests with NaN or infinite entries
+        self._read: list[int] | None = []  # indices of these requests; None: not read since the last `add`
 
     def add(self, *tensors: Tensor) -> None:
-        """Take in tensors (n, ...) whose entries should be finite; nothing is waited for."""
+        """Check tensors (n, ...), such as the q, k and v of n requests, on their device, without waiting for it."""
         for x in tensors:
             bad = ~torch.isfinite(x).flatten(1).all(1)
             self._bad = bad if self._bad is None else self._bad | bad
         self._read = None
 
     def failed(self) -> list[int]:
-        """Return the indices of requests with an entry that was not finite; waits for the device if that is needed."""
+        """Return the indices in 0..n-1 of the requests that had NaN or infinite entries in any `add` so far.
+
+        The call waits for the device if `add` was called since the last time.
+        """
         if self._read is None:
             assert self._bad is not None
             self._read = [i for i, bad in enumerate(self._bad.tolist()) if bad]
@@ -41,20 +47,26 @@ class FiniteCheck:
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """Hold what a step of one token of each of n requests needs to know of them; the same in all layers.
+    """Hold the block indices and token counts of a decode step, which gives one new token to each of n requests.
 
-    ids       (n,) their blocks, on the CPU: different indices below `blocks`
-    named     the same as numbers
-    blocks    number of blocks of the pool that made this batch; only pools with as many take it
-    index     `ids` for indexing, on the blocks' device: a slice if the blocks follow one another
-    rows      (n,) `ids` as a tensor on the blocks' device
-    seen      (n,) tokens that each request saw before the step; `held` are those that each kv head kept
-    fill      (n,) number of these tokens in the open block of tokens
-    longest   most tokens that a request has seen after the step
-    width     most tokens that a head holds with the new one
-    visible   bool (n, 1, 1, width), True for slots that hold a token; None: all do
-    complete  (c,) blocks of the requests whose block of tokens the step completes; None: there are none
-    check     gathers which requests brought numbers that are not finite; None: every pool reads at once whether any did
+    They are the same in all layers. A slot is the place of one held token.
+
+    ids       (n,) index of each request's block, on the CPU; no index occurs twice
+    named     the same indices as integers
+    blocks    number of blocks of the pool that made this batch; only pools with as many blocks accept it
+    index     the same indices as `ids` on the blocks' device, or a slice if they are consecutive
+    rows      (n,) the same indices as a tensor on the blocks' device
+    seen      (n,) tokens appended to each request before the step, on the blocks' device
+    held      (n,) tokens that each kv head of the request holds before the step, on the blocks' device
+    fill      (n,) tokens in the request's last token block before the step, if that is not complete, else 0; on the
+              blocks' device
+    longest   largest number of tokens appended to a request, the new one included
+    width     largest number of tokens that a kv head holds, the new one included
+    visible   bool (n, 1, 1, width), True for slots that hold a token once the new one is added; None: all slots do
+    complete  (c,) indices, on the CPU, of the blocks of those requests whose token block the new token completes; None:
+              there are none
+    check     record on the device of the requests with NaN or infinite q, k or v, which pools fill and read later;
+              None: every pool reads at once whether they are finite
     """
 
     ids: Tensor
@@ -75,11 +87,17 @@ class DecodeBatch:
     def of(
         cls, ids: Tensor, blocks: int, seen: Tensor, held: Tensor, block: int, device: torch.device, deferred: bool
     ) -> DecodeBatch:
-        """Return the batch for requests with these clocks; ids, seen and held (n,) are on the CPU.
+        """Make the batch from the requests' block indices and their token counts before the step.
 
-        ids       different indices below `blocks`, which the caller has checked
-        block     number of tokens from one block end to the next
-        deferred  True: a check of numbers waits until it is asked for
+        ids       (n,) index of each request's block, on the CPU; the caller has checked that they are different and in
+                  0..blocks-1
+        blocks    number of blocks of the pool
+        seen      (n,) tokens appended to each request so far, on the CPU
+        held      (n,) tokens that each of its kv heads holds, on the CPU
+        block     number of tokens in a token block
+        device    that of the blocks
+        deferred  True: pools record on the device whether q, k and v are finite, to be read later; False: they read it
+                  at once
         """
 
         def there(x: Tensor) -> Tensor:
@@ -108,14 +126,18 @@ class DecodeBatch:
         )
 
     def bad(self) -> list[int]:
-        """Return the blocks of the requests that brought a NaN or an infinity to a pool that put off its check.
+        """Return the block indices of the requests with NaN or infinite q, k or v in a layer stepped so far.
 
-        The call waits for the device if tokens came since the last call.
+        The list is empty if the check is not deferred, as pools then raise at once. The call waits for the device if a
+        pool stepped since the last call.
         """
         return [] if self.check is None else [self.named[i] for i in self.check.failed()]
 
     def require_finite(self) -> None:
-        """Raise ValueError if a request brought a NaN or an infinity to a pool that put off its check."""
+        """Raise ValueError if a request had NaN or infinite q, k or v in a layer stepped so far.
+
+        Do nothing if the check is not deferred, as pools then raise at once.
+        """
         bad = self.bad()
         if bad:
             raise ValueError(f"q, k or v of the requests in the blocks {bad} had NaN or infinite entries")

@@ -119,11 +119,11 @@ class Layout:
         return found
 
     def load(self, views: dict[str, Tensor], ids: Tensor, state: State) -> None:
-        """Give `state`, a state of n requests, copies of what the blocks `ids` (n,) hold.
+        """Replace the tensors and numbers of `state`, a state of n requests, by copies from the blocks `ids` (n,).
 
-        views: what `views` returned. The state's own tensors are replaced, so `empty` may have dropped them. Raises
-        ValueError if the blocks differ in a number, as a state has it only once: for example if the prompt is over in
-        some of them only.
+        views: what the method `views` returned. Apart from its number of requests, `state` has the sizes of the state
+        that the layout was made from. Raises ValueError if the blocks differ in a number, because a state has one value
+        of it for all requests: for example, if the prompt has ended in some of the requests only.
         """
         copies = {field.name: views[field.name][ids] for field in self.fields if field.path[-1] not in _DERIVED}
         for path, field in self.paths.items():
@@ -139,7 +139,10 @@ class Layout:
             setattr(owner, name, type(now)(source[0].item()))
 
     def empty(self, state: State) -> None:
-        """Drop the tensors of `state`, which takes no memory then. Only `load` and `bind` may use it further."""
+        """Replace the tensors of `state` by empty ones, to free their memory.
+
+        Until `load` or `bind` gives it new tensors, the state must not be used.
+        """
         for path in self.paths:
             owner, name = _owner(state, path)
             now = getattr(owner, name)

@@ -4,7 +4,9 @@ A method is the configuration of a compressed KV cache, a spec its sizes, dtype 
 itself: the tokens that it holds, and its counters. The engine gives each request one block of bytes per layer, which
 holds the request's state of that layer, and frees the block when the request ends. All blocks have one size. "Block"
 alone always means a block of bytes. A token block is a fixed number of consecutive tokens of a request; methods evict
-tokens where one ends.
+tokens where one ends. A decode step gives one new token to each request of a call.
+A torn block is one whose bytes are not to be used: an exception interrupted a call that was changing it, or a decode
+step gave its request a q, k or v with NaN or infinite entries. Calls that would read a torn block raise BrokenState.
 A row is one (request, kv head) stream. A slot is the place of one held token. The requests of one call may have
 different numbers of tokens. In shapes, n are the requests of a call, H kv heads, g query heads per kv head (GQA group),
 t tokens, d and dv the widths of a key and a value.
@@ -32,7 +34,7 @@ from kvfloor.core.state import State
 from kvfloor.core.watching import Watching
 
 AT_ONCE = 8
-"""Most requests whose blocks are copied out together: so many blocks of one layer take memory beside the engine's."""
+"""Most requests whose states are copied out of their blocks at a time. The copy takes memory beside the engine's."""
 
 STALE = "the batch was made for other clocks than these blocks have: make it anew for each step"
 
@@ -69,8 +71,9 @@ class Pool:
     """Read and write the states in the blocks of one layer.
 
     Before a block is first used, `clear` must write an empty state into it. If an exception interrupts a call while it
-    changes blocks, later calls on these blocks raise BrokenState, until `clear`, `put` or `copy` overwrites the blocks.
-    Other blocks are not affected. Calls name blocks by their indices: `ids` (n,) int64, without repeats.
+    changes blocks, these blocks are torn: later calls on them raise BrokenState, until `clear`, `put` or `copy`
+    overwrites them. Other blocks are not affected. Calls name blocks by their indices: `ids` (n,) int64, without
+    repeats.
 
     layout  offset, shape and dtype of each tensor and number in a block
     """
@@ -102,9 +105,9 @@ class Pool:
         self._watches = isinstance(empty, Watching) and empty.queries is not None
         self._block = empty.block if isinstance(empty, Blocked) else 1
         self._capacity = method.budget if isinstance(method, Bounded) and isinstance(method.budget, int) else None
-        self._shells: dict[int, State] = {}  # states without memory of their own, by number of requests
-        self._torn: dict[int, str] = {}  # blocks that refuse all calls, and why
-        self._unsettled: DecodeBatch | None = None  # the last step, if its check of numbers was put off
+        self._shells: dict[int, State] = {}  # number of requests -> state to use again, with new tensors
+        self._torn: dict[int, str] = {}  # index of each torn block -> why it is torn
+        self._unsettled: DecodeBatch | None = None  # the last step, if its check for NaN and infinity is unread
 
     # ---- whole blocks ----------------------------------------------------------------------------------------------
 
@@ -163,14 +166,18 @@ class Pool:
 
     @torch.inference_mode()
     def batch(self, ids: Tensor, seen: Tensor | None = None, deferred: bool | None = None) -> DecodeBatch:
-        """Prepare a step of one token of each of these requests, for the pools of all layers: their clocks agree.
+        """Prepare a decode step of one new token for each of these requests, for the pools of all layers.
 
-        seen      (n,) tokens that each request has taken in, on the CPU; None: they are read from the blocks. Given, no
-                  device is waited for
-        deferred  True: steps do not wait to learn whether all numbers are finite. The next call of a pool does, and
-                  before it `DecodeBatch.require_finite`; nothing is evicted until then. Blocks of requests whose
-                  numbers were not finite are torn. False: every step checks its numbers before it changes a block.
-                  None: True if `seen` is given and the blocks are not on the CPU
+        One batch serves all layers, because a request has the same token counts in all of them.
+        seen      (n,) tokens appended to each request so far, on the CPU. None: the counts are read from the blocks,
+                  which waits for their device
+        deferred  False: `step` reads from the device whether q, k and v are finite before it changes a block, and
+                  waits for the device to do so. True: `step` leaves the result on the device, unread. It is read by the
+                  pool's next call, by `DecodeBatch.require_finite`, or before tokens are evicted, whichever comes
+                  first. If a request had NaN or infinite entries, its block is torn. If this is found before an
+                  eviction, the step raises ValueError and all blocks of the batch are torn in this pool. None: True if
+                  `seen` is given and the blocks are not on the CPU. Methods with a selector, a summary or rotated keys
+                  are always checked as for False
         """
         ids = self._known(ids)
         clock = self.seen(ids).cpu() if seen is None else seen.to(torch.int64)
@@ -214,8 +221,9 @@ class Pool:
                them
         q      (n, H, g, t, d) -> outputs (n, H, g, t, dv) in the spec's dtype, 0 for padding
         k, v   (n, H, t, d), (n, H, t, dv)
-        count  (n,) number of each request's real tokens, which are its first; the rest is padding. None: all are real
-        Raises ValueError for bad input, with the blocks as they were; but see `batch` for numbers that are not finite.
+        count  (n,) number of each request's real tokens, which come first; the others are padding. None: all are real
+        Raises ValueError for bad input, and BrokenState for a torn block, with the blocks unchanged. Only a batch with
+        `deferred` reports NaN or infinite entries later (`batch`).
         """
         if isinstance(ids, DecodeBatch):
             batch = self._taken(ids)
@@ -227,8 +235,8 @@ class Pool:
         if batch is not None and not alone:
             raise ValueError("a batch is of one token of each request: name the blocks for other numbers of tokens")
         plain = alone and self._plain
-        if alone and (batch is None or batch.check is None or not plain):
-            self._require_finite(q, k, v)
+        if batch is None or batch.check is None or not plain:
+            self._require_finite(q, k, v, count)
         self._require_room(ids, batch, k.shape[2], count)
         if plain:
             return self._decode(self.batch(ids, deferred=False) if batch is None else batch, q, k, v)
@@ -238,7 +246,15 @@ class Pool:
         return out
 
     def _stepped(self, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> Tensor:
-        """Do `step` for requests whose prompts are all over, or all not over."""
+        """Append tokens and answer their queries, for requests that are all within or all past their prompts.
+
+        ids    (n,) the requests' blocks
+        q      (n, H, g, t, d) -> outputs (n, H, g, t, dv)
+        k, v   (n, H, t, d), (n, H, t, dv)
+        count  (n,) number of each request's real tokens, which come first; None: all are real
+        A single request's state is changed in its block. The states of several requests are copied out of their blocks,
+        changed together as one state, and copied back.
+        """
         n, _, g, t, d = q.shape
         present = None
         if count is not None:
@@ -252,8 +268,8 @@ class Pool:
         """Append one token to each request and answer its queries q (n, H, g, 1, d): outputs (n, H, g, 1, dv).
 
         k is (n, H, 1, d), v (n, H, 1, dv). Every query attends to all held tokens of its row and to nothing else. The
-        blocks are changed in place, for all requests at once. Afterwards the requests whose token block is complete are
-        handled one by one (`_close`).
+        blocks are changed in place, for all requests at once. Afterwards `_close` handles the requests whose token
+        block is complete.
         """
         views, at, asked = self._views, batch.held, q.squeeze(3)
         if q.device.type == "cpu" and not torch.equal(views["seen"][batch.index, 0], batch.seen):
@@ -279,7 +295,11 @@ class Pool:
         return out.unsqueeze(3)
 
     def _close(self, ids: Tensor) -> None:
-        """Handle the end of a block of tokens in these requests, for example by evicting tokens."""
+        """Handle the end of a token block in the requests of the blocks `ids` (n,), for example by evicting tokens.
+
+        The state of a single request is changed in its block. Several are copied out of their blocks, changed together
+        as one state, and copied back; at most AT_ONCE at a time.
+        """
         for at in self._parts(ids):
             with self._lent(ids[at]) as state, torch.inference_mode(False), torch.no_grad():
                 assert isinstance(state, Blocked)
@@ -305,9 +325,11 @@ class Pool:
 
     @contextmanager
     def _lent(self, ids: Tensor) -> Iterator[State]:
-        """Lend the state in these blocks (n,), one of n H rows; what the caller changes in it is changed in the blocks.
+        """Yield the states in the blocks `ids` (n,) as one state of n H rows, for the body of a `with` statement.
 
-        That of one request lies in its block, those of several are copied out and in.
+        What the body changes in this state is in the blocks afterwards. With one request, the state's tensors are views
+        of its block. With several they are copies, which are written back at the end of the body. The state must not be
+        used after the body.
         """
         state = self._filled(ids, bound=len(ids) == 1)
         yield state
@@ -319,9 +341,9 @@ class Pool:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _filled(self, ids: Tensor, bound: bool) -> State:
-        """Return a state of n H rows with the content of these blocks (n,).
+        """Return a state of n H rows with the contents of the blocks `ids` (n,), request after request.
 
-        bound: True if its tensors are views of the block, of which there is one; False if they are copies.
+        bound: True: its tensors are views of the block, and n must be 1. False: they are copies.
         """
         state, n = self._shells.pop(len(ids), None), len(ids)
         if state is None:
@@ -338,25 +360,32 @@ class Pool:
 
     @contextmanager
     def _writing(self, named: Sequence[int]) -> Iterator[None]:
-        """Mark these blocks as torn while the caller changes them, and for good if an exception ends the change."""
+        """Mark the blocks with the indices `named` as torn while the body of the `with` statement changes them.
+
+        If an exception ends the body, the mark stays, and later calls on the blocks raise BrokenState.
+        """
         self._torn.update(dict.fromkeys(named, "a call on them broke off"))
         yield
         self._mend(named)
 
     def _mend(self, named: Sequence[int]) -> None:
-        """Let these blocks take calls again."""
+        """Remove the torn mark of the blocks with the indices `named`, so that calls on them work again."""
         for block in named:
             self._torn.pop(block, None)
 
     def _settle(self) -> None:
-        """Learn whether all numbers of the last step were finite, if that check was put off; tear blocks otherwise."""
+        """Read whether q, k and v of the last decode step were finite, if the step left this unread on the device.
+
+        Mark the blocks of requests for which they were not as torn. The call waits for the device, unless a pool of
+        another layer has already read the result.
+        """
         if self._unsettled is not None:
             for block in self._unsettled.bad():
                 self._torn.setdefault(block, "they got a q, k or v with NaN or infinite entries")
             self._unsettled = None
 
     def _require_whole(self, named: Sequence[int]) -> None:
-        """Raise BrokenState if one of these blocks is torn."""
+        """Raise BrokenState if one of the blocks with the indices `named` is torn."""
         broken = sorted(self._torn.keys() & named) if self._torn else []
         if broken:
             why = " and ".join(sorted({self._torn[block] for block in broken}))
@@ -368,7 +397,8 @@ class Pool:
         """Check the block indices `ids`, and return them as int64 on the CPU.
 
         Raises ValueError unless they are a non-empty 1-d tensor of different indices of existing blocks. Raises
-        BrokenState for a block that an interrupted call left half-written, unless `torn` is True.
+        BrokenState for a torn block, unless `torn` is True. An unread check of the last decode step is read first
+        (`_settle`).
         """
         ids = torch.as_tensor(ids).to("cpu")
         if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
@@ -382,7 +412,11 @@ class Pool:
         return ids.to(torch.int64)
 
     def _taken(self, batch: DecodeBatch) -> DecodeBatch:
-        """Return a batch that this pool can step; its blocks were checked when it was made."""
+        """Check that this pool can take the decode step `batch`, and return it.
+
+        Its block indices were checked when it was made. Raises ValueError if it is for pools with another number of
+        blocks, or if it is the pool's last step and defers its check for NaN. Raises BrokenState for a torn block.
+        """
         if batch.blocks != len(self._blocks):
             raise ValueError(f"the batch is for pools of {batch.blocks} blocks; this one has {len(self._blocks)}")
         if self._unsettled is batch:
@@ -392,7 +426,11 @@ class Pool:
         return batch
 
     def _require(self, n: int, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
-        """Raise ValueError unless the tokens of n requests have the right shapes."""
+        """Raise ValueError if q, k, v or count, the arguments of `step` for n requests, do not fit this pool.
+
+        q, k and v must have the shapes that `step` states and the spec's dtype; count must be None or (n,) numbers in
+        0..t.
+        """
         spec, t = self.spec, k.shape[2] if k.ndim == 4 else -1
         wanted = {
             "q": (n, spec.rows, self.g, t, spec.d),
@@ -405,14 +443,28 @@ class Pool:
         if count is not None and (count.shape != (n,) or int(count.min()) < 0 or int(count.max()) > t):
             raise ValueError(f"count must be (n,) = ({n},) numbers in 0..{t}, got {count.tolist()}")
 
-    def _require_finite(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise ValueError unless all entries are finite; the device is waited for."""
+    def _require_finite(self, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
+        """Raise ValueError if q, k or v, the arguments of `step`, have NaN or infinite entries; padding may have any."""
+        real = None
+        if count is not None and int(count.min()) < k.shape[2]:
+            real = torch.arange(k.shape[2]) < count.cpu().unsqueeze(1)
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
+            if math.isfinite(x.sum().item()):  # one cheap look; a sum may also overflow
+                continue
+            finite = torch.isfinite(x).all(-1)
+            if real is not None:
+                finite |= ~real.to(x.device).view(len(real), *[1] * (finite.ndim - 2), -1)
+            if not bool(finite.all()):
                 raise ValueError(f"{name} has NaN or infinite entries; no block was changed")
 
     def _require_room(self, ids: Tensor, batch: DecodeBatch | None, t: int, count: Tensor | None) -> None:
-        """Raise ValueError if a request would get more tokens than its block has room for."""
+        """Raise ValueError if a request would have more tokens than the pool's argument `tokens` allows.
+
+        ids    (n,) the requests' blocks
+        batch  the decode step of these requests; None: the token counts are read from the blocks
+        t      number of new tokens per request, padding included
+        count  (n,) number of new tokens of each request without padding; None: t
+        """
         if self._tokens is None:
             return
         if batch is None:

@@ -1,11 +1,12 @@
 """Compute attention inside vLLM from bounded KV caches that live in the engine's own blocks of memory.
 
-A method is the configuration of a bounded cache: which tokens it evicts, and its budget. A state is the cache of one
-request in one layer, and a pool reads and writes the states of all requests of one layer.
+A bounded KV cache keeps at most a fixed number of tokens per kv head, its budget, and evicts the others. A method is
+the configuration of such a cache: which tokens it evicts, and its budget. A state is the cache of one request in one
+layer, and a pool reads and writes the states of all requests of one layer.
 A forward is one run of the model over the new tokens of several requests. vLLM uses three classes: a backend names the
 other two and the memory that a layer needs, a builder plans each forward once for all layers, and an implementation
-computes one layer's attention. In shapes, T are the tokens of a forward, n requests, t tokens of one request, H kv
-heads, g query heads per kv head, d the width of a key and of a value.
+computes one layer's attention. In shapes, T are the tokens of a forward, H kv heads, g query heads per kv head, d the
+width of a key and of a value.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class BoundedBackend(AttentionBackend):
     def customize_spec(cls, spec: Any) -> Any:
         """Return the description of a layer's memory: one block per request, with as many bytes as its state takes.
 
-        spec: the description that vLLM made for the layer, which is replaced.
+        spec: vLLM's own description (AttentionSpec), in whose place the result is used. Raises ValueError for a layer
+        that is not plain attention over all tokens.
         """
         return block_spec(spec)
 
@@ -74,9 +76,11 @@ class BoundedBuilder(AttentionMetadataBuilder[Plan]):
         self._last: Plan | None = None
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Plan:
-        """Return the plan of a forward, from vLLM's numbers about its requests.
+        """Return the plan of a forward: which requests begin, end their prompt, or get tokens.
 
-        Raises ValueError if the forward before had keys or values that were not finite.
+        common_attn_metadata: vLLM's data about the requests of the forward, such as their lengths and block indices.
+        The other arguments are not used. Raises ValueError if a query, key or value of the previous forward was NaN or
+        infinite: on a device other than the CPU this is not read earlier.
         """
         del common_prefix_len, fast_build
         if self._last is not None:
@@ -111,7 +115,7 @@ class BoundedImpl(AttentionImpl[Plan]):
     ) -> None:
         """Compute the sizes of the layer's states, and store them for `BoundedBackend.customize_spec`.
 
-        The arguments are vLLM's. Raises ValueError for an engine, a model or a method that cannot be served.
+        The arguments are vLLM's. Raises ValueError for settings of vLLM, a model or a method that cannot be served.
         """
         config = get_current_vllm_config()
         require_servable(config)
@@ -151,7 +155,8 @@ class BoundedImpl(AttentionImpl[Plan]):
         query          (T, H g, d); key, value: (T, H, d)
         kv_cache       (blocks, 1, 1, bytes) uint8, the engine's memory of this layer
         attn_metadata  the plan that the builder made; None in the engine's warm-up, which has no requests
-        Rows of `output` that belong to no request are left as they are.
+        Rows of `output` that belong to no request are left as they are. `layer` is vLLM's attention layer, for its
+        name. Raises NotImplementedError for `output_scale` and `output_block_scale`, which ask for quantised outputs.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("kvfloor does not quantise attention outputs")
@@ -180,9 +185,10 @@ class BoundedImpl(AttentionImpl[Plan]):
         return output
 
     def _pool_of(self, layer: Any, kv_cache: Tensor) -> Pool:
-        """Return the pool over `kv_cache`, the engine's memory of this layer; make it if that memory is new.
+        """Return the pool over `kv_cache`, the engine's memory of this layer.
 
-        The engine allocates the memory only after it has made the layer.
+        The pool is made at the first call, and again if the engine passes another memory. It cannot be made earlier,
+        because the engine allocates the memory after it has made the layer.
         """
         if self._pool is None or self._memory is not kv_cache:
             spec = self._served.at(extract_layer_index(layer.layer_name), kv_cache.device)
@@ -206,9 +212,9 @@ class RefusedLatent(AttentionBackend):
 
 
 def _announce(config: Any, served: Any) -> None:
-    """Log the method, its budget, and the bytes that each request takes per layer and in all layers.
+    """Log the method, its budget, and the bytes that each request takes per layer and in all layers of this process.
 
-    config: vLLM's configuration (VllmConfig); served: the layer's entry (`Served`), with method and sizes.
+    config: vLLM's configuration (VllmConfig); served: the method and the sizes of a layer's states (`Served`).
     """
     layers = config.model_config.get_num_layers(config.parallel_config)
     budget = served.method.budget

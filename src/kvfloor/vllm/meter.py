@@ -26,9 +26,10 @@ class LogTimer:
 
 
 def line(pool: Pool, blocks: Tensor) -> str:
-    """Return the log line about the requests whose KV caches are in these blocks (n,) of the layer of `pool`.
+    """Return the log line about the requests whose KV caches are in the blocks with these indices (n,).
 
-    It gives the numbers of requests, of their tokens, and of held and evicted tokens per kv head.
+    It gives the number of requests; then, summed over them, the tokens seen, held per kv head, and evicted per kv head.
+    pool: the pool of layer 0, which reads the caches of that layer.
     """
     seen, held = int(pool.seen(blocks).sum()), float(pool.held(blocks).double().mean(1).sum())
     return (

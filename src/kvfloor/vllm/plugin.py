@@ -1,7 +1,7 @@
 """Register kvfloor's attention with vLLM, if the environment variable KVFLOOR_METHOD names a method.
 
 A method is the configuration of a bounded KV cache, as text such as "sinks(4)@1024". vLLM finds the function `register`
-by the entry point group "vllm.general_plugins" and calls it in each of its processes, before it chooses an attention
+by the entry point group "vllm.general_plugins" and calls it in each of its processes, before vLLM chooses an attention
 backend. A backend is vLLM's name for an implementation of attention with its memory.
 """
 
@@ -20,7 +20,7 @@ def register() -> None:
 
     On a CPU, where vLLM has one backend, kvfloor's replaces it. On other devices kvfloor's is registered as CUSTOM, for
     the option --attention-backend CUSTOM. Raises ValueError if KVFLOOR_METHOD or KVFLOOR_LOG_SECONDS is malformed, and
-    for a release of vLLM that kvfloor was not tested with.
+    for a release of vLLM that kvfloor was not tested with, unless KVFLOOR_VLLM_UNTESTED=1.
     """
     if not os.environ.get(settings.METHOD, "").strip():
         return

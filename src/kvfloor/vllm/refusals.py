@@ -1,7 +1,7 @@
-"""Refuse, when vLLM starts, the settings and models that a bounded KV cache cannot serve.
+"""Refuse, when vLLM starts, the settings and models that cannot be served with bounded KV caches.
 
 A bounded cache keeps at most a fixed number of tokens per kv head. Every refusal is a ValueError of one line that says
-what was found and what to do. A run that gets past these checks is not refused in the middle of a request.
+what was found and, where there is a remedy, what to do. After these checks, no request is refused while it runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def require_servable(config: Any) -> None:
-    """Raise ValueError if a setting of the engine or a property of the model excludes bounded caches.
+    """Raise ValueError if a setting of vLLM or a property of the model is not supported with bounded caches.
 
     config: vLLM's configuration (VllmConfig)
     """

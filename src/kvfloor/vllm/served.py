@@ -26,11 +26,11 @@ from kvfloor.vllm import settings
 class Served:
     """Hold the method and the sizes of the state of one request of one layer.
 
-    method  the method, with its budget in tokens
+    method  the method, with its budget in tokens per kv head
     spec    sizes, dtype and constants; one row per kv head of this process
     g       query heads per kv head
     tokens  most tokens of a request
-    first   index of this process's first kv head among all kv heads of the layer; not 0 only under tensor parallelism
+    first   index of this process's first kv head among all kv heads of the layer; 0 without tensor parallelism
     nbytes  bytes of the block that holds the state, i.e. of this process's kv heads
     """
 
@@ -42,7 +42,7 @@ class Served:
     nbytes: int
 
     def at(self, layer: int, device: torch.device) -> Spec:
-        """Return the spec of the layer with index `layer` in the model, on the device of the engine's memory.
+        """Return `spec` for the layer with index `layer` in the model, on the device of the engine's memory.
 
         Its row ids, which seed random draws, are the same for every request, so no request depends on its neighbours.
         They are those of the first sequence of a batch in kvfloor's cache for transformers.
@@ -85,10 +85,7 @@ def size(config: Any, rank: int, heads: int, kv_heads: int, d: int, scale: float
 
 
 class ServedTable:
-    """Store the method and sizes of each kind of layer of the engine that is being built.
-
-    A kind is a number of kv heads and a width of a key.
-    """
+    """Store an entry (`Served`) for each pair (kv heads, width of a key) that layers of the newest engine have."""
 
     def __init__(self) -> None:
         self._config: weakref.ref[Any] | None = None
@@ -97,9 +94,9 @@ class ServedTable:
     def add(self, config: Any, served: Served) -> bool:
         """Add a layer's entry; return True if it is the first of this engine.
 
-        config: the configuration of the engine that the layer belongs to. The first entry of an engine drops those of
-        the engine before. Raises ValueError if two layers with equal kv heads and key width need blocks of different
-        sizes.
+        config: the configuration of the engine that the layer belongs to. The first entry of an engine replaces all
+        entries of an earlier engine. Raises ValueError if two layers with equal kv heads and key width need blocks of
+        different sizes.
         """
         first = self._config is None or self._config() is not config
         if first:

@@ -13,13 +13,13 @@ from kvfloor.core.method import Method, standard_law
 from kvfloor.methods.grammar import parse
 
 METHOD = "KVFLOOR_METHOD"
-"""The method as text, such as "sinks(4)@1024". Unset or empty: the plug-in does nothing."""
+"""Environment variable: the method as text, such as "sinks(4)@1024". Unset or empty: the plug-in does nothing."""
 
 UNTESTED = "KVFLOOR_VLLM_UNTESTED"
-"""Set to 1 to run with a release of vLLM that is not in `TESTED`."""
+"""Environment variable: 1 to run with a release of vLLM that is not in `TESTED`."""
 
 SECONDS = "KVFLOOR_LOG_SECONDS"
-"""Seconds between two log lines about what the running requests hold; 0 for no such lines."""
+"""Environment variable: seconds between two log lines on tokens that the running requests hold; 0 for no lines."""
 
 TESTED = ("0.32.0",)
 """The releases of vLLM that the plug-in was tested with."""
@@ -28,7 +28,8 @@ TESTED = ("0.32.0",)
 def method_asked() -> Method | None:
     """Return the method that the environment variable KVFLOOR_METHOD names; None if it is unset or empty.
 
-    Raises ValueError for text that is no method, and for tensor attention, which is softmax over pairs of tokens.
+    Raises ValueError for text that is not a method, and for methods of tensor attention, which is softmax over pairs of
+    tokens.
     """
     text = os.environ.get(METHOD, "").strip()
     if not text:
@@ -55,8 +56,8 @@ def require_tested(release: str) -> None:
 def log_seconds() -> float:
     """Return the seconds between two log lines about the running requests; infinite for no lines.
 
-    They are those of the environment variable KVFLOOR_LOG_SECONDS, 10 if it is unset; 0 stands for no lines. Raises
-    ValueError if it is not a number >= 0.
+    The environment variable KVFLOOR_LOG_SECONDS gives them. If it is unset, they are 10; its value 0 means no lines.
+    Raises ValueError if it is not a number >= 0.
     """
     text = os.environ.get(SECONDS, "10")
     try:

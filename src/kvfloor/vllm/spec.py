@@ -18,9 +18,9 @@ def block_spec(spec: AttentionSpec) -> Any:
     """Return the description of a layer's memory for bounded KV caches, in place of vLLM's own description `spec`.
 
     A bounded cache keeps at most a fixed number of tokens. In vLLM a block holds the keys and values of `block_size`
-    tokens. Here a block is as many bytes as the cache of one request takes, and its `block_size` is the largest number
-    of tokens of a request. So a request needs one block. The description is vLLM's for ring buffers
-    (CircularBufferSpec): it gives a request one block until the request ends, and takes no part in prefix caching.
+    tokens. Here a block is as many bytes as the cache of one request takes, and `block_size` is the largest number of
+    tokens of a request. So a request needs one block. The result is vLLM's description of ring buffers
+    (CircularBufferSpec). With it, vLLM gives a request one block until the request ends, and does no prefix caching.
     Raises ValueError for a layer that is not plain attention over all tokens, or whose keys and values differ in width.
     """
     if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
