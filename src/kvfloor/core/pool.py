@@ -444,7 +444,7 @@ class Pool:
             raise ValueError(f"count must be (n,) = ({n},) numbers in 0..{t}, got {count.tolist()}")
 
     def _require_finite(self, q: Tensor, k: Tensor, v: Tensor, count: Tensor | None) -> None:
-        """Raise ValueError if q, k or v, the arguments of `step`, have NaN or infinite entries; padding may have any."""
+        """Raise ValueError if q, k or v of `step` have NaN or infinite entries; those of padding may have any."""
         real = None
         if count is not None and int(count.min()) < k.shape[2]:
             real = torch.arange(k.shape[2]) < count.cpu().unsqueeze(1)
