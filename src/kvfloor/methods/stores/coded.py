@@ -141,6 +141,7 @@ class CodedSlots(Slots):
 
     fresh_k, fresh_v  (rows, first + group, d or dv): the row's first tokens, then those of its open group, each at its
                       position's remainder by `group`; zeros where there is none
+    ordered           True if each row's slots hold its first tokens in their order, as none ever left
     coded             (rows,) number of tokens that came before the row's open group. Their codes are read; those of
                       later tokens are not written yet
     key_codes         codes of all slots; value_codes likewise, or None if the values are the keys (`spec.tied`)
@@ -180,6 +181,7 @@ class CodedSlots(Slots):
             self.value_codes = TokenCodes(spec, spec.dv, self.value_bits, places, centred=False, unbiased=True)
             self.fresh_v = torch.zeros(*fresh, spec.dv, dtype=spec.dtype, device=spec.device)
         self.coded = torch.zeros(spec.rows, dtype=torch.int64)
+        self.ordered = not lose
 
     def _parts(self) -> list[SlotCodes]:
         return [codes for codes in (self.key_codes, self.value_codes) if codes is not None]
@@ -208,17 +210,20 @@ class CodedSlots(Slots):
         part, fresh = self._named(name)
         position = self.positions(rows, width)
         entries = {own: self.across(getattr(part, own), rows, width) for own in part.own}
-        x = part.decode(entries, rows, position // self.group)
+        x = part.decode(entries, rows, None if self.ordered else position // self.group)
         return self._with_fresh(x, fresh.to(x.dtype), position, rows).to(self.spec.dtype)
 
     def decoded(self, view: CodedView, turn: bool) -> tuple[Tensor, Tensor]:
-        """Return keys (r, s, d) and values (r, s, dv) of a view in the compute dtype. turn: as in `SlotCodes.decode`."""
+        """Return keys (r, s, d) and values (r, s, dv) of a view, in the compute dtype.
+
+        turn: True for numbers that stay rotated, where the codes are of rotated vectors (`SlotCodes.decode`).
+        """
         found, rows, position = [], view.rows, view.position
         for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
             if part is None:
                 return found[0], found[0]
             entries = {own: self.across(getattr(part, own), rows, view.width) for own in part.own}
-            x = part.decode(entries, rows, position // self.group, turn)
+            x = part.decode(entries, rows, None if self.ordered else position // self.group, turn)
             given = fresh.to(x.dtype)
             if turn and part.turns:
                 given = given @ matrix(part.width, x.dtype, str(x.device)).T
@@ -303,6 +308,7 @@ class CodedSlots(Slots):
         at = self._fresh_index(position[gone])
         self.fresh_k[row[gone], at] = 0
         self.fresh_v[row[gone], at] = 0
+        self.ordered = False
         super().evict(leaving)
 
     def settle(self, seen: Tensor, rows: Tensor | None) -> None:
@@ -359,7 +365,7 @@ class CodedSlots(Slots):
     # ---- as a part of a state --------------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
-        sent = super().export() | {"coded": self.coded, "fresh_k": self.fresh_k}
+        sent = super().export() | {"coded": self.coded, "fresh_k": self.fresh_k, "ordered": self.ordered}
         if not self.spec.tied:
             sent["fresh_v"] = self.fresh_v
         groups = int(self.coded.max()) // self.group
@@ -374,7 +380,7 @@ class CodedSlots(Slots):
             fresh["fresh_v"] = Field(self.spec.dtype, (rows, *self.fresh_v.shape[1:]), finite=True)
         columns = {name: Field(column.dtype, ("tokens",)) for name, column in self._columns().items()}
         coded = {"position": Field(torch.int32, ("tokens",), least=0), "columns": columns}
-        return coded | fresh
+        return coded | fresh | {"ordered": Field(bool)}
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
@@ -386,7 +392,7 @@ class CodedSlots(Slots):
         for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
             if part is not None:
                 part.adopt({key: value for key, value in fields[name].items() if key not in part.own})
-        self.coded = fields["coded"]
+        self.coded, self.ordered = fields["coded"], fields["ordered"]
         self.fresh_k = fields["fresh_k"].to(self.fresh_k.device)
         self.fresh_v = self.fresh_k if self.spec.tied else fields["fresh_v"].to(self.fresh_v.device)
 

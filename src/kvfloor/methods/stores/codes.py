@@ -20,7 +20,7 @@ from kvfloor.core.memory import Memory
 from kvfloor.core.rowwise import length, total
 from kvfloor.core.spec import Spec
 from kvfloor.methods.stores.levels import levels
-from kvfloor.methods.stores.packing import looked_up, pack, size, unpack
+from kvfloor.methods.stores.packing import looked_up, pack, size
 from kvfloor.methods.stores.turn import turned, turned_back
 
 SCALE = torch.bfloat16
@@ -50,12 +50,15 @@ class SlotCodes(Memory):
         """
 
     @abstractmethod
-    def decode(self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor, turn: bool = False) -> Tensor:
+    def decode(
+        self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor | None, turn: bool = False
+    ) -> Tensor:
         """Return the numbers (r, t, w) that coded tokens stand for, in the compute dtype.
 
         entries  of the attributes in `own`, name -> (r, t, ...)
         rows     (r,) the tokens' rows; None: all
-        group    (r, t) index of each token's group in its row
+        group    (r, t) index of each token's group in its row; None: these are the row's first t tokens in their order.
+                 The numbers of tokens that are not coded yet are arbitrary
         turn     True: return the numbers as `turned` gives them, if `turns`
         """
 
@@ -118,7 +121,9 @@ class TokenCodes(SlotCodes):
         scale = norm.squeeze(-1) * torch.where(along > 0, factor, torch.zeros_like(factor))
         return {"packed": pack(code.to(torch.uint8), self.bits), "scale": scale.to(SCALE)}
 
-    def decode(self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor, turn: bool = False) -> Tensor:
+    def decode(
+        self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor | None, turn: bool = False
+    ) -> Tensor:
         del group
         dtype = self.spec.compute_dtype
         level = levels(self.bits, self.width, str(entries["packed"].device)).to(dtype)
@@ -176,16 +181,34 @@ class ChannelCodes(SlotCodes):
         code = ((x - start) / step.clamp_min(torch.finfo(x.dtype).tiny)).round().clamp(0, 2**self.bits - 1)
         return {"packed": pack(code.to(torch.uint8), self.bits)}
 
-    def decode(self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor, turn: bool = False) -> Tensor:
+    def decode(
+        self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor | None, turn: bool = False
+    ) -> Tensor:
         del turn
-        dtype, packed = self.spec.compute_dtype, entries["packed"]
-        group = group.clamp(0, max(0, self.low.shape[1] - 1))
-        every = torch.arange(group.shape[0], device=packed.device) if rows is None else rows.to(packed.device)
-        at = (every.unsqueeze(1), group)
-        if not self.low.shape[1]:
-            return torch.zeros(*packed.shape[:2], self.width, dtype=dtype, device=packed.device)
+        packed, device = entries["packed"], entries["packed"].device
+        groups = self.low.shape[1]
+        if not groups:
+            return torch.zeros(*packed.shape[:2], self.width, dtype=self.spec.compute_dtype, device=device)
+        if group is None:
+            return self._decoded_in_order(packed, rows)
+        every = torch.arange(len(packed), device=device) if rows is None else rows.to(device)
+        at = (every.unsqueeze(1), group.clamp(0, groups - 1))
         start, step = self._steps(self.low[at], self.high[at], self.range[at])
-        return torch.addcmul(start, unpack(packed, self.width, self.bits).to(dtype), step)
+        return torch.addcmul(start, self._numbers(packed), step)
+
+    def _decoded_in_order(self, packed: Tensor, rows: Tensor | None) -> Tensor:
+        """Do the work of `decode` for the first t tokens of each row, packed (r, t, bytes), group by group."""
+        t, groups = packed.shape[1], min(self.low.shape[1], packed.shape[1] // self.group)
+        shared = (x if rows is None else x[rows.to(packed.device)] for x in (self.low, self.high, self.range))
+        start, step = (x.unsqueeze(2) for x in self._steps(*(x[:, :groups] for x in shared)))
+        codes = self._numbers(packed[:, : groups * self.group]).unflatten(1, (groups, self.group))
+        x = torch.addcmul(start, codes, step).flatten(1, 2)
+        return torch.nn.functional.pad(x, (0, 0, 0, t - groups * self.group))
+
+    def _numbers(self, packed: Tensor) -> Tensor:
+        """Return the codes (r, t, w), packed (r, t, bytes), as numbers of the compute dtype."""
+        numbers = torch.arange(2**self.bits, dtype=self.spec.compute_dtype, device=packed.device)
+        return looked_up(packed, self.width, self.bits, numbers)
 
     def _steps(self, low: Tensor, high: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
         """Return offset and step (..., w) of the codes, from coded ranges low, high (..., w) and range_ (..., 4)."""
