@@ -100,6 +100,8 @@ class TokenCodes(Codes):
                 mean = total(x.masked_fill(~real.unsqueeze(-1), 0), 1) / count
                 self.centre[rows.to(x.device)[first]] = mean.to(self.centre.dtype)[first]
             x = x - self.centre[rows.to(x.device)].to(x.dtype).unsqueeze(1)
+        largest = x.abs().amax(-1, keepdim=True)
+        x = x / torch.where(largest > 0, largest, 1)  # whose square is neither too large nor too small for the dtype
         norm = length(x).unsqueeze(-1)
         unit = turned(x / norm.clamp_min(torch.finfo(x.dtype).tiny))
         level = levels(self.bits, self.width, str(x.device)).to(x.dtype)
@@ -107,7 +109,7 @@ class TokenCodes(Codes):
         near = level[code]
         along = total(near * unit)
         factor = 1 / along if self.unbiased else along / total(near.square())
-        scale = norm.squeeze(-1) * torch.where(along > 0, factor, torch.zeros_like(factor))
+        scale = norm.squeeze(-1) * torch.where(along > 0, factor, torch.zeros_like(factor)) * largest.squeeze(-1)
         return {"packed": pack(code.to(torch.uint8), self.bits), "scale": scale.to(SCALE)}
 
     def decode(self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor, turn: bool = False) -> Tensor:
