@@ -375,6 +375,10 @@ class CodedSlots(Slots):
         super().require_sound(fields)
         if bool((fields["coded"] % self.group != 0).any()):
             raise ValueError(f"tokens are coded in groups of {self.group}, got {fields['coded'].tolist()}")
+        if isinstance(self.key_codes, ChannelCodes):
+            groups = fields["key_codes"]["low"].shape[1]
+            if int(fields["coded"].max()) > groups * self.group:
+                raise ValueError(f"ranges of {groups} groups, where {fields['coded'].tolist()} tokens are coded")
 
     def adopt(self, fields: dict[str, Any]) -> None:
         Arena.adopt(self, fields)

@@ -69,7 +69,9 @@ class Codes(Memory):
 
     def fields(self) -> dict[str, Any]:
         entries = {name: getattr(self, name) for name in self.own}
-        return {name: Field(x.dtype, ("tokens", *x.shape[1:])) for name, x in entries.items()}
+        return {
+            name: Field(x.dtype, ("tokens", *x.shape[1:]), finite=x.is_floating_point()) for name, x in entries.items()
+        }
 
 
 class TokenCodes(Codes):
@@ -130,6 +132,9 @@ class TokenCodes(Codes):
         self.spec = self.spec.select(index)
         if self.centred:
             self.centre = self.centre[index.to(self.centre.device)]
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"centre": Field(self.centre.dtype, tuple(self.centre.shape), finite=True)}
 
 
 class ChannelCodes(Codes):
