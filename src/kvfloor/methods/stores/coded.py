@@ -324,13 +324,14 @@ class CodedSlots(Slots):
         device, first, dtype = self.position.device, self.first, self.spec.compute_dtype
         group, here = self.coded[at] // self.group, at.to(device)
         start = self.coded[at].to(device).unsqueeze(1)
-        real = start + torch.arange(self.group, device=device) >= first
         width = int(self.held[at].max())
         held = torch.arange(width) < self.held[at].unsqueeze(1)
         position = self.positions(at, width)
         i, slot = (held.to(device) & (position >= start) & (position >= first)).nonzero(as_tuple=True)
         place = self.offset.to(device)[here[i]] + slot
         from_group = position[i, slot] % self.group
+        real = torch.zeros(len(at), self.group, dtype=torch.bool, device=device)
+        real[i, from_group] = True  # neither the first tokens nor those that are gone
         for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
             if part is not None:
                 entries = part.encode(at, group, fresh[here, first:].to(dtype), real)
@@ -386,6 +387,10 @@ class CodedSlots(Slots):
         super().require_sound(fields)
         if bool((fields["coded"] % self.group != 0).any()):
             raise ValueError(f"tokens are coded in groups of {self.group}, got {fields['coded'].tolist()}")
+        if isinstance(self.key_codes, ChannelCodes):
+            groups = fields["key_codes"]["low"].shape[1]
+            if int(fields["coded"].max()) > groups * self.group:
+                raise ValueError(f"ranges of {groups} groups, where {fields['coded'].tolist()} tokens are coded")
 
     def adopt(self, fields: dict[str, Any]) -> None:
         Arena.adopt(self, fields)

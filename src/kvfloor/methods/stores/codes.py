@@ -80,7 +80,9 @@ class SlotCodes(Memory):
 
     def fields(self) -> dict[str, Any]:
         entries = {name: getattr(self, name) for name in self.own}
-        return {name: Field(x.dtype, ("tokens", *x.shape[1:])) for name, x in entries.items()}
+        return {
+            name: Field(x.dtype, ("tokens", *x.shape[1:]), finite=x.is_floating_point()) for name, x in entries.items()
+        }
 
 
 class TokenCodes(SlotCodes):
@@ -111,6 +113,8 @@ class TokenCodes(SlotCodes):
                 mean = total(x.masked_fill(~real.unsqueeze(-1), 0), 1) / count
                 self.centre[rows.to(x.device)[first]] = mean.to(self.centre.dtype)[first]
             x = x - self.centre[rows.to(x.device)].to(x.dtype).unsqueeze(1)
+        largest = x.abs().amax(-1, keepdim=True)
+        x = x / torch.where(largest > 0, largest, 1)  # whose square is neither too large nor too small for the dtype
         norm = length(x).unsqueeze(-1)
         unit = turned(x / norm.clamp_min(torch.finfo(x.dtype).tiny))
         level = levels(self.bits, self.width, str(x.device)).to(x.dtype)
@@ -118,7 +122,7 @@ class TokenCodes(SlotCodes):
         near = level[code]
         along = total(near * unit)
         factor = 1 / along if self.unbiased else along / total(near.square())
-        scale = norm.squeeze(-1) * torch.where(along > 0, factor, torch.zeros_like(factor))
+        scale = norm.squeeze(-1) * torch.where(along > 0, factor, torch.zeros_like(factor)) * largest.squeeze(-1)
         return {"packed": pack(code.to(torch.uint8), self.bits), "scale": scale.to(SCALE)}
 
     def decode(
@@ -141,6 +145,9 @@ class TokenCodes(SlotCodes):
         self.spec = self.spec.select(index)
         if self.centred:
             self.centre = self.centre[index.to(self.centre.device)]
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"centre": Field(self.centre.dtype, tuple(self.centre.shape), finite=True)}
 
 
 class ChannelCodes(SlotCodes):
