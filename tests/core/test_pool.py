@@ -44,6 +44,8 @@ CONSTANT = (
     "subgen@24",
     "balance@64",
     "window_sample@24",
+    "h2o(block=8):k4v3@24",
+    "window|pages(pages=2):k2v5(first=0)@24",
 )
 GROWING = ("quant", "snapkv@24", "k_center@24", "raas@24", "h2o(prefill=dense)@24", "exact", "exact|pages")
 HEADS, G, D = 2, 2, 16
