@@ -16,6 +16,7 @@ from kvfloor import CorruptState, Spec
 from kvfloor.core import message
 from kvfloor.methods.stores import coded as coded_module
 from kvfloor.methods.stores.coded import Coded, CodedSlots, CodedView
+from kvfloor.methods.stores.codes import TokenCodes
 from kvfloor.methods.stores.levels import error
 from kvfloor.methods.stores.packing import size
 from tests.corruption import require_every_flip_is_noticed
@@ -123,7 +124,7 @@ def run(state: Any, whole: Stream, watch: Watch) -> Any:
     def go(*sizes: int) -> None:
         nonlocal at
         for n in sizes:
-            q, k, v = between(tuple(x[watch.rows] for x in whole), at, at + n)
+            q, k, v = (x[watch.rows] for x in between(whole, at, at + n))
             state.step(q, k, k if state.spec.tied else v)
             at += n
             watch.look(state)
@@ -181,7 +182,7 @@ def wrong_settle(change: Callable[[CodedSlots], None]) -> Callable[..., None]:
 
 
 def louder(slots: CodedSlots) -> None:
-    assert slots.value_codes is not None
+    assert isinstance(slots.value_codes, TokenCodes)
     slots.value_codes.scale *= 1.01
 
 
