@@ -69,6 +69,17 @@ SELECTING = (
     "exact|best_first(k=16)",
     "h2o|best_first(k=8,page=4)@24:40:64",
 )
+STORED = (
+    "exact:k4v2",
+    "exact|pages(pages=4):k2v2(first=0)",
+    "window(block=16):k8v8@48",
+    "sinks(block=16)|top_k(k=12):k4v4@48",
+    "random(block=16):k3v3(first=0)@40:48:56",
+    "h2o(block=16)|pages(pages=4):k3v2@48",
+    "tova(block=16)+value_sum:k4v3@48",
+    "snapkv(window=4,block=16):k2v5@40",
+)
+"""Methods that keep their tokens in few bits, with streams long enough that several groups of tokens are coded."""
 REGISTERED = tuple(dict.fromkeys(str(default_method(name, budget=32)) for name in TABLE))
 METHODS = REGISTERED + COMBINATIONS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,6 +99,11 @@ def test_method_keeps_its_laws(text: str) -> None:
     _require_conformance(text, dtypes=(torch.float32,), groups=(4,))
 
 
+@pytest.mark.parametrize("text", STORED)
+def test_method_that_codes_its_tokens_keeps_its_laws(text: str) -> None:
+    _require_conformance(text, dtypes=(DTYPES[len(text) % 2],), groups=(1 + len(text) % 3,))
+
+
 @pytest.mark.parametrize("text", REGISTERED)
 def test_method_keeps_its_laws_in_half_precision_and_without_a_group(text: str) -> None:
     _require_conformance(text, dtypes=(torch.bfloat16,), groups=(1,))
@@ -103,15 +119,23 @@ BLOCKS = tuple(
     for rest in ("", "+value_sum", "|top_k(k=12)")
 )
 
+_EVERY_STORE = ("full", "k8v8", "k4v4", "k3v3", "k4v2", "k2v2")
+STORES = tuple(f"exact:{store}" for store in _EVERY_STORE) + tuple(
+    f"{policy}(block=16){rest}:{store}@48"
+    for policy in ("window", "sinks", "random", "h2o", "tova", "snapkv")
+    for store in _EVERY_STORE
+    for rest in ("", "|top_k(k=12)", "|pages(pages=4)")
+)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", METHODS + STORED)
 def test_method_keeps_its_laws_in_every_setting(text: str, seed: int) -> None:
     _require_conformance(text, dtypes=DTYPES[seed:] + DTYPES[:seed], seed=seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", SUMMARISING + SELECTING + OPTIONS + BLOCKS)
+@pytest.mark.parametrize("text", SUMMARISING + SELECTING + OPTIONS + BLOCKS + STORES)
 def test_every_combination_keeps_its_laws(text: str) -> None:
     assert run_checks(parse(text)).failed == []

@@ -40,6 +40,8 @@ STRIDED = (
     "exact|zeta(k=8)",
     "tensor(store=sinks(2,block=4))@16",
     "subgen_tensor(t=2,s=8,block=4)",
+    "exact:k4v4",
+    "h2o(block=4):k3v2@40",
 )
 EVERY = tuple(dict.fromkeys(str(default_method(name, budget=24)) for name in TABLE)) + STRIDED
 MOST = 150  # points of a call in the slow table: it may have thousands of operations

@@ -72,6 +72,8 @@ def measured(method: Method, spec: Spec, g: int) -> int:
         "h2o",
         "h2o(recent=700,sinks=2)",
         "window+value_sum",
+        "h2o:k4v3",
+        "window(block=1):k2v2(first=0)",
         "h2o(block=1)",
         "tova",
         "keydiff",

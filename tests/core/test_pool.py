@@ -44,6 +44,8 @@ CONSTANT = (
     "subgen@24",
     "balance@64",
     "window_sample@24",
+    "h2o(block=8):k4v3@24",
+    "window|pages(pages=2):k2v5(first=0)@24",
 )
 GROWING = ("quant", "snapkv@24", "k_center@24", "raas@24", "h2o(prefill=dense)@24", "exact", "exact|pages")
 HEADS, G, D = 2, 2, 16
@@ -184,6 +186,16 @@ def test_exact_in_blocks_of_the_longest_request_is_attention() -> None:
     with pytest.raises(ValueError, match="51 tokens; its block has room for 50"):
         engine.pool.step(at, *engine.piece(1, 1))
     assert torch.equal(engine.memory, before)
+
+
+# A fault of core/exact.py: `_reserve` makes room for the slots, and none for the ranges of the keys' groups.
+@pytest.mark.xfail(strict=True, raises=ValueError)
+def test_exact_in_few_bits_in_blocks_of_the_longest_request() -> None:
+    engine = Engine("exact:k4v3", tokens=100)
+    for block in (1, 3):
+        engine.start(block)
+    worst = [engine.step([1], 40), engine.step([3], 31)] + [engine.step([3, 1], 1) for _ in range(40)]
+    assert max(worst) < 2e-6 and engine.same(1) and engine.same(3)
 
 
 @settings(max_examples=25, deadline=None)

@@ -43,6 +43,9 @@ VARIANTS = (
     "tensor",
     "tensor(store=h2o)@32",
     "subgen_tensor(s=8)",
+    "exact:k4v4",
+    "h2o(block=8):k3v2(first=2)@24",
+    "window+value_sum|pages(pages=2,page=4):k2v8(first=0)@20:32",
 )
 METHODS = tuple(dict.fromkeys([*(SMALL.get(name, str(default_method(name))) for name in TABLE), *VARIANTS]))
 

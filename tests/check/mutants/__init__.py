@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvfloor import Method, parse
-from mutants import answers, contract, rows, stored, tokens, traits
+from mutants import answers, coded, contract, rows, stored, tokens, traits
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("capacity", tokens.OneTooMany()),
     _mutant("capacity", tokens.OneTooFew(), "constant_memory", "pads"),
     _mutant("held_tokens", tokens.ValuesStay(), "absorbed_once", "turns"),
+    _mutant("held_tokens", coded.CodedAgain()),
+    _mutant("chunking", coded.CodedPerCall(), "held_tokens", "pads"),
+    _mutant("row_isolation", coded.SharedLength(), "chunking", "held_tokens", "pads", "row_alone", "select_rows"),
+    _mutant("message_round_trip", coded.CodedInMessage()),
     _mutant("pinned", tokens.PinsForgotten()),
     _mutant("absorbed_once", tokens.AbsorbedTwice()),
     _mutant("absorbed_once", "window(block=4)+mutants.answers:CountsTwice@16", "attends_to_held", "hull", "turns"),

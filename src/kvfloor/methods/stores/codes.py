@@ -93,7 +93,8 @@ class TokenCodes(SlotCodes):
     error is orthogonal to x - centre on average over rotations (EDEN); without, s = |x - centre| (c u) / (c c), which
     gives the least squared error. A token's code never depends on other tokens, so tokens may leave in any order.
 
-    centre  (rows, w), the mean of the row's first group of tokens, in the dtype of the cache; zeros if not `centred`
+    centre  (rows, w), the mean of the coded tokens of the row's first group, in the dtype of the cache; (0, w) if not
+            `centred`
     """
 
     own = ("packed", "scale")
