@@ -188,8 +188,6 @@ def test_exact_in_blocks_of_the_longest_request_is_attention() -> None:
     assert torch.equal(engine.memory, before)
 
 
-# A fault of core/exact.py: `_reserve` makes room for the slots, and none for the ranges of the keys' groups.
-@pytest.mark.xfail(strict=True, raises=ValueError)
 def test_exact_in_few_bits_in_blocks_of_the_longest_request() -> None:
     engine = Engine("exact:k4v3", tokens=100)
     for block in (1, 3):

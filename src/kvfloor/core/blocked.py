@@ -117,6 +117,7 @@ class Blocked(State[M]):
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
         require_positions(fields["slots"], fields["seen"])
+        self.slots.require_settled(fields["slots"], fields["seen"])
         if self.selection is not None:
             self.selection.require_fitting(fields["selection"], fields["slots"])
 
@@ -141,7 +142,9 @@ class Blocked(State[M]):
         tokens, hold equally many, and have a free slot.
         """
         at, seen = self.slots.level, self.seen.tolist()
-        return self._plainly_read and at is not None and at < self.slots.stride and min(seen) == max(seen)
+        if at is None or at >= self.slots.stride or min(seen) != max(seen):
+            return False
+        return self._plainly_read and seen[0] < self.slots.longest
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
         seen, asked, bare = self.seen.tolist()[0], q, k

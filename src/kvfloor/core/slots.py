@@ -298,6 +298,12 @@ class Slots(Arena):
         slots keep them as they are, and nothing happens.
         """
 
+    def require_settled(self, fields: dict[str, Any], seen: Tensor) -> None:
+        """Raise ValueError if the saved `fields` of slots contradict `seen` (rows,), the tokens that each row has seen.
+
+        Nothing that these slots keep follows from `seen`, so all fields are accepted.
+        """
+
     def find(self, row: Tensor, position: Tensor) -> Tensor:
         """Return a mask (rows, width), bool on the CPU, True for the slots that hold one of e given tokens.
 

@@ -71,15 +71,16 @@ def parse(text: str) -> Method:
 
 def _without_store(text: str) -> tuple[str, str | None]:
     """Split "h2o:k4v4" into "h2o" and "k4v4", the text of a store; return (text, None) if no store ends it."""
-    found = re.search(r":\s*((?:full|k[0-9]+v[0-9]+)(?:\(.*\))?)$", text, re.DOTALL)
-    if found is None or outline(text)[found.start()] != ":":
+    found = re.search(r":\s*(?:full|k[0-9]+v[0-9]+)\s*(?:\([^()]*\))?$", outline(text))
+    if found is None:
         return text, None
-    return text[: found.start()].strip(), found[1]
+    return text[: found.start()].strip(), text[found.start() + 1 :].strip()
 
 
 def _stored(method: Method, store_text: str, whole: str) -> Method:
     """Return `method` with the store that `store_text` names, such as "k4v4(first=0)"."""
     name, _, arguments = store_text.partition("(")
+    name = name.strip()
     positional, named = _arguments(arguments.removesuffix(")"), store_text)
     if positional or set(named) - ({"first"} if name != "full" else set()):
         raise ValueError(f"in {whole!r}: a store such as k4v4 takes first=N, full takes nothing, got {arguments!r}")

@@ -73,8 +73,6 @@ def test_spaces_do_not_matter(method: Bounded | Exact) -> None:
     )
 
 
-# A fault of methods/grammar.py: `_without_store` takes no space between a store and its arguments, as parts do.
-@pytest.mark.xfail(strict=True, raises=ValueError)
 def test_a_space_before_a_stores_arguments_does_not_matter() -> None:
     assert parse("h2o:k4v4 (first=1)@64") == parse("h2o:k4v4(first=1)@64")
 
@@ -172,13 +170,9 @@ def test_a_quoted_argument_with_a_colon_is_no_store(tag: str) -> None:
     assert parse(f"{name}(tag={tag!r}):full@64") == plain
 
 
-FIRST_COLON = pytest.mark.xfail(strict=True, raises=ValueError)
-"""A fault of methods/grammar.py: `_without_store` takes the first colon that fits, and here that one is in quotes."""
-
-
 @pytest.mark.parametrize(
     "tag",
-    ["a:b", ":k4v4", pytest.param("x:k4v4(first=1)", marks=FIRST_COLON), pytest.param("):k4v4(", marks=FIRST_COLON)],
+    ["a:b", ":k4v4", "x:k4v4(first=1)", "):k4v4("],
 )
 def test_it_is_so_before_a_store_with_arguments(tag: str) -> None:
     plain = Bounded(Tagged(tag), budget=64)

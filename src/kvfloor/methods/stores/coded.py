@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.arena import Arena
-from kvfloor.core.fields import Field
+from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import part_text
 from kvfloor.core.partial import Partial
@@ -340,6 +340,9 @@ class CodedSlots(Slots):
         self.fresh_k[here, first:] = 0
         self.fresh_v[here, first:] = 0
         self.coded = torch.where(due, seen, self.coded)
+
+    def require_settled(self, fields: dict[str, Any], seen: Tensor) -> None:
+        require_equal(fields["coded"], seen - seen % self.group, "coded tokens")
 
     # ---- size and rows ---------------------------------------------------------------------------------------------
 
