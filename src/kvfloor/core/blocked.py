@@ -71,10 +71,11 @@ class Blocked(State[M]):
         return None
 
     def _at_once(self, seen: int, left: int) -> int:
-        """Return how many of a row's next `left` tokens may be appended in one piece, although blocks end inside it.
+        """Return how many of a row's next `left` tokens may be appended in one piece that goes past block ends.
 
-        0 (the default) means none: the caller then stops at the next block end. A variant returns more only if `_close`
-        would do nothing at the block ends inside the piece. seen: number of tokens that the row saw before.
+        0 (the default) means that no piece may go past a block end. The caller then appends the tokens up to the next
+        block end as one piece. A variant returns more only if `_close` would do nothing at the block ends inside the
+        piece. seen: number of tokens that the row saw before.
         """
         del seen, left
         return 0

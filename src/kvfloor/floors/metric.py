@@ -8,9 +8,9 @@ named by `metric`. V is the matrix of values, with one row v_i per token:
     operator   size = ||softmax||_2 ||V||_op, the same with the operator norm of V
 In the proof, random signs ±1 are hidden in a stream as values: a row of dv signs per token. The receiver of the
 method's state reads a row as the signs of the answer to one query, which puts nearly all softmax mass on the row's
-token. An answer within the guarantee can still have wrong signs, but at most a share rho of the row. If the guarantee
-holds with probability p, a row gives p (dv - log2 B) - H2(p) bits. Here B is the number of rows of dv signs that differ
-from a given row in at most rho dv signs, and H2 is the binary entropy.
+token. An answer within the guarantee can still have wrong signs, but at most a share rho of the row. Let B be the
+number of rows of dv signs that differ from a given row in at most rho dv signs, and H2 the binary entropy. If the
+guarantee holds with probability p, a row then gives p (dv - log2 B) - H2(p) bits.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 
@@ -77,7 +77,7 @@ def sign_norm(m: int, dv: int) -> float:
 def ball_bits(dv: int, wrong: int) -> float:
     """Return log2 of the number of strings of `dv` bits that differ from a given string in at most `wrong` bits.
 
-    The result is at most dv H2(wrong/dv) for wrong <= dv/2, H2 the binary entropy.
+    The result is at most dv H2(wrong/dv) for wrong <= dv/2, where H2 is the binary entropy.
     """
     dv, wrong = whole("dv", dv), whole("wrong", wrong, least=0)
     return math.log2(sum(math.comb(dv, j) for j in range(min(wrong, dv) + 1)))
@@ -87,10 +87,10 @@ def noisy_row_bits(m: int, dv: int, p: float, wrong: int) -> float:
     """Return a lower bound on the bits of a message from which `m` rows of `dv` bits are decoded with few errors.
 
     p is the probability that a row is decoded with at most `wrong` wrong bits.
-    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], and at least 0, H2 the binary entropy. `ball_bits` is log2 of the
-    number of rows that differ from a given one in at most `wrong` bits. For rho = wrong/dv <= 1/2 the result is at
-    least m [p dv (1 - H2(rho)) - H2(p)]. For wrong = 0 it is m (p dv - H2(p)), the bound for rows decoded without any
-    error. Derived here: Fano's inequality with a list.
+    Law: m [p (dv - ball_bits(dv, wrong)) - H2(p)], and at least 0, where H2 is the binary entropy. `ball_bits` is log2
+    of the number of rows that differ from a given one in at most `wrong` bits. For rho = wrong/dv <= 1/2 the result is
+    at least m [p dv (1 - H2(rho)) - H2(p)]. For wrong = 0 it is m (p dv - H2(p)), the bound for rows decoded without
+    any error. Derived here: Fano's inequality with a list.
     """
     m, p = whole("m", m, least=0), within("p", p, 0.0, 1.0, low_open=True)
     return max(0.0, m * (p * (dv - ball_bits(dv, wrong)) - H2(p)))
@@ -121,13 +121,14 @@ def metric_space(
     norm      for the metric operator only: an operator norm, found by measurement, that at least half of all n x dv
               sign matrices do not exceed; None: a proven one (`sign_norm`)
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), and at least 0. S are the
-    bits. rho is the `wrong_share` of m rows of w values. b is 1 bit for the operator norm, where half of all sign
-    matrices are used, else 0. The stream of the proof has m tokens, with signs in w <= dv coordinates; m <= n, or m <=
-    window - 1.
-    The `leak` of `wrong_share` is x = m e^(-radius g), and arbitrarily small without `radius`. g is a gap that some m
-    unit keys in d dimensions have (`gap_known`): 1 less the largest inner product of two keys. The query that reads the
-    token of a key leaves all other tokens together at most x times the softmax mass of this token.
+    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), and at least 0. S is the
+    number of bits. rho is the share of a row's signs that an answer within the guarantee can get wrong (`wrong_share`).
+    `noisy_row_bits` is a lower bound on the bits from which m rows of w signs are decoded with floor(rho w) wrong signs
+    each. b is 1 bit for the operator norm, where half of all sign matrices are used, else 0. The stream of the proof
+    has m tokens, with signs in w <= dv coordinates; m <= n, or m <= window - 1.
+    rho depends on the leak of a query: the softmax mass on all other tokens, divided by that on the token that it
+    reads. Let g be a gap that some m unit keys in d dimensions have (`gap_known`), i.e. 1 less the largest inner
+    product of two keys. Then the leak is at most m e^(-radius g); without `radius` it is arbitrarily small.
     Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
     ValueError naming the argument, what was given and what is allowed.
     """

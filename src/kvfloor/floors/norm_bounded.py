@@ -23,10 +23,10 @@ def N_dr(d: int, r: float, eta: float) -> float:
     Law: the largest of these numbers:
         for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1). The angle theta <= pi/2 depends on m: 1 - cos(theta) =
         ln(4m/(1-eta))/r
-        min(2d, (1-eta) e^r / 4) rounded down: so many of the vectors ±e_i along the axes
+        min(2d, (1-eta) e^r / 4) rounded down, a number of keys among the vectors ±e_i along the axes
         1
-    More keys may be separable, but surely so many are; so the floor computed from the result is valid. Returns a whole
-    number as a float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
+    At least this many keys can be told apart, perhaps more. So the floor computed from the result is valid. Returns a
+    whole number as a float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
     return _count(d, r, math.log(4.0 / (1.0 - eta)))
@@ -40,10 +40,10 @@ def separable_keys(d: int, r: float, ratio: float) -> float:
     Law: the largest of these numbers:
         for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1). The angle theta <= pi/2 depends on m: 1 - cos(theta) =
         ln(m / ratio)/r
-        min(2d, ratio e^r) rounded down: so many of the vectors ±e_i along the axes
+        min(2d, ratio e^r) rounded down, a number of keys among the vectors ±e_i along the axes
         1
-    More keys may be separable, but surely so many are. Returns a whole number as a float, `inf` beyond e^700. `N_dr`(d,
-    r, eta) is the case ratio = (1-eta)/4. Derived here (docs/floors.md, "Bounded norms").
+    At least this many keys can be told apart, perhaps more. Returns a whole number as a float, `inf` beyond e^700.
+    `N_dr`(d, r, eta) is the case ratio = (1-eta)/4. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r = whole("d", d), positive("r", r)
     return _count(d, r, -math.log(within("ratio", ratio, 0.0, 1.0, low_open=True, high_open=True)))
@@ -62,10 +62,10 @@ def _count(d: int, r: float, offset: float) -> float:
 def _packed(d: int, r: float, offset: float) -> float:
     """Return the largest whole m for which some m unit keys of gap (ln m + offset)/r exist in d dimensions, or 0.
 
-    The gap is 1 less the largest inner product of two keys. At this gap, a query of logit radius r in the direction of
-    a key leaves the m - 1 other keys together at most e^-offset times the softmax mass of this key. `log_packing_count`
-    gives a number of keys that surely exist at a gap; more are not counted. If m keys exist, so do fewer, so bisection
-    on ln m finds the largest m. Returns 0 where no m will do, and `inf` beyond e^700.
+    The gap is 1 less the largest inner product of two keys. Take a query of logit radius r in the direction of a key.
+    At this gap, all other keys together have at most e^-offset times the softmax mass of this key. `log_packing_count`
+    gives a number of keys that surely exist at a gap; more are not counted. Where m keys exist, fewer exist too, so
+    bisection on ln m finds the largest m. Returns 0 where no m will do, and `inf` beyond e^700.
     """
 
     def feasible(log_m: float) -> bool:

@@ -44,8 +44,8 @@ def space(
         visual    an image pyramid of square maps. `n` is the side of the last map, which has n^2 tokens; each earlier
                   side is smaller by the factor `ratio` (2 unless given)
     metric     the error guarantee. entrywise: each value of an answer is within a factor 1±`eta`. max, frobenius,
-               operator: the l2 error is at most `epsilon` times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2
-               ||V||_op, V the matrix of the values v_i (for standard and window only)
+               operator (for standard and window only): the l2 error is at most `epsilon` times max |v_i|, ||softmax||_2
+               ||V||_F or ||softmax||_2 ||V||_op, where V is the matrix of the values v_i
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual; None: no bound
     heads, layers   number of kv heads and of layers, which multiply the bound

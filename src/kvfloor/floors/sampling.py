@@ -7,8 +7,8 @@ Lazy Gumbel sampling (Haris & Onak 2025) draws a token with the probability of i
 plus random Gumbel noise is largest. It holds the tokens of largest logit, and of the others only the few whose noise is
 so large that they may win. If a key is one number (d = 1), the tokens of largest logit are those of the largest or
 smallest keys.
-K and V are the matrices of the keys k_j and the values v_j, q is a query, d and dv are the widths of a key and a value,
-and a number is one stored float. `failure` is the allowed probability that the error exceeds its bound.
+K and V are the matrices of the keys k_j and the values v_j; q is a query, and d and dv are the widths of a key and a
+value. A number is one stored float. `failure` is the allowed probability that the error exceeds its bound.
 """
 
 import math
@@ -24,8 +24,8 @@ def subgen_s(dv: int, epsilon: float, failure: float, *, norm: str = "operator")
 
     The numerator estimates sum_j exp(q.k_j) v_j. Accurate means an error of at most (epsilon/3) |exp(Kq)|_2 ||V||,
     except with probability `failure`, for one fixed query. `norm` is the norm of V, "operator" or "frobenius".
-    Law, by Chebyshev's inequality: 9 / (epsilon^2 failure) for the Frobenius norm. For the operator norm dv times as
-    many, as ||V||_F^2 <= dv ||V||_op^2. The result is not rounded to a whole number.
+    Law, by Chebyshev's inequality: s is 9 / (epsilon^2 failure) for the Frobenius norm. For the operator norm it is dv
+    times as large, because ||V||_F^2 <= dv ||V||_op^2. The result is not rounded to a whole number.
     Source: Zandieh et al. 2024 (SubGen); constants derived here.
     """
     dv, epsilon, failure = whole("dv", dv), _accuracy(epsilon), _failure(failure)
@@ -102,8 +102,8 @@ def lazy_gumbel_tokens(n: int) -> float:
 
     `n` is the number of tokens of the stream. The draw is a random token of the stream, with the probabilities of one
     query's softmax weights.
-    Law: the k = ceil(sqrt n) largest and k smallest keys, and at most (n - k)/k sampled keys in expectation; never more
-    than n.
+    Law: it holds the k = ceil(sqrt n) largest and the k smallest keys, and at most (n - k)/k sampled keys in
+    expectation; never more than n.
     Source: Haris & Onak (COLT 2025), Appendix D, Algorithm 2; docs/floors.md ("What is possible") derives the constant.
     """
     n = whole("n", n)

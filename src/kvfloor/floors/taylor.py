@@ -1,7 +1,7 @@
 """Compute the memory of attention by moments: sums of monomials of the keys, which evaluate a Taylor polynomial of exp.
 
-Such attention keeps no tokens. For each monomial in the key's coordinates up to some degree, it keeps the sum over all
-tokens of monomial times value, and the sum of the monomial. Queries are answered from these sums.
+Such attention keeps no tokens. For each monomial in the key's coordinates up to some degree, it keeps two sums over all
+tokens: that of monomial times value, and that of the monomial. Queries are answered from these sums.
 """
 
 import math
@@ -15,9 +15,10 @@ def taylor_degree(r: float, error: float) -> int:
     """Return the least degree of a Taylor polynomial of exp that answers attention within relative `error`.
 
     Logits are at most `r` nats in size. For values >= 0, every value of an answer is within a factor 1±error. For
-    values of any sign, the l2 error is at most `error` times the sizes of the max, Frobenius and operator norm
-    guarantees (`floors.metric`). This holds for every query, with certainty, in real arithmetic. In floating point, the
-    sums need about 2 r / ln 2 more significant bits than the answer, because terms cancel.
+    values v_i of any sign, the l2 error is at most `error` times each of max |v_i|, ||softmax||_2 ||V||_F and
+    ||softmax||_2 ||V||_op, where V is the matrix of the values. This holds for every query, with certainty, in real
+    arithmetic. In floating point, the sums need about 2 r / ln 2 more significant bits than the answer, because terms
+    cancel.
     Law: the least g with e^r r^(g+1) / (g+1)! <= b, b = error / (2 + error). By Lagrange's remainder, every exponential
     is then within a factor 1±b, and every softmax weight within (1+b)/(1-b) = 1 + error. Derived here (docs/floors.md,
     "What is possible").

@@ -95,8 +95,8 @@ def tensor_space(
     p       probability that a whole row, the dv values of one answer, is within the factor 1±eta
     radius  largest |score| in nats; None: no bound
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m the number of hidden
-    rows that queries can read. Without `radius`, m = `tensor_rows`(n, d).
+    Law: S >= heads layers m (p dv - H2(p)), and at least 0. S is the number of bits, H2 the binary entropy, and m the
+    number of hidden rows that queries can read. Without `radius`, m = `tensor_rows`(n, d).
     Under `radius`, fewer rows can be read. The leak of a query is (softmax mass off the queried key)/(mass on it). Let
     N(w, r, x) be the number of keys of width w, at most n, that queries with scores up to r can read at a leak of at
     most x (`separable_keys`). With eps_s = (1-eta)/4, m is the larger of two counts:

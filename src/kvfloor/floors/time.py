@@ -15,10 +15,10 @@ def time_probes(n: int, p: float = 0.9, *, eta: float = 0.0, expected: bool = Fa
 
     A non-adaptive method fixes the positions l before the data arrive. The stream has `n` tokens. The answer must be
     within a factor 1±eta with probability `p`.
-    Law, T the number of scores: T >= (2 - 1/p)(n-1) for a fixed T. If T is random, its expectation is at least
-    (2p-1)(n-1); `expected` = True returns this bound. Both bounds are tight. The result is 0 for p <= 1/2. It is also 0
-    for eta >= 1 - 2/n, where one answer can be right for both kinds of streams: all keys zero, or one heavy key that
-    takes nearly all softmax mass.
+    Law: T >= (2 - 1/p)(n-1) for a fixed number T of scores. If T is random, its expectation is at least (2p-1)(n-1);
+    `expected` = True returns this bound. Both bounds are tight. The result is 0 for p <= 1/2. It is also 0 for eta >= 1
+    - 2/n, where one answer can be right for both kinds of streams: all keys zero, or one heavy key that takes nearly
+    all softmax mass.
     Source: Haris & Onak (COLT 2025), Theorems 19 and 26, as Omega(n) probes of cost d; streams and constants derived
     here (docs/floors.md, "Time").
     """

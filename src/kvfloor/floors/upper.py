@@ -98,11 +98,13 @@ def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -
 
 
 def within_radius(copies: int, n: int, d: int, dv: int, radius: float, error: float) -> list[Possible]:
-    """List the memory (one entry or none) of Taylor moments that answer attention over `n` tokens within `error`.
+    """List the memory of Taylor moments that answer attention over `n` tokens within `error`: one entry or none.
 
     Moments are sums of monomials of the keys (`floors.taylor`). `copies` is the number of kv heads times layers. Logits
-    are at most `radius` in size. `error` is eta of a guarantee within a factor 1±eta, or epsilon of a guarantee in a
-    norm. The list is empty at error 0 and for a radius above 10^6.
+    are at most `radius` in size. `error` is the allowed error of an answer. For values >= 0 it may be eta: each value
+    of an answer is within a factor 1±eta. For values of any sign it may be epsilon: the l2 error is at most epsilon
+    times max |v_i|, ||softmax||_2 ||V||_F or ||softmax||_2 ||V||_op, where V is the matrix of the values v_i. The
+    formula is the same in all cases. The list is empty at error 0 and for a radius above 10^6.
     """
     if error <= 0.0 or radius > LARGEST_RADIUS:
         return []

@@ -64,8 +64,8 @@ def visual_rows(sides: Sequence[int], *, last_asks: bool = False) -> int:
 def visual_C(rows: int, asking: int, g: float, eps_s: float) -> float:
     """Return the length of a query that reads one of `rows` unit keys, if the query's own map adds `asking` keys of 0.
 
-    The query leaves all other tokens together at most `eps_s` times the softmax mass of its key, if the gap of the unit
-    keys is at least `g`. The gap is 1 less the largest inner product of two of them.
+    The gap of the unit keys is 1 less the largest inner product of two of them, and must be at least `g`. All other
+    tokens together then have at most `eps_s` times the softmax mass of the key that the query reads.
     Law: ln((rows - 1 + asking)/eps_s) / min(g, 1), because the tokens with key 0 have logit 0. Derived here.
     """
     return spike_C(rows, whole("asking", asking), g, 1.0, eps_s)
@@ -94,8 +94,9 @@ def visual_space(
                False: a further map, as large as the last, asks
     p          probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers m (p dv - H2(p)), and at least 0: S the bits, H2 the binary entropy, m = `visual_rows`(sides,
-    last_asks), the number of tokens that hide values; m <= 2 for d = 1. Keys and queries may be of any length.
+    Law: S >= heads layers m (p dv - H2(p)), and at least 0. S is the number of bits, H2 the binary entropy, and m =
+    `visual_rows`(sides, last_asks) the number of tokens that hide values; m <= 2 for d = 1. Keys and queries may be of
+    any length.
     Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
     ValueError naming the argument, what was given and what is allowed.
     """

@@ -4,7 +4,7 @@ A method is a way to keep a KV cache; its state is the memory that it keeps. The
 lower bound on the bits that a state must hold to answer queries over given keys. In the game of its proof, Alice hides
 values in a method's state, and Bob restores the state from its bytes and decodes the values.
     group    tokens that share one row of dv hidden values, read by one query
-    levels   equally spaced values in [-1, 1], one of which each hidden value is
+    levels   equally spaced values in [-1, 1]; each hidden value is one of them
     message  the bytes of a method's state
     decode   reconstruct the hidden values of one group after the other from the answers of a state; the contribution of
              groups decoded earlier is subtracted from an answer
@@ -35,8 +35,8 @@ class MeasuredGame:
     Each group of tokens shares one row of dv hidden values, which one query reads. The two shares are of groups; a
     group counts only if its whole row is right.
     answered       share of groups whose answer is within eta of exact attention in every value. eta is the largest
-                   error that the floor allows. The floor assumes less than a share of 1: each answer is within eta with
-                   probability p
+                   error that the floor allows. The floor does not assume a share of 1, but only that each answer is
+                   within eta with probability p
     decoded        share of groups whose hidden row is decoded right if the levels of groups decoded earlier are given,
                    as in the proof
     worst_error    largest deviation of an answer from exact attention

@@ -40,9 +40,9 @@ def pyramid(layers: int) -> Shares:
 def per_head(line: Sequence[Number], kv_heads: int, place: int) -> tuple[Number, ...]:
     """Return one number (share, or budget in tokens) per kv head of a layer; a single number is repeated for all heads.
 
-    line: the layer's entry in a table of shares or of budgets, with one number or `kv_heads` numbers. kv_heads: those
-    of the layer in the whole model, also if it is sharded. place: the
-    layer's index in the table, for the error message. Raises ValueError for any other count of numbers.
+    line: the layer's entry in a table of shares or of budgets, with one number or `kv_heads` numbers. kv_heads: number
+    of kv heads of the layer in the whole model, also if it is sharded. place: the layer's index in the table, for the
+    error message. Raises ValueError for any other count of numbers.
     """
     if len(line) not in (1, kv_heads):
         raise ValueError(

@@ -63,18 +63,18 @@ class CompressedCache(Cache):
     requests   one id per batch item, which seeds that item's randomness together with `seed`; 0, 1, 2, ... unless given
     budgets    tokens per compressed layer and kv head, [[512, 128], [64, 64], ...], instead of the method's '@' budget;
                one number in a layer is for all its heads
-    allocate   how to divide the method's one budget: "uniform", "pyramid" (less for deeper layers), "floor" (more for
-               heads whose attention outputs reveal the values of more tokens; needs the model, and `calibration`: the
-               token ids of a typical prompt, on which this is measured), or a table like `budgets` of multiples of the
-               budget
+    allocate   how to divide the method's one budget: "uniform"; "pyramid" (less for deeper layers); "floor" (more for
+               heads whose attention outputs reveal the values of more tokens); or a table like `budgets` of multiples
+               of the budget. "floor" needs the model, and `calibration`: the token ids of a typical prompt, on which
+               the heads are measured
     pinned     spans [from, to) of token positions that are never evicted, e.g. [(0, 40)] for a system prompt; positions
                count a batch item's real tokens, pads excluded
     on_evict   called with an `Eviction` (layer, batch items, kv heads and positions) whenever a layer evicts tokens; on
                a sharded model each rank is told of its own kv heads, by their numbers in the whole model
     positions  "stream": a token's rotary position is its place in the stream, evicted tokens counted. "cache": it is
-               the token's rank among the tokens that its kv head still holds, so that no distance is longer than the
-               budget and a stream goes on past the positions that the model was trained for (StreamingLLM). "cache"
-               needs the prepared model, rotary positions, and a method that holds whole tokens
+               the token's rank among the tokens that its kv head still holds (StreamingLLM). So no distance is longer
+               than the budget, and a stream can go on past the positions that the model was trained for. "cache" needs
+               the prepared model, rotary positions, and a method that holds whole tokens
     One cache serves one request (or one batch) at a time, on a prepared model.
     Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget smaller
     than the tokens that must be kept, a table with a wrong number of heads) are raised in the first forward.
@@ -154,8 +154,9 @@ class CompressedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of token slots fed to layer `layer_idx` so far, pads and evicted tokens included.
 
-        If the model changes its rotary angles at a certain length (Phi-3), the number is an int that raises ValueError
-        when generate() compares it with this length and would then replace the cache.
+        Some models (Phi-3) change their rotary angles at a certain length. generate() compares the number with this
+        length, to replace the cache there. For such a model, the number is an int whose comparison then raises
+        ValueError.
         """
         seen = super().get_seq_length(layer_idx)
         return seen if self._rotation is None else self._rotation.seen(seen)
@@ -369,9 +370,9 @@ class CompressedCache(Cache):
     def nbytes(self) -> int:
         """Return the bytes that the compressed layers hold: their states, and the keys and values of a running forward.
 
-        The bytes of a state are those of its tensors' storages. Of a running forward, only the keys and values count
-        that its attention has not appended to a state yet ("staged" tensors). Collective on a sharded model: the sum
-        over all ranks.
+        The bytes of a state are those of its tensors' storages. A running forward adds the keys and values that its
+        attention has not appended to a state yet ("staged" tensors), and nothing else. Collective on a sharded model:
+        the sum over all ranks.
         """
         mine = sum((layer.state.nbytes if layer.state else 0) + layer.staged_bytes for layer in self.compressed)
         return sum(self.ranks.gather("cache.nbytes", mine))
@@ -404,8 +405,9 @@ class CompressedCache(Cache):
     def peak_nbytes(self) -> int:
         """Return the most bytes that the compressed layers took at one time so far.
 
-        Counted together are the states, the copies made while they grow, and the keys and values of a running forward.
-        Collective on a sharded model: the sum of the ranks' own peaks, which all ranks reach at the same layer.
+        The bytes are those of the states, of the copies made while they grow, and of the keys and values of a running
+        forward. Collective on a sharded model: the sum of the ranks' own peaks, which all ranks reach at the same
+        layer.
         """
         return sum(self.ranks.gather("cache.peak_nbytes", self._meter.peak_bytes))
 
@@ -535,8 +537,8 @@ def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> t
     - for a method that needs no embedding
     - for positions="cache", where keys are stored without their rotation
     - if the embedding cannot be measured: `model` is not given or not prepared, or its positions are no fixed rotations
-    Warns if `model` is not given although the method needs it: the method then goes by the rotated queries and keys, by
-    which it chooses worse.
+    Warns if `model` is not given although the method needs it: the method then uses the rotated queries and keys, and
+    chooses worse.
     """
     policy = method.parts.policy
     if positions != "stream" or policy is None or not policy.wants_rotation:

@@ -33,14 +33,14 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
     """Return each kv head's share of a cache budget: one tuple per compressed layer, with one share per kv head.
 
     A share is a multiple of the budget per head; the mean of all shares is 1.
-    Law: share = kept + (1 - kept) * r / (mean of r over all heads), where r is, for each head, the number of groups of
-    one or more tokens of `prompt` whose common value could be recovered from the attention outputs of the head's
-    queries (`kvfloor.floors.measured.readable_by`). A head with more such groups gets more.
+    Law: for each head, let r be the number of groups of tokens of `prompt` whose common value could be recovered from
+    the attention outputs of the head's queries (`kvfloor.floors.measured.readable_by`). A group has one or more tokens.
+    Then share = kept + (1 - kept) * r / (mean of r over all heads).
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
              that keeps every token; the head's queries are those of the prompt's newest 256 tokens
     kept     share of the mean budget that every head gets in any case. With 0, a head that tells few tokens apart gets
-             a very small budget. It is enough only if the cache keeps just these tokens; a head that averages over many
-             tokens would lose most of them
+             a very small budget. Such a budget is enough only if the cache keeps just these tokens. A head that
+             averages over many tokens would lose most of them
     Collective on a sharded model: every rank measures its own kv heads, and gets the shares of all.
     Raises ValueError for a prompt of fewer than two tokens and for `kept` outside [0, 1].
     """

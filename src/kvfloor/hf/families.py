@@ -59,8 +59,8 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 def layer_roles(config: PreTrainedConfig) -> list[tuple[Role, Any]]:
     """Return a pair (role, layer) per cache layer; `layer` is the empty layer that transformers' own cache has there.
 
-    Role "full": attention over all tokens, compressed; "hybrid": compressed beside a linear or convolution state in the
-    same layer; "own": left to transformers' own class.
+    The role is "full" for attention over all tokens, which is compressed. It is "hybrid" for such attention beside a
+    linear or convolution state in the same layer, and "own" for a layer that is left to transformers' own class.
     Raises ValueError naming the family and the reason where a compressed cache cannot serve it.
     """
     reason = refusal(config)

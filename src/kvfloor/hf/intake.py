@@ -1,10 +1,13 @@
-"""Run a prompt through the model once, and fill with it every cache that compresses only at the prompt's end.
+"""Run a prompt through the model once, and fill several caches with the queries, keys and values of this run.
 
-An exact cache is one that never drops a token. Until the prompt's end, the other caches drop none either, so their
-layers receive the same queries, keys and values as an exact cache's. A `SharedPrompt` records these in one run of the
-model, and fills the caches from the record. A dialogue (`kvfloor.hf.decode.Dialogue`) is a batch in the course of
-decoding: model, cache, attention mask and last logits. A slot is one column of the padded batch. A piece of the record
-(`_Piece`) is what one layer received in one forward.
+Only caches that keep the whole prompt until its end, and compress it then, are filled in this way. An exact cache is
+one that never drops a token. Until the prompt's end, the layers of both kinds of cache receive the same queries, keys
+and values. A `SharedPrompt` records these in one run of the model with an exact cache, and fills the other caches from
+the record. A piece of the record (`_Piece`) is what one layer received in one forward.
+Each cache is given as part of a dialogue (`kvfloor.hf.decode.Dialogue`). A dialogue is a batch in the course of
+decoding: its model, its cache, its attention mask and its last logits. Filling sets the cache, the mask and the logits.
+Prompts of different length are padded to one width. A slot is one column of the padded batch, and lengths in this file
+are counted in slots.
 """
 
 from __future__ import annotations
@@ -154,8 +157,9 @@ class Intake:
         """Fill the empty cache of a dialogue with the prompt, without running the model.
 
         The dialogue's cache, mask and logits are then as if the model had been fed the prompt. Raises ValueError if the
-        cache is not empty, is of a model with other layers or stores keys without their rotation (positions="cache"),
-        if its method may evict tokens before the prompt's end, and if the queries that its method needs are not held.
+        cache is not empty, is of a model with other layers, or stores keys without their rotation (positions="cache").
+        Raises ValueError also if its method may evict tokens before the prompt's end, or needs queries that are not
+        held.
         """
         cache = dialogue.cache
         if not (isinstance(cache, CompressedCache) and is_exact_in_the_prompt(cache.method)):

@@ -2,12 +2,13 @@
 
 DeepSeek, GLM, Kimi and Mistral 4 have such attention.
 Where transformers caches latents, the cache's `update` receives a token's latent c and its rotary key r, one of each
-for all heads. The attention module's `expand_kv` then computes head h's key [K_h c, r] and value V_h c from the latents
-that `update` returns. A head's logit is [K_h' q, q_rot] . [c, r], where K_h' is the transpose of K_h, and q and q_rot
-are the parts of the head's query without and with rotation. The head's attention output is V_h times the weighted mean
-of the latents (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value
-of a single kv head, whose GQA group is all query heads. The same tokens are kept for all heads. Some transformers
-releases cache the keys of every head instead; they need none of this.
+for all heads. The attention module's `expand_kv` then computes the keys and values of all heads from the latents that
+`update` returns. Head h has the key [K_h c, r] and the value V_h c, where K_h and V_h are matrices of the module. A
+head's logit is [K_h' q, q_rot] . [c, r], where K_h' is the transpose of K_h, and q and q_rot are the parts of the
+head's query without and with rotation. The head's attention output is V_h times the weighted mean of the latents
+(DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorbed"). So kvfloor stores [c, r] as key and as value of a single kv
+head, whose GQA group is all query heads. The same tokens are kept for all heads. Some transformers releases cache the
+keys of every head instead; they need none of this.
 
 In shapes, c and r stand for the widths of the latent c and the rotary key r, and nope is the width of a key without
 rotation. B is the batch, H the number of query heads, n the number of tokens, d and dv the widths of a head's key and
@@ -26,22 +27,22 @@ _ROUNDING = 0.05  # of a vector's length; 8-bit activations lose about a hundred
 _newest = threading.local()  # what the last `update` of this thread returned, by weak references
 
 
-def staged(keys: Tensor, values: Tensor) -> None:
-    """Remember, for this thread, the keys and values that a layer's `update` returned; `awaited` returns them later.
+def remember_update(keys: Tensor, values: Tensor) -> None:
+    """Remember, for this thread, the keys and values that a layer's `update` returned, for a later `newest_update`.
 
     Every compressed layer calls this in its `update`, of latent attention or not, and replaces what was remembered.
-    A latent-attention module computes new tensors from these keys and values before it calls its attention function, so
+    A latent-attention module computes new tensors from these keys and values before it calls its attention function. So
     the function's arguments no longer show from which cache they came. Only weak references are kept.
     """
     _newest.pair = (weakref.ref(keys), weakref.ref(values))
 
 
-def awaited() -> tuple[Tensor, Tensor] | None:
+def newest_update() -> tuple[Tensor, Tensor] | None:
     """Return the (keys, values) that this thread's last `update` of a compressed layer returned.
 
-    They are those last given to `staged`: latents only if that layer has latent attention, which the caller must check.
-    Updates of transformers' own layers do not count. Returns None if these tensors no longer exist, because the forward
-    ended or failed, or if there was no update yet.
+    They are latents only if that layer has latent attention, which the caller must check. Updates of transformers' own
+    layers do not count. Returns None if these tensors no longer exist, because the forward ended or failed, or if there
+    was no update yet.
     """
     pair = getattr(_newest, "pair", None)
     if pair is None:
@@ -83,10 +84,10 @@ def expansion(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> 
     In shapes, c is the width of a latent, and nope that of a head's key without its rotary part.
     module   the attention module, whose layer `kv_b_proj` is the map
     latent   (B, 1, n, c), with the key (B, H, n, .) and value (B, H, n, dv) that the module computed from it
-    If that layer is plainly linear, without adapter or hook, the matrix is its weight. Any other layer is called on
-    every unit vector, at every call, so that an adapter, a hook, and a quantised or offloaded weight take effect as
-    they are now; nothing is cached. That layer must be linear too, so the matrix is checked on the newest token's key
-    and value. Raises ValueError if the matrix's key and value differ from the module's by more than rounding.
+    If `kv_b_proj` is plainly linear, without adapter or hook, the matrix is its weight. Any other layer is called on
+    every unit vector, and nothing is cached. So an adapter, a hook, and a quantised or offloaded weight take effect as
+    they are now. Such a layer must be linear too, so the matrix is checked on the newest token's key and value. Raises
+    ValueError if the matrix's key and value differ from the module's by more than rounding.
     """
     project: nn.Module = module.kv_b_proj  # type: ignore[assignment]
     heads, dv = value.shape[1], value.shape[-1]

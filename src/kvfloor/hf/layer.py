@@ -170,7 +170,7 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized, self._before, self._unturned = True, None, None
         keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
         setattr(keys, _TAG, weakref.ref(self))
-        latent.staged(keys, value_states)
+        latent.remember_update(keys, value_states)
         self.staged_bytes = key_states.nbytes + value_states.nbytes
         self._meter.staged = weakref.ref(self)
         return keys, value_states

@@ -1,9 +1,9 @@
 """Represent the attention mask of a compressed layer by its rule and padding, and build its tensor only if used.
 
 A rule is transformers' function that decides which slots a query attends to, such as the causal one. A slot is one
-column of the padded batch; a mask covers the slots of earlier forwards too. A compressed layer needs only the padding.
-So the mask tensor (batch, 1, queries, slots), which is large for a long cache, is seldom built. A compressed layer is
-one whose keys and values kvfloor compresses, by evicting tokens for example.
+column of the padded batch; a mask covers the slots of earlier forwards too. A compressed layer is one whose keys and
+values kvfloor compresses, by evicting tokens for example. Such a layer needs only the padding. So the mask tensor
+(batch, 1, queries, slots), which is large for a long cache, is seldom built.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class LazyMask:
     def tensor(self) -> Tensor:
         """Build the mask tensor (batch, 1, queries, slots), once for all layers.
 
-        It is bool for sdpa, additive for eager attention. It is built even where sdpa would need no mask, while
-        `for_stock`, which gives a mask to transformers' own attention, returns None there.
+        It is bool for sdpa, additive for eager attention. It is built even where sdpa would need no mask. There
+        `for_stock`, which returns the mask for transformers' own attention, returns None.
         """
         mask = self._make(False)
         assert mask is not None

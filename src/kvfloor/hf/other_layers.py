@@ -69,7 +69,8 @@ def move(layer: Any, device: str | torch.device, names: Iterable[str] | None = N
 def devices(layer: Any, names: Iterable[str] | None = None) -> set[torch.device]:
     """Return the devices of a layer's tensors, and each torch.device among the layer's attributes.
 
-    The layer makes later tensors on the latter devices. names: names of the attributes to look at; None: all.
+    The layer will make its next tensors on the devices among its attributes. names: names of the attributes to look at;
+    None: all.
     """
     chosen = vars(layer).values() if names is None else [getattr(layer, name) for name in names]
     values = [x for value in chosen for x in (value.values() if isinstance(value, dict) else [value])]

@@ -87,7 +87,7 @@ class Passage:
         """Return True if the model bypasses kvfloor's attention, False if the newest forward broke off.
 
         It tells apart two reasons why keys that a layer received earlier still wait for kvfloor's attention. Call it
-        when keys wait and `layer` receives new ones, before `begin_keys`.
+        when keys wait and `layer` receives new ones, before `begin_keys` records that.
         True   `layer` has received no keys in the newest forward yet. So this forward still runs, and has gone past the
                waiting keys without attending to them
         False  `layer` has received keys in it. So the new keys begin another forward, and the newest one ended while
@@ -101,7 +101,7 @@ class Passage:
         self._moved = True
 
     def unchanged(self, layer: int) -> None:
-        """Record that the layer refused the keys, and is as it was before `begin_keys`."""
+        """Record that the layer refused the keys, and is as it was before it received them."""
         self._open.discard(layer)
         self._made.discard((layer, _KEYS, 0))
         self._moved = bool(self._made)
@@ -188,7 +188,7 @@ class Passage:
     def _fault(self) -> str | None:
         """Return an error message if only some layers have stored the newest forward's tokens; otherwise None.
 
-        Also returns a message if a layer received keys, and the forward went on without attending to them.
+        A message is also returned if a layer received keys, and the forward went on without attending to them.
         """
         if not self._made:
             return None

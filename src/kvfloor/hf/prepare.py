@@ -102,7 +102,7 @@ def _latent(
     that layer computes the attention; otherwise the attention selected before kvfloor's does. scaling: the factor on
     q.k, None for d**-0.5.
     """
-    pair = latent.awaited()
+    pair = latent.newest_update()
     layer = None if pair is None else CompressedLayer.of(pair[0])
     if pair is None or layer is None or layer.index != module.layer_idx:
         return _stock(module, query, key, value, mask, scaling=scaling, **kwargs)
@@ -119,8 +119,8 @@ def _compressed(
     """Return the attention (B, n, H, dv) that a compressed layer computes for its own keys, and None for the weights.
 
     `key` leads to the layer by its mark. scaling: the factor on q.k, None for d**-0.5.
-    The caller `attention` excludes this function from torch.compile: compilation would trace the loop over blocks of
-    tokens, in which a compressed layer appends them, once per block.
+    The caller, `attention`, excludes this function from torch.compile. A compressed layer appends tokens in a loop over
+    blocks, and compilation would trace the body of this loop once per block.
     """
     layer = CompressedLayer.of(key)
     assert layer is not None

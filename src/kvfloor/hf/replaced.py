@@ -46,7 +46,7 @@ class SwitchingRotation:
         """Store the length at which a model changes its angles, and how its generate() reacts.
 
         length            tokens up to which the first angles are used
-        angles_differ     False if the configuration uses the same angles on both sides
+        angles_differ     False if the configuration uses the same angles below and above the length
         dropped_unasked   True if generate() replaces a cache without calling the cache's `get_seq_length` (slots fed so
                           far), where an error could be raised in time
         """

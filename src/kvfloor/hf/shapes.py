@@ -69,8 +69,8 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype, batch: int = 1) ->
     """Return the sizes of the causal language model of this configuration, with weights and cache of `dtype`.
 
     batch: the number of requests that share the cache. Raises ValueError for a configuration that no model can be built
-    from, for a family that a compressed cache cannot serve, for a model that keeps no keys, and for a model that cannot
-    run on the meta device because its forward reads numbers from tensors.
+    from, for a family that a compressed cache cannot serve, and for a model that keeps no keys. Raises it also if the
+    model cannot run on the meta device because its forward reads numbers from tensors.
     """
     model = _built(config, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -198,7 +198,7 @@ def _own_bytes(config: PreTrainedConfig, cache: CompressedCache) -> Callable[[in
 def _storage(values: list[Any]) -> int:
     """Return the bytes of the storages of these tensors, and of the tensors in these dicts, each storage once.
 
-    Values that are neither count nothing.
+    Other values count as 0 bytes.
     """
     flat = [x for value in values for x in (value.values() if isinstance(value, dict) else [value])]
     storages = [x.untyped_storage() for x in flat if isinstance(x, Tensor)]

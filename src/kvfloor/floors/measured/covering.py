@@ -90,7 +90,7 @@ def covering_curve(
     Returns one list per row, with one `Ceiling` per cluster radius.
     dv       width of a value
     epsilon  error of the guarantee: |answer - attention|_2 <= epsilon |softmax|_2 ||V||_op, for a query fixed before
-             the stream, V the matrix of the values; keys may have any length
+             the stream. V is the matrix of the values; keys may have any length
     radius   largest length of scale * q for the queries q of the guarantee (it is not a cluster radius)
     failure  allowed probability that the error is larger
     Law: as many centres as a greedy clustering of the keys makes (`covering_number`), s = 9 dv / (epsilon^2 f) sampled

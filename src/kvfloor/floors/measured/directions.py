@@ -8,9 +8,9 @@ valid for any queries; better queries only raise it.
     lead     logit of the query's own key, less the log-sum-exp of its logits on the rivals and the further tokens
     radius   the greatest length |q| of a query
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
-Without a softcap, the log of the softmax weight of key i under query q, scale q.k_i - log sum_j exp(scale q.k_j), is
-concave in q, so every local maximum over a ball is global. If the rivals were Gaussian with mean mu and covariance C,
-the maximum would lie at
+Without a softcap, the log of the softmax weight of key k_i under query q is scale q.k_i - log sum_j exp(scale q.k_j).
+It is concave in q, so every local maximum over a ball is global. If the rivals were Gaussian with mean mu and
+covariance C, the maximum would lie at
     q = (scale C + lambda I)^-1 (k_i - mu),   with the least lambda >= 0 that gives |q| <= radius.
 The search starts at this q. Each refinement is an approximate Newton step: mu becomes the mean of the rivals weighted
 by their softmax weights under the current query, and C is kept in place of the true curvature.

@@ -12,8 +12,8 @@ answers to the queries.
     demand  the accuracy required of answers; demand.error is the allowed error of an answer, not counting the leak
     pairs   matrix (G, G), G the number of groups: entry (j, k) is the softmax weight of the query of group j on group
             k, groups in the order of decoding
-Each round reorders the groups, drops groups, and assigns tokens anew to queries, so as to raise the sum over groups of
-log2(1 + w / (error + l)), a smooth approximation of the bits log2 L of a group.
+Each round reorders the groups, drops groups, and assigns tokens anew to queries. This is to raise the sum over groups
+of log2(1 + w / (error + l)), a smooth approximation of the bits log2 L of a group.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def improved(weights: Tensor, choice: Choice, demand: Demand, rounds: int) -> tu
 
 
 def by_damage(pairs: Tensor, demand: Demand) -> Tensor:
-    """Return a good order of decoding (G,): first the groups that would disturb other groups most if decoded later.
+    """Return a good order of decoding (G,): it begins with the groups that would disturb others most if decoded late.
 
     The order is given as indices of groups. Bob decodes (reconstructs the hidden values of) one group after the other,
     and a decoded group no longer disturbs later answers. pairs (G, G) holds the softmax weight pairs_jk of query j on
-    group k. If group k is decoded after group j, it costs group j about log2(1 + pairs_jk / c_j) bits, where c_j =
-    error + half of the weight that query j puts on other groups. Groups are sorted by the bits that they cost others
-    minus the bits that others cost them, largest first.
+    group k. Let c_j be the allowed error plus half of the weight that query j puts on other groups. If group k is
+    decoded after group j, it costs group j about log2(1 + pairs_jk / c_j) bits. Groups are sorted by the bits that they
+    cost others minus the bits that others cost them, largest first.
     """
     others = pairs - torch.diag(pairs.diagonal())
     cost = torch.log2(1.0 + others / (demand.error + 0.5 * others.sum(1, keepdim=True)))
@@ -152,11 +152,11 @@ def _handed_over(weights: Tensor, order: Tensor, pairs: Tensor, demand: Demand) 
     weights  (M, n), softmax weight of each query on each token
     order    (G,), indices of queries, one per group, in the order of decoding
     pairs    (G, G), softmax weights of these queries on the groups
-    The bits are estimated as F, the sum over groups g of log2(1 + w_g / (error + l_g)), with w_g the weight of query g
-    on its own group, and l_g its leak, the weight on groups decoded later.
-    Law: if query g reads a token on which each query h puts weight a_h, F changes to first order by a_g dF/dw_g plus
-    the sum of a_h dF/dl_h over the queries h decoded before g. This sum is negative: it is the cost of the leak. A
-    token goes to the query of the largest change, or to none if no change is positive.
+    Let w_g be the weight of query g on its own group, and l_g its leak, i.e. its weight on groups decoded later. The
+    bits are estimated as F, the sum over groups g of log2(1 + w_g / (error + l_g)).
+    Law: let each query h put weight a_h on a token. If query g reads the token, F changes to first order by a_g dF/dw_g
+    plus a sum: that of a_h dF/dl_h over the queries h decoded before g. The sum is negative: it is the cost of the
+    leak. A token goes to the query of the largest change, or to none if no change is positive.
     """
     own, noise = pairs.diagonal(), demand.error + pairs.triu(1).sum(1)
     gain = 1.0 / (noise + own)

@@ -82,8 +82,8 @@ class Demand:
 
         weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups decoded
         later.
-        Law: p dv log2 L - H2(p), and at least 0; 0 for L = 1. L is the number of levels that Bob can tell apart
-        (`levels`), H2 the binary entropy.
+        Law: p dv log2 L - H2(p), and at least 0; 0 for L = 1. L is the number of levels that Bob can tell apart (the
+        method `levels`), and H2 is the binary entropy.
         """
         levels = self.levels(weights, leaks)
         bits = self.p * self.dv * torch.log2(levels.double()) - H2(self.p)
@@ -92,9 +92,9 @@ class Demand:
     def rough_bits(self, weights: Tensor, leaks: Tensor) -> Tensor:
         """Return an estimate of the bits that each group of tokens adds to the read floor, in the dtype of `weights`.
 
-        `bits` computes them in float64. The estimate is faster, and accurate enough for the search that chooses the
-        groups. weights and leaks are those of `levels`: each query's softmax weight on its own group, and on groups
-        decoded later.
+        The method `bits` computes these bits in float64. The estimate is faster, and accurate enough for the search
+        that chooses the groups. weights and leaks are those of `levels`: each query's softmax weight on its own group,
+        and on groups decoded later.
         """
         levels = torch.ceil(weights / (self.error + leaks)).clamp_(1.0, self._cap)
         bits = torch.log2(levels).mul_(self.p * self.dv).sub_(H2(self.p)).clamp_min_(0.0)

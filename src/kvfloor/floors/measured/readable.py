@@ -117,9 +117,9 @@ def readable_by(
     """Return a lower bound on the bits S of a state that answers the queries `q` over the stored keys `k`.
 
     With probability p, an answer must be within eta of exact attention in each of its dv values, for values in [-1, 1].
-    Law: S >= sum over groups g of max(0, p dv log2 L_g - H2(p)). H2 is the binary entropy. L_g is the most levels for
-    which (L_g - 1)(eta + grain + leak_g) < weight_g, where weight_g is the softmax weight of query g on group g, and
-    leak_g that on groups decoded after g. The module defines group, decoding and grain. The bound is for the worst
+    Law: S >= sum over groups g of max(0, p dv log2 L_g - H2(p)). H2 is the binary entropy. weight_g is the softmax
+    weight of query g on group g, and leak_g that on groups decoded after g. L_g is the most levels for which (L_g -
+    1)(eta + grain + leak_g) < weight_g. The module defines group, decoding and grain. The bound is for the worst
     values, given these keys: it is no claim about recorded values.
     k, q         (n, d) stored keys; (m, d) queries, each of which the state must be able to answer
     later_mass   log-sum-exp of a query's logits on tokens after the stored ones, its own token included: (m,), or one

@@ -59,9 +59,9 @@ def readable_after(
     present  (rows, n) bool, True for real tokens, False for padding; None: no padding
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     demand   the accuracy required: eta, the largest error allowed in a value of an answer, for values in [-1, 1], and
-             dv, the width of a value. Optional are p, the probability that a whole answer is within eta (0.9), dtype,
-             the values' number format, and most_levels, a cap on the number of levels of a value, such as 16 for 4-bit
-             values
+             dv, the width of a value. Three more may be given: p, the probability that a whole answer is within eta
+             (0.9); dtype, the values' number format; and most_levels, a cap on the number of levels of a value, such as
+             16 for 4-bit values
     In the results `asked` indexes a row's later queries, flattened as q[row, :, cut:].reshape(-1, d), and `stream`
     indexes the row's tokens. Bits of rows add up, because the values of different rows are independent.
     """

@@ -158,9 +158,9 @@ def _ranked(sight: Sight, demand: Demand, share: float) -> Tensor:
     """Rank the queries, best first, by how little other queries attend to the tokens that a query would read.
 
     Returns the queries' indices (m,). A query would read its near tokens, those with at least `share` of its largest
-    weight. The score of a query is w / (u + error). w is the weight that the query puts on these tokens. u is the total
-    weight that all other queries put on them, estimated from a sample of the queries. error is the allowed error of an
-    answer.
+    weight. Let w be the weight that the query puts on these tokens. Let u be the total weight that all other queries
+    put on them, estimated from a sample of the queries. The score of the query is w / (u + error), where error is the
+    allowed error of an answer.
     """
     step = max(1, sight.m // _SAMPLED_QUERIES)
     asked = sum(block.share @ block.softmax for block in sight.blocks(sight.all()[::step])) * float(step)
@@ -178,8 +178,8 @@ def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tu
     Returns (estimated bits, choice). `candidates` holds indices of queries; queries whose group would add no bits are
     skipped. Near tokens have at least `share` of the query's largest weight. Bob decodes the groups in reverse: the
     group formed first is decoded last. So a new group is decoded before all groups so far, and adds no leak to them.
-    For speed, many candidates are handled at once. Which of them are skipped depends on which earlier ones are skipped,
-    so this is first guessed and then recomputed until nothing changes, at most a fixed number of times.
+    For speed, many candidates are handled at once. Which of them are skipped depends on which earlier ones are skipped.
+    So the skipped ones are first guessed, and then recomputed until nothing changes, at most a fixed number of times.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0

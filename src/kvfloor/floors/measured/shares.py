@@ -38,9 +38,9 @@ def ordered_shares(
     group       (n,) int64 in [-1, G), the group of each token, -1 for tokens in no group
     later_mass  (G,) float64, log-sum-exp of the logits of query g on tokens outside the stream, or None
     The softmax runs over all n tokens and those outside. The exponentials of a query's own group are computed in
-    float64, those of other tokens in float64 for small inputs, else in bfloat16 or float32. The sums over other tokens
-    are then multiplied by the factor that rounding may have taken from them, exp of a bound on the rounding errors of
-    the logits.
+    float64, those of other tokens in float64 for small inputs, else in bfloat16 or float32. Rounding may have made the
+    sums over other tokens too small by a factor, at most exp of a bound on the rounding errors of the logits. They are
+    multiplied by this factor.
     """
     count, n, device = q.shape[0], k.shape[0], k.device
     if count == 0:
@@ -88,10 +88,10 @@ def ordered_shares(
 def _factors(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Factors, Rounding]:
     """Round queries and keys, whose products are the logits, to the shortest precision that suffices.
 
-    Returns `Factors`, the rounded queries (times `scale`), the rounded keys and the softcap, and `Rounding`, bounds per
-    query on the error of the logits computed from them and on the absolute value of the true ones. Small inputs use
-    float64. Larger ones may use float32 or bfloat16 where torch allows it, bfloat16 only if its rounding error is small
-    enough.
+    Returns two objects. `Factors` holds the rounded queries (times `scale`), the rounded keys and the softcap.
+    `Rounding` holds two bounds per query: on the error of the logits computed from `Factors`, and on the absolute value
+    of the true logits. Small inputs use float64. Larger ones may use float32 or bfloat16 where torch allows it,
+    bfloat16 only if its rounding error is small enough.
     """
     allowed = [torch.float64]
     if len(q) * k.numel() > _WIDE_UP_TO:

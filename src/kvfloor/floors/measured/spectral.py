@@ -124,7 +124,8 @@ def gaussian_reference(
     and one error:
         distortion    D, the expected squared error summed over all m dv entries of the answers
         mean_squared  D / (m dv)
-        relative      sqrt(D) / ||a V||_F, V the `values`; for `spread`, ||a V||_F^2 is its expectation at mean 0
+        relative      sqrt(D) / ||a V||_F, where V is `values`. If `spread` is given, the expectation of ||a V||_F^2 at
+                      mean 0 takes the place of ||a V||_F^2
     Law: `gaussian_rate` of the variances sigma_i^2 lambda_j at distortion D, with sigma_i the singular values of `a`
     and lambda_j the eigenvalues of Sigma.
     For Gaussian values this is a lower bound on the bits of any state, even if `a` is known beforehand. For other

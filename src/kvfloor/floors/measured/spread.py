@@ -129,8 +129,8 @@ class Spread:
     """Search keys (n, d), float32, for streams in which a query per token reveals the token's hidden value.
 
     A query reveals a value, or reads the token, if its answer shows which of several possible numbers the value is.
-    `candidates` yields the streams found. The tokens of a stream are its members, kept in the order in which the
-    receiver of the proof (Bob) reconstructs their values, the order of decoding.
+    `candidates` yields the streams found. The tokens of a stream are its members. They are kept in the order of
+    decoding, in which the receiver of the proof (Bob) reconstructs their values.
     radius          greatest length of a query
     scale, softcap  define the logits
     beyond          log-sum-exp of every query's logits on further tokens, or None
@@ -149,9 +149,9 @@ class Spread:
     def candidates(self) -> Iterator[Candidate]:
         """Yield one or two proposed streams with their estimated floors; the caller computes the true floor of each.
 
-        Up to 4,096 tokens: one stream, the better of two. Either is grown by trying the tokens one by one, in an order
-        of its own.
-        More tokens: up to two streams.
+        For up to 4,096 tokens, one stream is yielded, the better of two. Both are grown by trying the tokens one by
+        one, each in another order.
+        For more tokens, up to two streams are yielded:
             first  the tokens that seem readable while all tokens are in the stream, if they are at least 90 % of all. A
                    sample of at most 1,024 tokens, evenly spaced, is used for this estimate
             last   always, a stream grown by trying tokens one by one against all members so far. It leaves out
@@ -221,10 +221,10 @@ class Spread:
     def _arranged(self, pull: Pull, members: Tensor) -> tuple[float, Tensor]:
         """Arrange the members of a stream in a good order of decoding; return (estimated floor in bits, members).
 
-        Up to 4,096 members: the better of two orders, by the estimated floor. One is the given order. In the other, the
-        members come first that would cost the others most bits if decoded later. More members: the least load first,
-        estimated from a sample of the members. A member's load is the softmax mass of its query on other members, over
-        that on itself.
+        For up to 4,096 members, the better of two orders is returned, by the estimated floor. One is the given order.
+        The other begins with the members that would cost the others most bits if decoded late. More members are sorted
+        by their loads, the least first. A member's load is the softmax mass of its query on other members, divided by
+        that on itself. It is estimated from a sample of the members.
         """
         if len(members) <= FEW:
             pairs = pull.pairs(members)

@@ -28,9 +28,9 @@ def hard(bits: int, wrong: int) -> float:
     """Return the gain T, in bits, of decoding `bits` hidden bits of which `wrong` are decoded wrong.
 
     T - log2(1/alpha) is a lower bound on the message's length at confidence 1 - alpha.
-    Law: bits (1 - H2(rho)), rho = wrong/bits, H2 the binary entropy; 0 for rho >= 1/2. The reason: for rho < 1/2, at
-    most 2^(bits H2(rho)) strings differ from the decoded one in a share of at most rho of their bits. Raises ValueError
-    where wrong > bits.
+    Law: bits (1 - H2(rho)), where rho = wrong/bits and H2 is the binary entropy; 0 for rho >= 1/2. The reason: for rho
+    < 1/2, at most 2^(bits H2(rho)) strings differ from the decoded one in a share of at most rho of their bits. Raises
+    ValueError where wrong > bits.
     """
     bits, wrong = whole("bits", bits, least=0), whole("wrong", wrong, least=0)
     if wrong > bits:
@@ -87,8 +87,9 @@ def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: 
     drawn     number of rows in the sample, which is drawn with replacement. Draw it after the message is fixed, from
               entropy that the method never sees
     wrong     number of drawn rows that were decoded with an error
-    Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), and at least 0, H2 the binary entropy, e the upper Clopper-Pearson
-    limit on the share of wrong rows at alpha/2. The result is 0 for e >= 1 - 2^-row_bits, the error rate of guessing.
+    Law: n (row_bits (1-e) - H2(e)) - log2(2/alpha), and at least 0. H2 is the binary entropy, and e the upper
+    Clopper-Pearson limit on the share of wrong rows at alpha/2. The result is 0 for e >= 1 - 2^-row_bits, the error
+    rate of guessing.
     """
     n, row_bits = whole("n", n), whole("row_bits", row_bits)
     e = clopper_pearson_limit(wrong, drawn, alpha / 2.0)

@@ -90,10 +90,11 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
     """Mark the rows (m,), bool, of answers (m, dv) that count as right at an allowed relative error eta.
 
     hidden (m, dv) has the hidden levels, of `bits` bits each. With one bit, a row is right if all its answers decode to
-    the hidden levels. With more bits, it is right if every answer lies in [(1-eta) a, (1+eta) b], up to float32
-    rounding. Here a = (1-l) x and b = x + l (1-x) are bounds on what exact attention gives for the hidden value x in
-    [0, 1]. l = `leak_ratio` bounds the share of the query's softmax mass that is on other tokens, whose values lie in
-    [0, 1] too.
+    the hidden levels. With more bits, exact attention is bounded first. Let x in [0, 1] be the hidden value. Let l be
+    the largest ratio (softmax mass on other tokens)/(mass on the queried token) that the game allows (`leak_ratio`).
+    The share of all mass that is on other tokens is then at most l, and their values lie in [0, 1] too. So exact
+    attention lies between a = (1-l) x and b = x + l (1-x). A row is right if every answer lies in [(1-eta) a, (1+eta)
+    b], up to float32 rounding.
     """
     if bits == 1:
         return (nearest_levels(answers, bits, eta) == hidden).all(dim=1)

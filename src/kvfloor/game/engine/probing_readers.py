@@ -1,10 +1,10 @@
 """Measure the share of right answers of readers that look up scores q.k one by one, counting each look-up (probe).
 
 A reader is a rule that chooses which scores to look up. The streams are those of the time game (docs/floors.md,
-"Time"). Token 0 of n tokens has value n, all others 0. Either all keys are zero, and attention is 1. Or one other token
-has a heavy key, which takes nearly all softmax mass, and attention is 1/(n-1). Scores are the logits q.k of one fixed
-query q. The reader answers which case it is: "heavy key" if one of the scores that it has looked up is above 0. A run
-is one such stream, with a heavy key at even odds.
+"Time"). Token 0 of n tokens has value n, all others 0. In one case all keys are zero, and attention is 1. In the other
+case one further token has a heavy key, which takes nearly all softmax mass, and attention is 1/(n-1). Scores are the
+logits q.k of one fixed query q. The reader answers which case it is: "heavy key" if one of the scores that it has
+looked up is above 0. A run is one such stream, with a heavy key at even odds.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ and reads each hidden row (the dv values of one of the last tokens) by a query. 
 value, so their logit is 0. A masked window leaves them out of the softmax; an unmasked window and full attention count
 them. The query is so long that its key outweighs them in either case.
 If Bob appends a token before he asks (append=True, as published), this token pushes the oldest of the W tokens out of
-the window, so W - 1 rows are hidden. If he only asks, W rows are. The game is of Haris & Onak (COLT 2025), Theorems 17
-and 25, with a corrected constant (docs/floors.md).
+the window, so W - 1 rows are hidden. If he only asks, W rows are hidden. The game is of Haris & Onak (COLT 2025),
+Theorems 17 and 25, with a corrected constant (docs/floors.md).
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
 In this file a row is one (batch item, kv head) stream; its queries are those of the g query heads of the GQA group.
 N(mu, Sigma) is the Gaussian that is fitted to the row's past queries; k' is the transpose of k. A rotation is a rotary
 embedding (RoPE), which rotates pairs of a key's entries. A state is the memory of a method. A spec (`Spec`) has its
-sizes and constants, among them up to one of two rotations: `applied`, by which keys and queries are already rotated
-when given, by position in the stream; or `rotation`, by which the state rotates them itself, by rank among the held
-tokens. `Held` is what a policy may read about the held tokens of a call's rows. In shapes, rows are all
+sizes and constants. It may have one of two rotations. By `applied`, keys and queries are already rotated when given,
+each by its position in the stream. By `rotation`, the state rotates them itself, by rank among the held tokens. `Held`
+is what a policy may read about the held tokens of a call's rows. In shapes, rows are all
 rows of a state, r those of one call, h the Gaussians per row, d is the width of a key, pairs the number of rotated
 pairs.
 """
@@ -33,11 +33,11 @@ class Expected(Guarded):
     Law (Devoto et al. 2025, ExpectedAttention): for q ~ N(mu, Sigma), E exp(scale q.k) is
     z(k) = exp(scale mu.k + scale^2 k' Sigma k / 2); score(token) = (z / sum of z over held + epsilon) ||v||. The token
     of lowest score is evicted. mu and Sigma are the mean and the covariance of the row's queries so far, taken before
-    their rotation, and then rotated by the mean rotation of the next `horizon` positions. Queries of the first `sinks`
-    tokens are left out. The rotation is that of the spec (`applied` or `rotation`). A cache of kvfloor.hf measures the
-    model's rotation if the model is given when the cache is made. If no rotation is known, mu and Sigma are those of
-    the queries as given. For a rotary model the scores are then worse, because queries rotated to past positions stand
-    for future queries.
+    their rotation. They are then rotated by the mean rotation of the next `horizon` positions. Queries of the first
+    `sinks` tokens are left out. The rotation is that of the spec (`applied` or `rotation`). A cache of kvfloor.hf
+    measures the model's rotation if the model is given when the cache is made. If no rotation is known, mu and Sigma
+    are those of the queries as given. For a rotary model the scores are then worse, because queries rotated to past
+    positions stand for future queries.
     heads     "pool": one Gaussian per row, for all queries of its GQA group together (d + d^2 numbers);
               "each": one per query head, whose weights are averaged, as in the paper (g times as many numbers)
     epsilon   number added to each token's share of attention, z / sum of z: 0 by default, as in the authors' code. The

@@ -27,7 +27,8 @@ class FarthestKey(Guarded):
     protected. Then the held token whose key is farthest in l2 from all kept keys is kept next, again and again until
     the budget is full. Let the radius be the largest distance from a held key to its nearest kept key. It is at most
     twice the least radius of any choice of equally many tokens that includes the protected ones. Tokens that the caller
-    pinned (`State.pin`, never to be evicted) stay too, but count as kept keys only once their turn comes.
+    pinned (`State.pin`) are never evicted, and use up part of the budget. The traversal treats them like other tokens.
+    If it never picks a pinned key, distances to this key have no influence on the choice.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     decode  "evict": the choice is made anew after each block of the answer, so memory stays bounded in decode;

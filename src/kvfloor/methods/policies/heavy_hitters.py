@@ -27,7 +27,7 @@ class HeavyHitters(Policy):
     group   how the weights from the queries of a GQA group are combined: "mean" or "max"
     Scores are float32 whatever the cache's dtype: in bfloat16, a sum of weights would stop growing at 256. With
     prefill=dense (no eviction before the end of the prompt) the scores are the column sums of the prompt's attention
-    matrix, of which only a block of queries and some of the keys are in memory at a time.
+    matrix. Of this matrix, only a part (a block of queries and some of the keys) is in memory at a time.
     """
 
     name: ClassVar[str] = "h2o"

@@ -18,10 +18,10 @@ class LastQuery(Guarded):
 
     A block is the new tokens between two evictions: 32 by default (`block`).
     Law (Oren et al. 2024, TOVA): after each block, score(token) = mean over the GQA group of softmax(q . k) over held
-    tokens, q the last query of the block. The tokens of lowest score are evicted until the budget is met: up to `block`
-    tokens at once, all chosen by this one query. The paper's rule is tova(sinks=0,recent=0,block=1): once the budget is
-    full, each new token evicts one. The authors' code averages over all query heads of a layer, and evicts the same
-    token in all its kv heads. Here each kv head decides for itself.
+    tokens, where q is the last query of the block. The tokens of lowest score are evicted until the budget is met: up
+    to `block` tokens at once, all chosen by this one query. The paper's rule is tova(sinks=0,recent=0,block=1): once
+    the budget is full, each new token evicts one. The authors' code averages over all query heads of a layer, and
+    evicts the same token in all its kv heads. Here each kv head decides for itself.
     sinks   first tokens that are never evicted: 4 by default
     recent  newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     A token that came after the last query has no score yet; it is evicted only once no token with a score is left. In a

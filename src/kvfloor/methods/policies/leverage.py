@@ -50,7 +50,7 @@ class RidgeLeverage(Guarded):
     sinks    first tokens that are never evicted: 4 by default
     recent   newest tokens that are never evicted; by default 16, or a quarter of a budget below 64 tokens
     Compactor scores the whole prompt once, as ridge_leverage(centre=True,keys=unrotated,sinks=8,recent=4,prefill=dense)
-    does, and blends these scores with attention weights, which this policy does not use. Scores are float64, the stored
+    does. It blends these scores with attention weights, which this policy does not use. Scores are float64, the stored
     Gram matrix float32.
     """
 

@@ -37,12 +37,12 @@ def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
 class Milestones(Policy):
     """Evict the page of the answer that queries needed least recently, judged by upper bounds on its logits.
 
-    Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page` tokens. With low and high the least and
-    largest entry per channel of a page's keys, bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any q.k of
-    the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages that the query sees; the
-    queries of a GQA group share the largest of their estimates. If this estimate exceeds `alpha`, the page's timestamp
-    becomes the query's position. The page with the oldest timestamp is evicted; of several such pages, the oldest. The
-    oldest tokens of a page are evicted first, as many as the budget requires.
+    Law (Hu et al. 2025, RaaS): tokens after the prompt form pages of `page` tokens. Let low and high be the least and
+    the largest entry per channel of a page's keys. Then bound = sum_j max(q_j low_j, q_j high_j) is no smaller than any
+    q.k of the page (Quest). A query's estimate for a page is softmax(scale bound) over all pages that the query sees;
+    the queries of a GQA group share the largest of their estimates. If this estimate exceeds `alpha`, the page's
+    timestamp becomes the query's position. The page with the oldest timestamp is evicted; of several such pages, the
+    oldest. The oldest tokens of a page are evicted first, as many as the budget requires.
     page     tokens per page
     alpha    estimate above which a page counts as needed
     top      instead of alpha: this share of the pages counts as needed, largest estimates first (the paper uses 0.5)

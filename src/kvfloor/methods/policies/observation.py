@@ -30,9 +30,9 @@ class Observation(Policy):
 
     Law (Li et al. 2024, SnapKV): the last `window` prompt queries vote once, at the seal (end of the prompt).
     vote(token) = sum over the window's queries of softmax(q . k) over all visible tokens. For each token outside the
-    window, the votes at the `kernel` positions centred on the token are pooled, without those in the window, and
-    averaged over the GQA group. The window's own tokens stay, and the tokens with the highest pooled votes, until the
-    budget is used up.
+    window, the votes at the `kernel` positions centred on the token are pooled, except those in the window. The pooled
+    votes are averaged over the GQA group. The window's own tokens stay, and the tokens with the highest pooled votes,
+    until the budget is used up.
     window   queries that vote, and newest tokens that stay: 32 (half of a budget below 64)
     kernel   positions that are pooled, an odd number; 1 pools nothing
     pool     "max" or "avg" of the votes of the held tokens around a token. In an average, each of the `kernel`

@@ -1,4 +1,4 @@
-"""Keep the newest tokens. Also called recency, or sliding-window attention."""
+"""Keep the newest tokens. This is also called recency, or sliding-window attention."""
 
 from __future__ import annotations
 

@@ -46,25 +46,26 @@ class Balance(Method):
     Source: Kochetkova et al. 2025 (arXiv 2502.07861), SoftmaxBalance, here with one set of kept tokens for the
     numerator and the denominator of attention.
     A token of level l has weight 2^l: answer = sum 2^l e^{q.k} v / sum 2^l e^{q.k}, log_mass = log of the denominator.
-    Halving a level evicts half of the level's tokens and moves the other half up one level. The walk chooses the kept
-    half so that the sum of e^{k} (v, const) over kept tokens minus the sum over evicted tokens is short.
-    Here e^{q} and e^{k} stand for feature vectors with inner product e^{q.k}, and (v, const) is a value v with the
-    number const appended, the same for all tokens. The paper keeps separate sets of tokens for the numerator and for
-    the denominator. Here one set serves both, because the entry const balances the denominator too. So numerator and
-    denominator have the same weights, and answers are convex combinations of values.
+    Halving a level evicts half of the level's tokens and moves the other half up one level. Let e^{q} and e^{k} stand
+    for feature vectors with inner product e^{q.k}. Let (v, const) be a value v with the number const appended, the same
+    for all tokens. The walk chooses the kept half so that the sum of e^{k} (v, const) over kept tokens minus the sum
+    over evicted tokens is short. The paper keeps separate sets of tokens for the numerator and for the denominator.
+    Here one set serves both, because the entry const balances the denominator too. So numerator and denominator have
+    the same weights, and answers are convex combinations of values.
     batch     number of tokens that makes a level full. Without a budget, a row halves every full level at each batch-th
               token; tokens since then have weight 1. This leaves at most batch tokens per level and
               log2(n / batch) + 2 levels.
     budget    upper bound on tokens per row at all times. At the end of each block, tokens are halved until the held
               tokens and those of the next block fit into the budget; a block has (budget - sinks - recent) / 8 tokens,
               rounded down, or `batch` if that is less. A halving takes the oldest tokens of one level, at most four
-              blocks of them: halving few at once keeps the held tokens' weights similar. The level is the l with the
-              largest (number of tokens, at most four blocks) / 4^l, because halving level l adds to the squared error
-              in proportion to 4^l, however many tokens are halved. Where every level has one token, a fair coin drops
-              the token of the lowest level or doubles its weight.
-    keep      "pairs": of each two tokens of the level that are next to each other in age, one stays, so weights add up
-              to n; "smaller": the paper's rule, by which the tokens of the rarer sign in the walk stay, so the sum of
-              weights falls a little each time
+              blocks of them: halving few at once keeps the held tokens' weights similar. Let a_l be the number of
+              tokens of level l, or four blocks if that is less. The level with the largest a_l / 4^l is halved. The
+              reason is that halving level l adds to the squared error in proportion to 4^l, however many tokens are
+              halved. Where every level has one token, a fair coin drops the token of the lowest level or doubles its
+              weight.
+    keep      "pairs": one of each two tokens of the level that are neighbours in age stays, so weights add up to n.
+              "smaller" (the paper's rule): the tokens of the rarer sign in the walk stay, so the sum of weights falls a
+              little each time
     c         threshold of the walk: a small c is greedy, a large c is a fair coin; None: the safe threshold for
               `horizon` and `failure`, at which the guarantee holds. The paper's code has 1/8.
     constant  const^2, in units of the largest |v|^2 of the tokens halved; the paper's code has 0.025, and the error
@@ -189,9 +190,9 @@ class Balance(Method):
         radius    bound on sqrt(|scale|) |q| and sqrt(|scale|) |k|
         spread    bound on max |v|^2 / mean |v|^2, so that ||softmax||_2 ||V||_F >= max|v| / sqrt(spread)
         horizon   bound on the tokens seen
-        Returns None if one of these is None, if there is a budget or a softcap, or if keep is "smaller", as the paper's
-        theorem for it does not state its constants. The result has holds=False if c is below the safe threshold, or if
-        epsilon is 2 sqrt(spread) or more: such a bound says nothing, as no answer errs by more than 2 max|v|.
+        Returns None if one of these is None, if there is a budget or a softcap, or if keep is "smaller". The paper's
+        theorem for "smaller" does not state its constants. The result has holds=False if c is below the safe threshold,
+        or if epsilon is 2 sqrt(spread) or more: such a bound says nothing, as no answer errs by more than 2 max|v|.
         """
         if self.radius is None or self.spread is None or self.horizon is None:
             return None

@@ -33,7 +33,7 @@ def safe_threshold(steps: float, failure: float) -> float:
     Proof: let w be the signed sum so far and x the next vector. Replace each clamped step by a move of w by
     -(<w, x> / c) x. Then every step moves w by -(<w, x> / c) x on average, plus x times a random number of mean 0 in an
     interval of length 2. In a fixed direction theta, that random part adds at most (theta.x)^2 to the sub-Gaussian
-    sigma^2 of w (Hoeffding), and the mean move shrinks w by enough that sigma^2 never exceeds c^2 / (2c - 1). A step is
+    sigma^2 of w (Hoeffding). The mean move shrinks w by enough that sigma^2 never exceeds c^2 / (2c - 1). A step is
     clamped if |<w, x>| > c, so with probability 2 exp(-c^2 / (2 sigma^2)) <= 2 exp(1/2 - c). Sum this over the steps.
     The paper's threshold 30 ln(n / failure) is safe as well, and makes the walk nearly a fair coin.
     """
@@ -133,12 +133,12 @@ def walk(products: Tensor, draws: Tensor, c: float, even: bool) -> tuple[Tensor,
     """Return a sign (r, m), -1 or 1, for each of the m vectors x_j of a row, and the number (r,) of clamped steps.
 
     products (r, m, m) are the vectors' inner products, draws (r, m) uniform random numbers, one per vector.
-    Step j: y = <sum of the signed vectors so far, x_j>; the sign is + if the vector's draw is below 1/2 - y / (2a),
-    else -. With R the length of the longest vector, a is
-        c R^2       if `even` is False, as in the paper, or
+    Let R be the length of the longest vector. In step j, let y = <sum of the signed vectors so far, x_j>, and let a be
+        c R^2       if `even` is False, as in the paper
         c |x_j| R   if `even` is True, so that only the direction of x_j matters
-    What `safe_threshold` says of c holds for both.
-    If |y| > a, the step is clamped: the probability is taken as 0 or 1. A vector of zeros gets the sign of a fair coin.
+    The sign is + if the vector's draw is below 1/2 - y / (2a), else -.
+    If |y| > a, the step is clamped: the probability is taken as 0 or 1. In both cases, probably no step is clamped if c
+    is at least `safe_threshold`. A vector of zeros gets the sign of a fair coin.
     """
     length = products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
     longest = length.amax(1, keepdim=True)
@@ -161,7 +161,7 @@ def halve(products: Tensor, count: Tensor, draws: Tensor, c: float, keep: Keep) 
     steps. Only the first count[r] of row r's m vectors take part, and m is even. products (r, m, m) are the vectors'
     inner products, zero beyond the count; draws (r, m) are uniform random numbers, one per vector; c is the threshold
     of `walk`. keep is one of:
-    "pairs"    of each two neighbours one stays, so exactly half stay, each with probability 1/2. `walk`, with
+    "pairs"    one of each two neighbours stays, so exactly half stay, each with probability 1/2. `walk`, with
                even=True, gives a sign to each difference of two neighbours: the first stays for +, the second for -. If
                count[r] is odd, the last vector is neither kept nor dropped.
     "smaller"  the paper's rule: `walk`, with even=False, gives a sign to each vector, and the vectors of the rarer sign

@@ -6,7 +6,7 @@ A cluster is a set of keys around one key, its centre. A sample is a randomly dr
 the cluster's other keys too. A pair is the (key, value) of one token, drawn with probability proportional to |v|^2; the
 reservoir holds the drawn pairs. mu is the sum of |v|^2 over all tokens of a row.
 A block end comes after every `block`-th token of a row. The last `block` tokens then enter clusters and reservoir.
-Of tokens since the last block end, the keys and values themselves are held. A `Partial` is a result of attention: the
+The keys and values of tokens since the last block end are held as they are. A `Partial` is a result of attention: the
 mean of values and the log-mass (log-sum-exp of logits). A `Spec` holds the sizes and constants of a cache, among them d
 and dv, the widths of a key and of a value.
 """
@@ -63,8 +63,8 @@ class SubGen(Method):
     block    at most the last `block - 1` tokens stay unclustered and are read exactly; 1 is the paper's rule.
              With any block, the clusters are those of clustering token by token.
     radius, failure   for `guarantee`: bound on |q| * scale, and failure probability
-    budget   memory per row, in units of one token's key and value. If it is given, s and centres follow from it: what
-             the newest `block` tokens leave is shared equally between pairs and clusters
+    budget   memory per row, in units of one token's key and value. If it is given, s and centres follow from it: the
+             part that the newest `block` tokens do not need is shared equally between pairs and clusters
     """
 
     name: ClassVar[str] = "subgen"
@@ -137,9 +137,9 @@ class SubGen(Method):
     def _sized_for(self, epsilon: float, delta: float, spec: Spec) -> SubGen:
         """Return this method with s and t so large that its error is at most epsilon, with failure probability delta.
 
-        s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in
-        ||answer - attention||_2 <= epsilon ||softmax||_2 ||V||_op, for one query fixed in advance, where V is the
-        matrix of all values, of the width dv in `spec`, and softmax the vector of exact weights. The argument delta
+        s is the number of sampled pairs, t that of sampled keys per cluster. The error is the epsilon in ||answer -
+        attention||_2 <= epsilon ||softmax||_2 ||V||_op, for one query fixed in advance. V is the matrix of all values,
+        of the width dv in `spec`, and softmax the vector of exact weights. The argument delta
         is not the cluster radius, which stays as it is. The returned method has no budget and no limit on clusters.
         Returns the method unchanged if its `radius` is None, if epsilon is not in (0, 1) or if delta is not positive.
         Raises ValueError where the number of samples overflows.

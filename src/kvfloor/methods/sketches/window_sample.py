@@ -50,8 +50,8 @@ class WindowSample(Method):
              paper's window W is budget + 1
     copies   T: number of independent draws in a mean
     groups   Q: number of such means, whose coordinatewise median is the answer; odd
-    spread, horizon   for the guarantee (Theorem 24, corrected constants): if values lie in [a, spread * a] for some
-                      a > 0, and at most `horizon` answers are given, then the relative error of every coordinate is at
+    spread, horizon   for the guarantee (Theorem 24, corrected constants): values must lie in [a, spread * a] for some a
+                      > 0, and at most `horizon` answers may be given. Then the relative error of every coordinate is at
                       most epsilon = sqrt(8 spread / T), with probability 1 - horizon dv exp(-Q / 2.5)
     Two other methods also estimate unmasked window attention, by exact attention over the window and a summary of the
     older tokens: `window+value_sample` has the same mean and no more variance, and `window+value_sum` has no

@@ -167,7 +167,7 @@ class Kernels:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def of(self, head: Tensor) -> Kernels:
-        """Return r of the P pairs of feature maps: those with the indices `head` (r,), in this order, also repeatedly.
+        """Return r of the P pairs of feature maps: those with the indices `head` (r,), which may repeat, in this order.
 
         If there is only one pair (P = 1), it is returned r times whatever the indices, as views without a copy.
         """

@@ -164,8 +164,9 @@ class MomentsState(SummaryState):
         x is scale q.k of an evicted key k, modelled as normal with mean `centre` and variance `variance`. y is the
         logit: c tanh(x / c) under a softcap c, otherwise x. So E[e^y] is the mean weight of an evicted token.
         centre, variance and largest are (rows, m); `largest` is a bound on |x| for every evicted key. Under a softcap
-        |x| is limited to it. Without one, log E[e^y] = centre + variance / 2 is limited to it by a smaller second term,
-        and the factor is the ratio of this term to variance / 2.
+        |x| is limited to it. Without a softcap, log E[e^y] is centre + variance / 2 and the factor is 1. If this sum
+        exceeds `largest`, its second term is reduced to meet it, and the factor is the reduced term divided by variance
+        / 2.
         """
         cap = self.spec.softcap
         if cap is None:

@@ -47,10 +47,10 @@ class ValueSample(Summary):
     Guarantee, for a stream fixed beforehand: with probability 1 - delta, the error of every coordinate of every answer,
     to any query at any time, is at most epsilon times the coordinate's exact value. Proof: a drawn value's variance is
     at most spread times its squared expectation. So each mean of T draws has a relative error above epsilon with
-    probability <= 1/8 (Chebyshev), and a median of Q means with probability <= exp(-Q KL(1/2 || 1/8)) <=
-    exp(-Q / 2.5), where KL is the relative entropy of two coins with these chances. There are horizon * dv such
-    medians. (The paper has 3 instead of 8 and 12 ln instead of 2.5 ln, for means that fail with probability 1/3. These
-    constants do not fit together: with 1/3, the exponent is Q / 17.)
+    probability <= 1/8 (Chebyshev). For a median of Q means this probability is <= exp(-Q KL(1/2 || 1/8)) <= exp(-Q /
+    2.5), where KL is the relative entropy of two coins with these chances. There are horizon * dv such medians. (The
+    paper has 3 instead of 8 and 12 ln instead of 2.5 ln, for means that fail with probability 1/3. These constants do
+    not fit together: with 1/3, the exponent is Q / 17.)
     """
 
     name: ClassVar[str] = "value_sample"
