@@ -3,7 +3,7 @@
     python -m characterize.less_on_smollm2 [--out DIR]
 
 The kernels are trained for `sinks(4)@128` on passages of 512 + 256 tokens of the shipped texts, all behind the first
-8,192 tokens. Then `kvfloor audit` measures, on the beginnings of the texts (512 tokens of context, 512 predicted), the
+2,048 tokens. Then `kvfloor audit` measures, on the beginnings of the texts (512 tokens of context, 512 predicted), the
 policy alone, the policy with as many tokens more as LESS's state takes, and the policy with LESS. Each row has the
 bytes of the cache at the context's end and the mean KL divergence from exact predictions in nats per token, with its
 95 % interval over blocks of 64 tokens. With --out, kernels and rows that are in the folder are not made again.
@@ -34,7 +34,7 @@ from kvfloor.training.less import rivals
 from kvfloor.training.lessons import Text
 
 MODEL, POLICY = "smollm2", "sinks(4)@128"
-CONTEXT, REST, FROM, SCORED = 512, 256, 8192, 512
+CONTEXT, REST, FROM, SCORED = 512, 256, 2048, 512
 RECIPE = Recipe(samples=24, epochs=12)
 FIELDS = ("method", "texts", "state_bytes", "kl", "low", "high", "same_top", "tokens")
 
