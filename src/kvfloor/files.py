@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and read only regular files no larger than a stated size."""
+"""Replace files so that a failure leaves the old file, and read only regular files no larger than a stated size."""
 
 import errno
 import hashlib
@@ -181,7 +181,7 @@ def _write_all(stream: FileIO, data: bytes) -> None:
 
 
 def replace_file(path: str | Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Write `content` (bytes, or text as UTF-8) to `path`, whole or not at all.
+    """Write `content` (bytes, or text as UTF-8) to `path`. If this fails, an existing file stays as it was.
 
     The content is written to a temporary file in the same folder, with the permissions `mode` less the umask, and
     flushed to the disk. The temporary file is then renamed to `path`, and the folder's entry is flushed too. On any

@@ -5,21 +5,24 @@ measurement is a pair of place and setting; its result is a row. A setting's div
 cache, which keeps every token. A loss on a cell is the exact cache's score (share of right answers) minus the
 setting's. The margin is the largest tolerated loss, the limit the largest tolerated divergence.
 
-A verdict on a setting is one of three. "holds": its divergence is shown to be below the limit, and no task shows a
-loss; if no text is read, a loss above the margin is excluded on every cell. "falls": its divergence certainly exceeds
-the limit, or a loss on a task is certain. "open": neither.
+A verdict on a setting is one of three:
+
+- "holds": if the audit reads texts, the divergence is shown to be at most the limit, and no cell shows a certain loss.
+  If it reads none, the loss is shown to be at most the margin on every cell.
+- "falls": the divergence is certain to exceed the limit, or a loss on a cell is certain.
+- "open": neither.
 
 A race is an audit with a time limit. It goes through the texts and cells one by one. Once the time is found to be too
 short for all settings on all of them, a setting whose verdict is "falls" stops: it reads no further text and runs no
 further cell. Only the exact cache never stops.
 
-When all of these are measured, further places follow: the second passages of the texts, then the second rounds of
-samples of the cells, then the third of both, and so on. Round 1 of a cell has its first n samples, round 2 the next n.
-Only close calls are measured there. A close call is a setting that could still change the recommendation, and
+When all texts and cells are measured, further places follow: the second passages of the texts, then the second rounds
+of samples of the cells, then the third of both, and so on. Round 1 of a cell has its first n samples, round 2 the next
+n. Only close calls are measured there. A close call is a setting that could still change the recommendation, and
 
 - on a text, its verdict is open;
-- on a cell, a loss above the margin is not excluded, and no loss is certain. If texts are read, they show small losses
-  better, so on that cell the setting must also have lost more answers than it gained.
+- on a cell, its samples so far allow both no loss and a loss above the margin. If the audit also reads texts, the
+  setting must have lost more answers on the cell than it gained, because texts show small losses better than cells do.
 
 These decisions follow from the rows alone, so an audit that was stopped and resumed decides alike.
 """
@@ -181,9 +184,9 @@ def close_calls(rows: Sequence[AnyRow], standard: Standard) -> list[str]:
 def close_calls_on(cell: Cell, rows: Sequence[AnyRow], standard: Standard) -> list[str]:
     """Return the close calls on a cell: settings in doubt there that could still change the recommendation.
 
-    A setting is in doubt on a cell if a loss above the margin is not excluded, and no loss is certain. If texts were
-    read, it must also have lost more answers on the cell than it gained. Then more samples may show a loss, and no
-    setting with a certain loss is recommended.
+    A setting is in doubt on a cell if its samples so far allow both no loss and a loss above the margin. If texts were
+    read, it must also have lost more answers on the cell than it gained. Then more samples may make a loss certain,
+    which rules the setting out.
 
     cell      the cell, with the samples of any round
     rows      the measured rows of the texts and cells, one per setting, cell and round

@@ -1,7 +1,4 @@
-"""Write dataclass objects as JSON lines, one object with all its fields per line, and read them again.
-
-"Whole or not at all" means that a failed write leaves the file as it was.
-"""
+"""Write dataclass objects as JSON lines, one object with all its fields per line, and read them again."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ def line_of(record: Any) -> str:
 
 
 def write_records(path: Path, records: Iterable[Any]) -> None:
-    """Write dataclass objects to `path`, one per line, whole or not at all."""
+    """Write dataclass objects to `path`, one per line. If this fails, an existing file stays as it was."""
     replace_file(path, "".join(map(line_of, records)))
 
 

@@ -374,10 +374,10 @@ class Pool:
             self._torn.pop(block, None)
 
     def _settle(self) -> None:
-        """Read whether q, k and v of the last decode step were finite, if the step left this unread on the device.
+        """Read whether all q, k and v of the last decode step were finite, if the device's result is still unread.
 
-        Mark the blocks of requests for which they were not as torn. The call waits for the device, unless a pool of
-        another layer has already read the result.
+        Mark as torn the block of each request that had a NaN or infinite entry. The call waits for the device, unless a
+        pool of another layer has already read the result.
         """
         if self._unsettled is not None:
             for block in self._unsettled.bad():

@@ -1,7 +1,8 @@
-"""Define stores: how the slots of a state keep the numbers of keys and values, as they are given or coded in few bits.
+"""Define stores: how a state (the cache of one layer) keeps keys and values, as they are given or coded in few bits.
 
 A slot is the place of one held token, a row one (batch item, kv head) stream. A code is a small integer that stands for
-a number. A column is a tensor with one number per slot, which an eviction policy keeps.
+a number. A column is a tensor with one number per slot, which an eviction policy keeps. A spec holds the sizes, dtype
+and constants of a cache.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from kvfloor.core.spec import Spec
 
 
 class Store(ABC):
-    """Define how slots keep keys and values: a frozen configuration, from which the slots of a state are opened.
+    """Define how slots keep keys and values. A store is an immutable configuration; `open` makes the slots of a state.
 
-    name   of the store in a method's text
+    name   short name, such as "full"
+    paper  the source, or ""
     plain  True if keys and values are kept as they are given
     """
 
@@ -46,7 +48,10 @@ class Store(ABC):
         """
 
     def block(self, block: int) -> int:
-        """Return the block in which `exact` answers queries, given the one that it would take with plain slots."""
+        """Return how many tokens' queries the method `exact`, which keeps every token, answers at a time.
+
+        block: the number that it takes if keys and values are kept as they are given.
+        """
         return block
 
 

@@ -159,7 +159,12 @@ class Watching(Blocked["Bounded"]):
         return max(0, left - policy.newest_queries) // self.block * self.block
 
     def _show_open_blocks(self) -> None:
-        """Pass to the policy the queries since each row's last block end, and the newest tokens' keys."""
+        """Pass to the policy the queries, attention weights and keys that it learns from, before the block ends.
+
+        This is called at the end of the prompt, where tokens may be evicted, and before chosen tokens are removed:
+        both move tokens to other slots. The queries are those since each row's last block end, with their attention
+        weights. The keys are those of each row's newest `block` held tokens.
+        """
         every = torch.arange(self.spec.rows)
         self._show_keys(every)
         for fill in (self.seen % self.block).unique().tolist():

@@ -47,13 +47,15 @@ def wrong_share(metric: str, epsilon: float, m: int, dv: int, leak: float = 0.0,
     metric   the guarantee: |answer - attention|_2 is at most epsilon times max |v_i|_2 (max), ||softmax||_2 ||V||_F
              (frobenius) or ||softmax||_2 ||V||_op (operator)
     leak     the ratio x = (softmax mass on all other tokens)/(mass on the token)
-    norm     operator norm of the m x dv matrix of signs; None: `sign_norm`(m, dv)
-    Law, with B the operator norm:
+    norm     operator norm of the m x dv matrix of all rows; None: `sign_norm`(m, dv)
+    Law:
         max        rho = epsilon^2 ((1+x)/(1-x))^2
         frobenius  rho = epsilon^2 m (1+x^2)/(1-x)^2
-        operator   rho = epsilon^2 (B^2/dv) (1+x^2)/(1-x)^2
-    Each value of the exact answer is at least (1-x)/(1+x) in size, so a wrong sign is an error of at least that size,
-    and ||softmax||_2^2 <= (1+x^2)/(1+x)^2. The result may be above 1, and is infinite for leak >= 1. Derived here.
+        operator   rho = epsilon^2 (norm^2/dv) (1+x^2)/(1-x)^2
+    The result may be above 1, and is infinite for leak >= 1.
+    Derived here. Each entry of the exact attention output has an absolute value of at least (1-x)/(1+x). An answer
+    with the wrong sign there is off by at least as much. So |answer - attention|_2^2 >= rho dv ((1-x)/(1+x))^2. The law
+    follows with ||softmax||_2^2 <= (1+x^2)/(1+x)^2.
     """
     one_of("metric", metric, NORMS)
     epsilon = within("epsilon", epsilon, 0.0, math.inf, high_open=True)
@@ -65,9 +67,9 @@ def sign_norm(m: int, dv: int) -> float:
     """Return an operator norm that at least half of all m x dv sign matrices do not exceed; about sqrt(m) + sqrt(dv).
 
     A sign matrix has entries ±1.
-    Law, with B the norm and s = sqrt(m) + sqrt(dv): B^2 is the smaller of m dv and the least value, over k = 1, 2, ...,
-    of (2 min(m, dv))^(1/k) s^2 e^(2k/s^2). Two k are tried: the whole numbers next to s sqrt(ln(2 min(m, dv))/2), the
-    best real k.
+    Law, with s = sqrt(m) + sqrt(dv): norm^2 is the smaller of m dv and the least value, over k = 1, 2, ..., of
+    (2 min(m, dv))^(1/k) s^2 e^(2k/s^2). Two k are tried: the whole numbers next to s sqrt(ln(2 min(m, dv))/2), the best
+    real k.
     Derived here: docs/floors.md, "Other error guarantees", compares the moments of sign matrices with those of Gaussian
     matrices.
     """

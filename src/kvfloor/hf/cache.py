@@ -332,7 +332,7 @@ class CompressedCache(Cache):
     def save(self, path: str | Path) -> None:
         """Write the cache to the file `path`, which only its owner may read (format: `kvfloor.hf.saved`).
 
-        The file is written as a whole or not at all. If `path` is a symbolic link, the file that it leads to is
+        If writing fails, an existing file stays as it was. If `path` is a symbolic link, the file that it leads to is
         replaced. Collective on a sharded model: rank 0 writes one file with the kv heads of all ranks. Any number of
         ranks can load it later, also a single one. Raises ValueError while the cache is empty or in the middle of a
         forward, and where `path` cannot be written. Raises TypeError where `path` is no path, and BrokenState if a

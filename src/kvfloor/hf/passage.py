@@ -215,10 +215,10 @@ class Passage:
     def _half_filled(self, last: int) -> set[int]:
         """Return {last} if layer `last` lacks something that it must store in this forward; otherwise the empty set.
 
-        last: the last layer that the forward has reached. Earlier layers with linear states of the same class (`kinds`)
-        have stored everything, because the forward has gone on to later layers. So `last` lacks something if its keys,
-        or the kinds and numbers of updates of its states, differ from theirs. For a layer without linear states the
-        result is the empty set.
+        last: the last layer that the forward has reached. It is compared with the earlier layers that have linear
+        states of the same class (`kinds`). These have stored everything, because the forward has gone on to later
+        layers. `last` lacks something if `_changed` lists other keys, states or numbers of changes for it than for
+        them. If `last` has no linear states, the result is the empty set.
         """
         kind = self._kinds[last]
         like = [i for i in {layer for layer, _, _ in self._made} if self._kinds[i] == kind]

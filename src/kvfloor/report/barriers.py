@@ -24,9 +24,10 @@ _PLAIN = (str, int, float, bool)
 
 
 def render(results: Sequence[Result], command: str, path: Path) -> None:
-    """Write the HTML page on the games `results`, all of one method, to `path`, whole or not at all.
+    """Write the HTML page on the games `results`, all of one method, to `path`.
 
-    The call first plays the sweeps. `command` is the command line that the page shows.
+    The call first plays the sweeps. `command` is the command line that the page shows. If writing fails, an existing
+    file stays as it was.
     Raises ValueError where there is no result or the file cannot be written.
     """
     replace_file(path, page(results, command))

@@ -43,7 +43,7 @@ def render(
     error_maps: Sequence[ErrorMap] = (),
     examples: Sequence[SideBySide] = (),
 ) -> None:
-    """Write the report of an audit to `path` as one HTML page, whole or not at all.
+    """Write the report of an audit to `path` as one HTML page. If this fails, an existing file stays as it was.
 
     rows        one per setting and cell, with the setting's score, bytes and times
     answer      the recommended setting, with the verdict on every candidate

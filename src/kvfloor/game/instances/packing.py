@@ -3,13 +3,13 @@
 Alice hides a row of dv bits under every key of a stream of n tokens, in the state of a method (the memory of a KV
 cache). Bob, who restores her state from its bytes, reads each row by one query. Keys are separable if, for each of
 them, a query with logits of at most r puts nearly all softmax mass on this key.
-The floor, a lower bound on the bits that any method must keep in this game, is (p dv - H2(p)) min(n, N(d, r, eta)). N
-is the number of keys of width d that are separable at relative error eta, H2 the binary entropy, and p the probability
-that a row is answered right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1
-and Corollary 9).
-The formula for N may give too small a number. The game makes its own keys, so it may find more of them and hide more
-rows. Each of its m keys is streamed n/m times (rounded down), always with the same values. As every token is repeated
-equally often, no answer changes.
+The floor, a lower bound on the bits that any method must keep, is (p dv - H2(p)) min(n, N). N = `N_dr`(d, r, eta) is a
+number of separable keys of width d that is proven to exist if answers may have the relative error eta;
+kvfloor/floors/norm_bounded.py states its formula. H2 is the binary entropy, p the probability that a row is answered
+right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9).
+More separable keys than N may exist. So the game makes as many as it finds, m, and hides m rows. Each key is
+streamed n/m times (rounded down), always with the same values. As all keys are repeated equally often, the exact
+answers are the same as if each key were streamed once.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""Keep keys and values in few bits per number: the stores of coded tokens."""
+"""Keep keys and values of held tokens as codes of few bits per number."""

@@ -1,9 +1,10 @@
-"""Keep all but the newest and the very first tokens in few bits per number.
+"""Keep the keys and values of all but the newest and the very first tokens in few bits per number.
 
-A row is one (batch item, kv head) stream, a slot the place of one held token in flat tensors over all rows (an arena),
-a code the small integer that stands for a number. A group is `group` consecutive tokens of a row, which are coded
-together when the last of them has come; until then they are kept as they were given. In shapes, r are rows, s slots of
-each row, d and dv the widths of a key and a value.
+A row is one (batch item, kv head) stream. A slot holds one token. The slots of all rows lie in flat tensors; a place is
+an index into these. A token's position is its index in the stream of its row (arrival index). A code is the small
+integer that stands for a number. A group is `group` consecutive tokens of a row, which are coded together when the last
+of them has come. Until then the group is open, and its tokens are kept as they were given. In shapes, r are rows, s
+slots of each row, m queries, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kvfloor.methods.stores.turn import matrix
 from kvfloor.validation import count
 
 GROUP = 32
-"""Least number of tokens that are coded together."""
+"""Least number of tokens in a group."""
 
 _TEXT = re.compile(r"k([0-9]+)v([0-9]+)")
 
@@ -39,11 +40,13 @@ _TEXT = re.compile(r"k([0-9]+)v([0-9]+)")
 class Coded(Store):
     """Code keys and values in 2 to 8 bits per number: "k4v3" has 4 bits for keys and 3 for values.
 
-    Values are rotated and coded token by token (EDEN, Vargaftik et al. 2022; TurboQuant, Zandieh et al. 2025), with one
-    16-bit length per token. Keys are coded likewise, less the mean of their row's first group, in methods that evict;
-    in `exact` per channel of a group of tokens (KIVI, Liu et al. 2024), which errs less but needs groups that stay.
-    The newest tokens, those of an open group, and the `first` tokens of each row are kept as they are given: on the
-    first tokens attention often rests, and their keys are unlike all others.
+    Values are rotated by a fixed random rotation and coded token by token (EDEN, Vargaftik et al. 2022; TurboQuant,
+    Zandieh et al. 2025), with one 16-bit scale per token. In methods that evict tokens, keys are coded in the same way,
+    after the mean key of their row's first group is subtracted. In `exact`, which keeps every token, each channel
+    (entry of a key) is coded with its range in a group (KIVI, Liu et al. 2024). This has smaller errors, but needs
+    groups whose tokens all stay.
+    Two kinds of tokens are kept as they are given: those of a row's open group, and its `first` tokens, because
+    attention often puts much weight on these, and their keys are unlike all others.
     keys, values  bits per number, 2 to 8
     first         number of a row's first tokens that are never coded
     """
@@ -63,7 +66,10 @@ class Coded(Store):
 
     @classmethod
     def parsed(cls, text: str, **arguments: Any) -> Coded | None:
-        """Return the store that a text such as "k4v3" names, with further arguments; None if it is no such text."""
+        """Return the store that a text such as "k4v3" names; None if it is no such text.
+
+        arguments: further fields of the store, such as `first`.
+        """
         found = _TEXT.fullmatch(text)
         return None if found is None else cls(int(found[1]), int(found[2]), **arguments)
 
@@ -88,10 +94,10 @@ class Coded(Store):
 
 @dataclass(frozen=True)
 class CodedView:
-    """Hold the first `width` slots of r rows, whose keys and values are decoded on access: see `View`.
+    """Give access to the first `width` slots of r rows, whose keys and values are decoded when they are read.
 
-    owner  the slots
-    rows   (r,) their rows; None: all
+    owner  the slots of all rows
+    rows   (r,) indices of the r rows; None: all rows
     live   bool (r, width), True for slots that hold a token; None: all do
     """
 
@@ -112,13 +118,15 @@ class CodedView:
 
     @cached_property
     def position(self) -> Tensor:
-        """Return the arrival indices (r, width)."""
+        """Return the tokens' positions (r, width)."""
         return self.owner.positions(self.rows, self.width)
 
     def over(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
-        """Compute attention of q (r, m, d) over these slots: a `Partial` (r, m). hide: as in `View.over`.
+        """Compute attention of q (r, m, d) over these slots: a `Partial` (r, m), i.e. outputs and log-masses.
 
-        Rotated keys and values are not rotated back: queries are rotated instead, and so is the sum of values.
+        hide: bool (r or 1, m or 1, s), True for slots that a query does not see; None: it sees all.
+        Keys and values that are coded in rotated form are not rotated back one by one. Instead, queries are rotated,
+        and outputs are rotated back.
         """
         k, v = self.owner.decoded(self, turn=True)
         dtype, device = spec.compute_dtype, str(q.device)
@@ -137,14 +145,15 @@ class CodedView:
 
 
 class CodedSlots(Slots):
-    """Store the held tokens of every row in few bits per number, but for the newest and the first ones.
+    """Store the held tokens of every row in few bits per number, except its first tokens and those of its open group.
 
-    fresh_k, fresh_v  (rows, first + group, d or dv): the row's first tokens, then those of its open group, each at its
-                      position's remainder by `group`; zeros where there is none
-    ordered           True if each row's slots hold its first tokens in their order, as none ever left
-    coded             (rows,) number of tokens that came before the row's open group. Their codes are read; those of
-                      later tokens are not written yet
-    key_codes         codes of all slots; value_codes likewise, or None if the values are the keys (`spec.tied`)
+    fresh_k, fresh_v  (rows, first + group, d or dv): the tokens that are kept as they were given. One of a row's first
+                      tokens has its position as index, one of the open group `first` + position % `group`. Zeros
+                      elsewhere
+    ordered           True if slot i of each row holds the token at position i, as no token ever left
+    coded             (rows,) number of tokens that came before the row's open group. Later tokens have no codes yet
+    key_codes         codes of the keys of all slots
+    value_codes       codes of the values of all slots; None if the values are the keys (`spec.tied`)
     """
 
     plain: ClassVar[bool] = False
@@ -159,9 +168,11 @@ class CodedSlots(Slots):
         columns: dict[str, torch.dtype] | None = None,
         lose: bool = True,
     ) -> None:
-        """Open empty slots, capacities[r] in row r. group: tokens that are coded together.
+        """Open empty slots, capacities[r] in row r.
 
-        columns and lose are those of `Slots`.
+        group    number of tokens that are coded together
+        columns  name -> dtype of the policy's columns (tensors with one number per slot)
+        lose     True if tokens may leave the slots while others stay
         """
         self.group, self.first, self.key_bits, self.value_bits = group, store.first, store.keys, store.values
         super().__init__(spec, capacities, columns, lose)
@@ -214,9 +225,9 @@ class CodedSlots(Slots):
         return self._with_fresh(x, fresh.to(x.dtype), position, rows).to(self.spec.dtype)
 
     def decoded(self, view: CodedView, turn: bool) -> tuple[Tensor, Tensor]:
-        """Return keys (r, s, d) and values (r, s, dv) of a view, in the compute dtype.
+        """Return (keys, values) of a view, (r, s, d) and (r, s, dv), in the compute dtype.
 
-        turn: True for numbers that stay rotated, where the codes are of rotated vectors (`SlotCodes.decode`).
+        turn: True: return keys in rotated form if they are coded in that form (`SlotCodes.turns`); values likewise.
         """
         found, rows, position = [], view.rows, view.position
         for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
@@ -248,16 +259,18 @@ class CodedSlots(Slots):
         return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
 
     def _named(self, name: str) -> tuple[SlotCodes, Tensor]:
-        """Return the codes and the uncoded tokens of the keys ("k") or values ("v")."""
+        """Return (codes, fresh) of the keys ("k") or values ("v"); fresh is `fresh_k` or `fresh_v`."""
         if name == "k" or self.spec.tied:
             return self.key_codes, self.fresh_k
         assert name == "v" and self.value_codes is not None
         return self.value_codes, self.fresh_v
 
     def _with_fresh(self, x: Tensor, fresh: Tensor, position: Tensor, rows: Tensor | None) -> Tensor:
-        """Replace, in x (r, s, w), the tokens that are not coded by those in `fresh` (all rows, first + group, w).
+        """Replace, in the decoded x (r, s, w), tokens that have no code by their entries in `fresh`; return x.
 
-        position (r, s): the arrival index of each slot's token.
+        fresh     (rows, first + group, w), of all rows: `fresh_k` or `fresh_v`, in the dtype of x
+        position  (r, s) position of each slot's token
+        rows      (r,) indices of the rows of x; None: all rows
         """
         coded = (self.coded if rows is None else self.coded[rows]).to(x.device).unsqueeze(1)
         i, slot = self._uncoded(position, coded).nonzero(as_tuple=True)
@@ -312,7 +325,10 @@ class CodedSlots(Slots):
         super().evict(leaving)
 
     def settle(self, seen: Tensor, rows: Tensor | None) -> None:
-        """Code the open group of these rows (None: all) where it is complete. seen: (rows,) tokens of each row."""
+        """Code the open groups that are complete, in these rows (None: all).
+
+        seen: (rows,) number of tokens that each row has seen.
+        """
         due = (seen % self.group == 0) & (seen > self.coded)
         if rows is not None:
             asked = torch.zeros_like(due)
@@ -352,10 +368,10 @@ class CodedSlots(Slots):
             part.reserve(int(capacity.max()) // self.group)
 
     def _turn(self, rows: Tensor | None) -> None:
-        """Do nothing: a store of codes takes no rotation (`Traits.turns`)."""
+        """Do nothing: this store is never used with keys that are rotated to ranks by RoPE (`Traits.turns`)."""
 
     def _moved(self) -> None:
-        """Do nothing: no attribute is a further name of a flat tensor."""
+        """Do nothing: no attribute aliases a flat tensor."""
 
     def select_rows(self, index: Tensor) -> None:
         super().select_rows(index)

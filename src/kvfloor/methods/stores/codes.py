@@ -24,13 +24,14 @@ from kvfloor.methods.stores.packing import looked_up, pack, size
 from kvfloor.methods.stores.turn import turned, turned_back
 
 SCALE = torch.bfloat16
-"""The dtype of a coded vector's length: 16 bits that reach as far as those of float32."""
+"""The dtype of a coded vector's scale: 16 bits with the exponent range of float32."""
 
 
 class SlotCodes(Memory):
     """Keep the coded keys, or the coded values, of all slots.
 
-    Every attribute that `own` names is a tensor (places, ...) with one entry per slot.
+    own     names of the attributes that are tensors (places, ...) with one entry per slot
+    packed  (places, bytes) uint8, the codes of each slot's key or value
     """
 
     own: tuple[str, ...]
@@ -45,8 +46,9 @@ class SlotCodes(Memory):
         """Code x (r, t, w), one group of tokens of each of `rows` (r,), in the compute dtype.
 
         group  (r,) index of the group in its row, on the CPU
-        real   (t,) or (r, t), bool: tokens whose code will be read; the others must not influence these
-        Returns the entries of the attributes in `own`, name -> (r, t, ...). What the group shares is stored here.
+        real   (t,) or (r, t), bool, True for tokens whose code will be read; the others must not influence this code
+        Returns the entries of the attributes in `own`, name -> (r, t, ...). Numbers that the tokens of a group share,
+        such as a range, are stored in this object.
         """
 
     @abstractmethod
@@ -55,27 +57,30 @@ class SlotCodes(Memory):
     ) -> Tensor:
         """Return the numbers (r, t, w) that coded tokens stand for, in the compute dtype.
 
-        entries  of the attributes in `own`, name -> (r, t, ...)
-        rows     (r,) the tokens' rows; None: all
-        group    (r, t) index of each token's group in its row; None: these are the row's first t tokens in their order.
-                 The numbers of tokens that are not coded yet are arbitrary
-        turn     True: return the numbers as `turned` gives them, if `turns`
+        entries  the tokens' entries of the attributes in `own`, name -> (r, t, ...)
+        rows     (r,) the tokens' rows; None: all rows
+        group    (r, t) index of each token's group in its row; None: the tokens are each row's first t, in their order
+        turn     True: return the vectors rotated (`turned`), if `turns` is True
+        The result is arbitrary for tokens that are not coded yet.
         """
 
     turns = False
     """True if `decode` can return rotated numbers, without the work of rotating them back."""
 
     def reserve(self, groups: int) -> None:
-        """Allocate what each row's first `groups` groups share; the default shares nothing."""
+        """Allocate the numbers that tokens of one group share, for each row's first `groups` groups; here none."""
 
     def sent(self, groups: int) -> dict[str, Any]:
-        """Return what a saved state keeps beside the attributes in `own`, of the first `groups` groups of each row."""
+        """Return {name: value} of the attributes that a saved state keeps, without those in `own`.
+
+        Tensors with one entry per group are cut to each row's first `groups` groups.
+        """
         del groups
         return {name: value for name, value in self.export().items() if name not in self.own}
 
     @property
     def token_bytes(self) -> float:
-        """Return the bytes of one token's code, with its share of what a group shares."""
+        """Return the bytes of one token's codes, plus its equal part of the numbers that its group shares."""
         return float(sum(getattr(self, name)[:1].nbytes for name in self.own))
 
     def fields(self) -> dict[str, Any]:
@@ -86,15 +91,17 @@ class SlotCodes(Memory):
 
 
 class TokenCodes(SlotCodes):
-    """Code each token by itself: its length, and the direction of its rotated vector by fixed levels.
+    """Code each token by itself: a scale, and a level for each entry of its rotated vector.
 
-    A vector x less the row's centre is rotated to u = R (x - centre) / |x - centre|. Each entry of u gets the nearest
-    level c of `levels`, and x is decoded as centre + s R^T c. With `unbiased`, s = |x - centre| / (c u), so that the
-    error is orthogonal to x - centre on average over rotations (EDEN); without, s = |x - centre| (c u) / (c c), which
-    gives the least squared error. A token's code never depends on other tokens, so tokens may leave in any order.
+    Let R be the rotation of `turned`, and u = R (x - centre) / |x - centre| for a vector x. Let c be u with each entry
+    replaced by the nearest of `levels`. Then x is decoded as centre + s R^T c. If `unbiased`, s = |x - centre| / (c.u):
+    the error is orthogonal to x - centre, and has mean 0 over random rotations (EDEN). Otherwise s = |x - centre|
+    (c.u) / (c.c), which gives the least squared error. Apart from the centre, which stays fixed, a token's code does
+    not depend on other tokens, so tokens may leave in any order.
 
+    scale   (places,) s of each slot
     centre  (rows, w), the mean of the coded tokens of the row's first group, in the dtype of the cache; (0, w) if not
-            `centred`
+            `centred`, and then 0 in the law above
     """
 
     own = ("packed", "scale")
@@ -142,7 +149,7 @@ class TokenCodes(SlotCodes):
         return x
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index` (r,) of the centres; the owner of the slots moves the codes."""
+        """Keep only the rows `index` (r,) of the centres. The owner of the slots selects the attributes in `own`."""
         self.spec = self.spec.select(index)
         if self.centred:
             self.centre = self.centre[index.to(self.centre.device)]
@@ -152,13 +159,14 @@ class TokenCodes(SlotCodes):
 
 
 class ChannelCodes(SlotCodes):
-    """Code each channel of a group of tokens by an offset and a step of its own, rounding to nearest (KIVI).
+    """Code the numbers of each channel of a group of tokens in equal steps between its least and largest one (KIVI).
 
-    The number that a code stands for is low + (high - low) code / (2^bits - 1), with low and high the range of the
-    channel in the group. The ranges of all channels of a group are coded in 8 bits in turn, rounded outwards.
+    A code stands for the number low + (high - low) code / (2^bits - 1). Here low and high are the least and largest
+    number of the channel in the group, rounded to 8 bits: low downwards, high upwards.
 
-    low, high  (rows, groups, w) uint8, the coded ranges
-    range      (rows, groups, 4) offset and step of `low`, then of `high`, in the compute dtype
+    low, high  (rows, groups, w) uint8, the codes of low and high
+    range      (rows, groups, 4) in the compute dtype: (offset of low, step of low, offset of high, step of high). A
+               code of `low` stands for offset + step code, with the same offset and step for all channels of the group
     """
 
     own = ("packed",)
@@ -205,7 +213,7 @@ class ChannelCodes(SlotCodes):
         return torch.addcmul(start, self._numbers(packed), step)
 
     def _decoded_in_order(self, packed: Tensor, rows: Tensor | None) -> Tensor:
-        """Do the work of `decode` for the first t tokens of each row, packed (r, t, bytes), group by group."""
+        """Decode the first t tokens of each of `rows` (None: all), packed (r, t, bytes): return (r, t, w)."""
         t, groups = packed.shape[1], min(self.low.shape[1], packed.shape[1] // self.group)
         shared = (x if rows is None else x[rows.to(packed.device)] for x in (self.low, self.high, self.range))
         start, step = (x.unsqueeze(2) for x in self._steps(*(x[:, :groups] for x in shared)))
@@ -214,12 +222,15 @@ class ChannelCodes(SlotCodes):
         return torch.nn.functional.pad(x, (0, 0, 0, t - groups * self.group))
 
     def _numbers(self, packed: Tensor) -> Tensor:
-        """Return the codes (r, t, w), packed (r, t, bytes), as numbers of the compute dtype."""
+        """Unpack codes from packed (r, t, bytes): return (r, t, w) in the compute dtype."""
         numbers = torch.arange(2**self.bits, dtype=self.spec.compute_dtype, device=packed.device)
         return looked_up(packed, self.width, self.bits, numbers)
 
     def _steps(self, low: Tensor, high: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
-        """Return offset and step (..., w) of the codes, from coded ranges low, high (..., w) and range_ (..., 4)."""
+        """Return (offset, step), each (..., w): a code of a channel stands for the number offset + step code.
+
+        low, high, range_: entries of the attributes `low`, `high` (..., w) and `range` (..., 4).
+        """
         dtype = range_.dtype
         start, least, end, most = (x.unsqueeze(-1) for x in range_.unbind(-1))
         start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
@@ -245,7 +256,7 @@ class ChannelCodes(SlotCodes):
         return super().token_bytes + shared / self.group
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep the rows at `index` (r,) of the ranges; the owner of the slots moves the codes."""
+        """Keep only the rows `index` (r,) of the ranges. The owner of the slots selects the attributes in `own`."""
         self.spec = self.spec.select(index)
         for name in ("low", "high", "range"):
             setattr(self, name, getattr(self, name)[index.to(self.low.device)])

@@ -1,7 +1,7 @@
-"""Find the levels that code one entry of a random unit vector with the least mean squared error, after Lloyd and Max.
+"""Compute levels that code an entry of a random unit vector with the least mean squared error (Lloyd-Max quantizer).
 
-An entry of a random unit vector of width d has the density (1 - t^2)^((d-3)/2) on [-1, 1], up to a factor. A code of b
-bits names one of 2^b levels; a number gets the nearest level.
+An entry t of a random unit vector of width d has a density proportional to (1 - t^2)^((d-3)/2) on [-1, 1]. A code of b
+bits names one of 2^b levels; an entry gets the code of the nearest level. Widths below 3 are treated as 3.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _ROUNDS = 60
 def levels(bits: int, width: int, device: str = "cpu") -> Tensor:
     """Return the levels (2^bits,), float32 and ascending, for entries of random unit vectors of this width.
 
-    Each is rounded to 16 bits after the binary point, so that the last bit of a processor's arithmetic does not matter.
+    Levels are rounded to multiples of 2^-16, so that rounding differences between processors do not change them.
     """
     return _levels(bits, max(3, width)).to(torch.float32).to(device)
 
 
 def error(bits: int, width: int) -> float:
-    """Return the mean squared error, relative to the vector's, that these levels leave of a random vector."""
+    """Return the mean of |u - c|^2 over random unit vectors u; c is u with each entry replaced by the nearest level."""
     t, weight = _density(max(3, width))
     level = levels(bits, width).double()
     nearest = level[torch.bucketize(t, (level[1:] + level[:-1]) / 2)]
@@ -34,7 +34,7 @@ def error(bits: int, width: int) -> float:
 
 
 def _density(width: int) -> tuple[Tensor, Tensor]:
-    """Return a grid of entries t and their probabilities."""
+    """Return (t, weight): a grid of values of an entry, ascending, and their probabilities, which sum to 1."""
     reach = min(1.0, 9.0 / math.sqrt(width))
     t = (torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID * 2 * reach - reach
     weight = (1 - t * t) ** ((width - 3) / 2)

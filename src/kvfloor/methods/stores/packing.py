@@ -1,7 +1,8 @@
 """Pack codes of 1 to 8 bits into bytes, and read them back.
 
-A code's bits are split into planes of 4, 2 and 1 bits (8 bits are one plane), so that a byte of a plane holds a whole
-number of codes: 3 bits are a plane of 2 and a plane of 1. A vector's planes lie one after the other.
+The bits of a code are split into parts of 4, 2 and 1 bits; 8 bits are one part. A code of 3 bits has one part of its
+low 2 bits and one of its high bit. A plane holds the parts of one size of all codes of a vector, so each of its bytes
+holds 8, 4, 2 or 1 whole parts. A vector's planes lie one after the other, the one with the largest parts first.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from torch import Tensor
 
 
 def planes(bits: int) -> list[int]:
-    """Return the numbers of bits of the planes, largest first; they add up to `bits`, 1 .. 8."""
+    """Return the bits per part of each plane, largest first; they add up to `bits`, 1 .. 8."""
     return [plane for plane in (8, 4, 2, 1) if bits & plane]
 
 
 def size(width: int, bits: int) -> int:
-    """Return the bytes of `width` codes of `bits` bits each."""
+    """Return how many bytes `width` codes of `bits` bits each take when packed."""
     return sum(-(-width * plane // 8) for plane in planes(bits))
 
 
@@ -51,9 +52,9 @@ def _shifts(plane: int, like: Tensor) -> Tensor:
 
 
 def looked_up(packed: Tensor, width: int, bits: int, level: Tensor) -> Tensor:
-    """Return the level that each packed code names: (..., width) in the dtype of `level` (2^bits,).
+    """Replace each packed code by its entry of the table `level` (2^bits,): return (..., width) in its dtype.
 
-    Where a byte holds whole codes, a table of all 256 bytes gives its levels at once.
+    For 1, 2, 4 and 8 bits, all codes of a byte are replaced at once, by a table of all 256 bytes.
     """
     shape = packed.shape[:-1]
     if len(planes(bits)) > 1:

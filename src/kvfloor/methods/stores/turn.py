@@ -1,10 +1,10 @@
 """Rotate vectors by a fixed random rotation, made of sign flips and Walsh-Hadamard transforms.
 
-A rotated vector has entries of equal size on average, close to normal ones, whatever the vector was. So one set of
-levels codes all entries well. The rotation has two rounds. In a round, entries change sign by fixed random draws, then
-a Walsh-Hadamard transform mixes a window of w entries, with w the largest power of two up to the width: the first w
-entries in the first round, the last w in the second. Only additions and multiplications by constants are done, element
-by element, so the same vector gives the same bits in any batch.
+Whatever the vector was, the entries of the rotated vector have about equal variance and are close to normally
+distributed. So one set of levels codes all entries well. The rotation has two rounds. In each round, every entry is
+first multiplied by a fixed random sign. Then the Walsh-Hadamard transform is applied to w entries, where w is the
+largest power of two up to the width: to the first w in round one, to the last w in round two. Only additions and
+multiplications by constants are done, element by element, so the same vector gives the same bits in any batch.
 """
 
 from __future__ import annotations

@@ -46,17 +46,18 @@ class Taylor(Summary):
     2.
 
     degree  g. Even: every weight is positive for every query, so answers are convex combinations of the values. Odd:
-            weights can be negative, as 1 + x is below x = -1; where the weights for a query sum to 0 or less, its
-            answer leaves the evicted tokens out
+            weights can be negative (for g = 1, p(x) = 1 + x is negative if x < -1). A query whose weights sum to 0 or
+            less is answered without the evicted tokens
     radius  r of the guarantee below, which holds as long as |scale| |q| |k| <= radius for the longest query and the
             longest evicted key of each row. None: no guarantee
-    Under a softcap c the series of exp(c tanh(x/c)) is used; an even degree whose series is not positive for every x
-    raises ValueError, and so do more than FEATURES_LIMIT = 10,000 features (t).
+    Under a softcap c the series of exp(c tanh(x/c)) is used, without a guarantee. An even degree whose series is not
+    positive for every x raises ValueError, and so do more than FEATURES_LIMIT = 10,000 features (t).
 
-    Guarantee: on |x| <= r the ratio p(x) e^-x is monotone on either side of 0 (its derivative is -e^-x x^g / g!), so
-    the ratio lies between its values at -r, 0 and r. Let epsilon be the largest ratio divided by the least, minus
-    1. Then every weight, divided by the sum of weights, is wrong by a factor within 1 +- epsilon, with certainty and
-    for every query.
+    Guarantee: let high and low be the largest and the least ratio p(x) e^-x for |x| <= r, and epsilon = high/low - 1.
+    Then each evicted token's weight, divided by the sum of these weights, is its softmax weight among the evicted
+    tokens times a factor in [1 - epsilon, 1 + epsilon]. This is certain, and holds for every query.
+    Proof that high and low are ratios at x = -r, 0 or r: the ratio has the derivative -e^-x x^g / g!, so it is monotone
+    for x <= 0 and for x >= 0. There is no guarantee if low <= 0 or epsilon >= 1.
     """
 
     name: ClassVar[str] = "taylor"
