@@ -25,6 +25,7 @@ from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
+from kvfloor.methods.stores import fused
 from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.turn import matrix
 from kvfloor.validation import count
@@ -118,8 +119,15 @@ class CodedView:
     def over(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
         """Compute attention of q (r, m, d) over these slots: a `Partial` (r, m). hide: as in `View.over`.
 
-        Rotated keys and values are not rotated back: queries are rotated instead, and so is the sum of values.
+        Rotated keys and values are not rotated back: queries are rotated instead, and so is the sum of values. Where
+        `fused.serves` says so, few queries are answered by a kernel that computes the same.
         """
+        if q.shape[1] <= fused.MOST_QUERIES and fused.serves(self.owner):
+            return fused.attention(self, q, spec, hide)
+        return self.unpacked(q, spec, hide)
+
+    def unpacked(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
+        """Do the work of `over` in torch, by unpacking all codes: the definition of this attention."""
         k, v = self.owner.decoded(self, turn=True)
         dtype, device = spec.compute_dtype, str(q.device)
         asked = q.to(dtype)

@@ -1,0 +1,137 @@
+"""Compute attention over packed codes in place, where numba is installed: `pip install "kvfloor[fast]"`.
+
+`CodedView.over` defines this attention in torch; answers agree up to rounding. The kernel only gives answers: what
+decides on evictions, and what enters a state, never comes from it. Uncoded tokens are attended to by torch, and the two
+results are merged.
+A row is one (batch item, kv head) stream, a slot the place of one held token. In shapes, r are rows, m queries of each,
+s slots, d and dv the widths of a key and a value.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
+from kvfloor.methods.stores.levels import levels
+from kvfloor.methods.stores.turn import matrix
+
+if TYPE_CHECKING:
+    from kvfloor.methods.stores.coded import CodedSlots, CodedView
+
+MOST_QUERIES = 8
+"""Most queries of a row for which the kernel is used: with more, unpacking the codes once for all of them is cheap."""
+
+_SHARED = 16384
+"""Least number of slots to read for which work is split among threads."""
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return find_spec("numba") is not None
+
+
+def serves(slots: CodedSlots) -> bool:
+    """Return True if the kernel can read these slots: on a CPU, float32 attention, values beside the keys, and numba.
+
+    Keys that are coded per channel must be in their order, and in groups of whole tiles.
+    """
+    keys, spec = slots.key_codes, slots.spec
+    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not _installed():
+        return False
+    return not isinstance(keys, ChannelCodes) or (slots.ordered and slots.group % _kernels().TILE == 0)
+
+
+def _kernels() -> Any:
+    """Return the module of the kernel. Its first import on a machine compiles it, which takes a while."""
+    from kvfloor.methods.stores import fused_numba
+
+    return fused_numba
+
+
+def attention(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> Partial:
+    """Compute attention of q (r, m, d) over the slots of a view that the kernel serves: a `Partial` (r, m).
+
+    hide: as in `View.over`.
+    """
+    slots, kernels = view.owner, _kernels()
+    keys, values = slots.key_codes, slots.value_codes
+    assert isinstance(values, TokenCodes)
+    rows = torch.arange(spec.rows) if view.rows is None else view.rows.cpu()
+    r, m = q.shape[:2]
+    q = q.to(torch.float32)
+    asked, bias, centred = q, torch.zeros(r, m), isinstance(keys, TokenCodes) and keys.centred
+    if keys.turns:
+        asked = q @ matrix(spec.d, q.dtype, "cpu").T
+    if centred:
+        centre = keys.centre if view.rows is None else keys.centre[rows]
+        bias = (q @ centre.to(q.dtype).unsqueeze(-1)).squeeze(-1) * spec.scale
+    asked = pad(asked * spec.scale, (0, -spec.d % 8)).contiguous()
+    chunks = max(1, -(-view.width // kernels.CHUNK))
+    mean = torch.empty(r, chunks, m, spec.dv)
+    top, mass = torch.empty(r, chunks, m), torch.empty(r, chunks, m)
+    fresh = torch.zeros(r, m, slots.first + slots.group, dtype=torch.uint8)
+    hidden = torch.zeros(0, 0, 0, dtype=torch.bool) if hide is None else hide.expand(r, m, view.width)
+    given = [
+        *(x.numpy() for x in (asked, bias)),
+        float(spec.softcap or 0.0),
+        *(x.numpy() for x in (rows, slots.offset[rows], slots.held[rows].clamp_max(view.width), slots.coded[rows])),
+        slots.position.numpy(),
+        slots.ordered,
+        slots.first,
+        slots.group,
+        hidden.numpy(),
+        *_given(keys),
+        *_given(values)[:2],
+        *_given(values)[3:6],
+        *(x.numpy() for x in (mean, top, mass, fresh)),
+    ]
+    _run(kernels.attend_chunks, r * chunks, r * view.width, given)
+    out, log_mass = torch.empty(r, m, spec.dv), torch.empty(r, m)
+    kernels.join(*(x.numpy() for x in (mean, top, mass, out, log_mass)))
+    part = Partial(out @ matrix(spec.dv, q.dtype, "cpu"), log_mass)
+    plain = (slots.fresh_k, slots.fresh_v) if view.rows is None else (slots.fresh_k[rows], slots.fresh_v[rows])
+    return part.merge(Partial.over(q, *(x.to(q.dtype) for x in plain), spec, hide=fresh == 0))
+
+
+def _given(codes: SlotCodes) -> list[Any]:
+    """Return what the kernel reads of codes: width, bits, whether they are per channel, and their tensors."""
+    none = torch.zeros(0)
+    if isinstance(codes, ChannelCodes):
+        tensors = (codes.packed, none.to(torch.int16), none, codes.low, codes.high, codes.range)
+    else:
+        assert isinstance(codes, TokenCodes)
+        shared = none.view(0, 0, 0)
+        scale, table = codes.scale.view(torch.int16), _table(codes.bits, codes.width)
+        tensors = (codes.packed, scale, table, shared.byte(), shared.byte(), shared)
+    return [codes.width, codes.bits, isinstance(codes, ChannelCodes), *(x.numpy() for x in tensors)]
+
+
+@lru_cache(maxsize=64)
+def _table(bits: int, width: int) -> Tensor:
+    """Return the levels of codes, at least 16 of them: the kernel loads so many."""
+    level = levels(bits, width)
+    return pad(level, (0, max(0, 16 - len(level)))).contiguous()
+
+
+def _run(kernel: Any, tasks: int, slots: int, given: list[Any]) -> None:
+    """Do the kernel's tasks, on as many threads as torch uses if there are many slots to read."""
+    threads = min(torch.get_num_threads(), tasks) if slots >= _SHARED else 1
+    if threads == 1:
+        kernel(0, tasks, *given)
+        return
+    ends = [tasks * i // threads for i in range(threads + 1)]
+    others = [Thread(target=kernel, args=(*ends[i : i + 2], *given)) for i in range(1, threads)]
+    for thread in others:
+        thread.start()
+    kernel(*ends[:2], *given)
+    for thread in others:
+        thread.join()

@@ -1,0 +1,507 @@
+"""Compute attention over packed codes, read in place: a numba kernel for CPUs.
+
+A row is one (batch item, kv head) stream, a slot the place of one held token in flat tensors over all rows, a code the
+small integer that stands for a number. The module `fused` says when the kernel is used, and `coded` defines the same
+attention in torch. Import this module only where numba is installed.
+
+The kernel goes through a row's slots in tiles of TILE. Codes become words: a word has 8 codes of 4 bits, those of
+channels 8j .. 8j + 7 of one token. For codes above 4 bits a second word has the upper bits. Keys' words are laid out
+with neighbouring tokens beside each other, so that one vector instruction handles one channel of many tokens; values'
+words are those of one token after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # pyright: ignore[reportMissingImports]
+from numba import njit, types  # pyright: ignore[reportMissingImports]
+from numba.core import cgutils  # pyright: ignore[reportMissingImports]
+from numba.extending import intrinsic  # pyright: ignore[reportMissingImports]
+
+TILE = 32
+"""Slots that are read at a time."""
+CHUNK = 4096
+"""Slots of a row that are read one after the other; the results of a row's chunks are joined in their order."""
+HIDDEN = np.float32(-1e30)
+"""Stand-in for the logit of a token that is not seen: finite, so that the compiler may reorder sums."""
+
+_LANES = 16
+_FLAGS = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def compiled(function: Any = None, signature: Any = None) -> Any:
+    """Compile a function: now if it has a signature, and kept for later processes if there is a folder to write to."""
+    if function is None:
+        return lambda found: compiled(found, signature)
+    signatures = [] if signature is None else [signature]
+    options = {"fastmath": _FLAGS, "nogil": True, "error_model": "numpy"}
+    try:
+        return njit(*signatures, cache=True, **options)(function)
+    except RuntimeError:  # no folder that can be written
+        return njit(*signatures, **options)(function)
+
+
+# ---- vector operations that numba does not have ---------------------------------------------------------------------
+
+
+@intrinsic
+def _as_float(context: Any, bits: Any) -> Any:
+    """Return the float32 whose 32 bits are those of an integer."""
+    del context
+
+    def code(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), code
+
+
+@intrinsic
+def _word(context: Any, packed: Any, at: Any, size: Any) -> Any:
+    """Return `size` bytes (a literal 1, 2, 4 or 8) of a uint8 array from byte `at` on, at any address, as an integer."""
+    del context
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    count = size.literal_value
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = cgutils.create_struct_proxy(signature.args[0])(target, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8 * count).as_pointer())
+        loaded = builder.load(pointer, align=1)
+        return loaded if count == 8 else builder.zext(loaded, ir.IntType(64))
+
+    return types.uint64(packed, types.intp, size), code
+
+
+@intrinsic
+def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, low: Any, high: Any, step: Any) -> Any:
+    """Write the levels of the 8 codes in each of 16 words: out[low + step p + lane] for code p of words 0 .. 7.
+
+    Words 8 .. 15 go to out[high + step p + lane - 8]. words, uint32, are read from index `at` on; table has 16 levels.
+    """
+    del context
+    numbers, whole = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(ir.IntType(32), _LANES)
+    half = ir.VectorType(ir.FloatType(), _LANES // 2)
+    lane = ir.IntType(32)
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, levels, into = (
+            cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]).data for i in (0, 2, 3)
+        )
+
+        def same(value: int) -> Any:
+            return ir.Constant(whole, [value] * _LANES)
+
+        loaded = builder.load(builder.bitcast(builder.gep(source, [arguments[1]]), whole.as_pointer()), align=4)
+        entries = builder.load(builder.bitcast(levels, numbers.as_pointer()), align=4)
+        for p in range(8):
+            index = builder.and_(builder.lshr(loaded, same(4 * p)), same(15))
+            found = ir.Constant(numbers, ir.Undefined)
+            for i in range(_LANES):
+                one = builder.extract_element(entries, builder.extract_element(index, ir.Constant(lane, i)))
+                found = builder.insert_element(found, one, ir.Constant(lane, i))
+            forward = builder.mul(arguments[6], ir.Constant(arguments[6].type, p))
+            for start, first in ((arguments[4], 0), (arguments[5], _LANES // 2)):
+                mask = ir.Constant(ir.VectorType(lane, _LANES // 2), [first + i for i in range(_LANES // 2)])
+                part = builder.shuffle_vector(found, ir.Constant(numbers, ir.Undefined), mask)
+                pointer = builder.bitcast(builder.gep(into, [builder.add(start, forward)]), half.as_pointer())
+                builder.store(part, pointer, align=4)
+        return target.get_dummy_value()
+
+    return types.void(words, types.intp, table, out, types.intp, types.intp, types.intp), code
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _bytes(packed, at, count):
+    """Return up to 8 bytes as an integer."""
+    word = np.uint64(0)
+    for i in range(count):
+        word |= np.uint64(packed[at + i]) << np.uint64(8 * i)
+    return word
+
+
+@compiled
+def _twos(word):
+    """Spread 8 codes of 2 bits over 8 places of 4 bits."""
+    word = (word | (word << np.uint64(8))) & np.uint64(0x00FF00FF)
+    word = (word | (word << np.uint64(4))) & np.uint64(0x0F0F0F0F)
+    return (word | (word << np.uint64(2))) & np.uint64(0x33333333)
+
+
+@compiled
+def _ones(word):
+    """Spread 8 codes of 1 bit over 8 places of 4 bits."""
+    word = (word | (word << np.uint64(12))) & np.uint64(0x000F000F)
+    word = (word | (word << np.uint64(6))) & np.uint64(0x03030303)
+    return (word | (word << np.uint64(3))) & np.uint64(0x11111111)
+
+
+@compiled
+def _fours(word):
+    """Gather the lower 4 bits of 8 bytes."""
+    word = word & np.uint64(0x0F0F0F0F0F0F0F0F)
+    word = (word | (word >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
+    word = (word | (word >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+    return (word | (word >> np.uint64(16))) & np.uint64(0xFFFFFFFF)
+
+
+@compiled
+def _fours_of(packed, start, width, low, to, step):
+    full, rest = width // 8, width % 8
+    for j in range(full):
+        low[to + step * j] = _word(packed, start + 4 * j, 4)
+    if rest:
+        low[to + step * full] = _bytes(packed, start + 4 * full, (rest + 1) // 2)
+
+
+@compiled
+def words_of(packed, start, bits, width, low, high, to, step):
+    """Write one token's words: low[to + step j] and, for codes above 4 bits, high[to + step j].
+
+    packed, start  uint8, and the index of the token's first byte; `packing.pack` says how codes lie
+    """
+    full, rest = width // 8, width % 8
+    if bits == 4:
+        _fours_of(packed, start, width, low, to, step)
+        return
+    if bits == 8:
+        for j in range(full):
+            eight = _word(packed, start + 8 * j, 8)
+            low[to + step * j], high[to + step * j] = _fours(eight), _fours(eight >> np.uint64(4))
+        if rest:
+            eight = _bytes(packed, start + 8 * full, rest)
+            low[to + step * full], high[to + step * full] = _fours(eight), _fours(eight >> np.uint64(4))
+        return
+    at = start
+    target = low
+    shift = np.uint64(0)
+    if bits & 4:
+        _fours_of(packed, start, width, low, to, step)
+        at += (width + 1) // 2
+        target = high
+    two = at
+    one = at + (width + 3) // 4 if bits & 2 else at
+    if bits & 2:
+        shift = np.uint64(2)
+    if bits & 3 == 3:
+        for j in range(full):
+            target[to + step * j] = _twos(_word(packed, two + 2 * j, 2)) | (_ones(_word(packed, one + j, 1)) << shift)
+    elif bits & 2:
+        for j in range(full):
+            target[to + step * j] = _twos(_word(packed, two + 2 * j, 2))
+    else:
+        for j in range(full):
+            target[to + step * j] = _ones(_word(packed, one + j, 1))
+    if rest:
+        word = np.uint64(0)
+        if bits & 2:
+            word |= _twos(_bytes(packed, two + 2 * full, (rest + 3) // 4))
+        if bits & 1:
+            word |= _ones(_bytes(packed, one + full, 1)) << shift
+        target[to + step * full] = word
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _exp(x):
+    """Return exp(x) for x <= 0 in float32; 0 below -87."""
+    y = max(x, np.float32(-87.0))
+    n = math.floor(y * np.float32(1.44269504) + np.float32(0.5))
+    r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(0.5)
+    p = p * r * r + r + np.float32(1.0)
+    whole = p * _as_float(np.int32((np.int32(n) + 127) << 23))
+    return whole if x >= np.float32(-87.0) else np.float32(0.0)
+
+
+@compiled
+def add_logits(low, high, tall, table, linear, q, words, codes, logits):
+    """Add the products of queries q (m, 8 words) with the numbers of a tile of keys to logits (m, TILE).
+
+    low, high  (words * TILE) words of channel-major codes. tall: True if codes have more than 4 bits
+    table      the number of each code; unread if `linear`, when the number is the code
+    codes      scratch, (8 * TILE)
+    """
+    for j in range(words):
+        at = j * TILE
+        if linear:
+            for p in range(8):
+                shift = np.uint32(4 * p)
+                if tall:
+                    for t in range(TILE):
+                        code = ((low[at + t] >> shift) & np.uint32(15)) | (
+                            ((high[at + t] >> shift) & np.uint32(15)) << np.uint32(4)
+                        )
+                        codes[p * TILE + t] = np.float32(np.int32(code))
+                else:
+                    for t in range(TILE):
+                        codes[p * TILE + t] = np.float32(np.int32((low[at + t] >> shift) & np.uint32(15)))
+        elif tall:
+            for p in range(8):
+                shift = np.uint32(4 * p)
+                for t in range(TILE):
+                    code = ((low[at + t] >> shift) & np.uint32(15)) | (
+                        ((high[at + t] >> shift) & np.uint32(15)) << np.uint32(4)
+                    )
+                    codes[p * TILE + t] = table[np.int32(code)]
+        else:
+            for t in range(0, TILE, _LANES):
+                _look_up(low, at + t, table, codes, t, t + 8, TILE)
+        for i in range(len(q)):
+            q0, q1, q2, q3 = q[i, 8 * j], q[i, 8 * j + 1], q[i, 8 * j + 2], q[i, 8 * j + 3]
+            q4, q5, q6, q7 = q[i, 8 * j + 4], q[i, 8 * j + 5], q[i, 8 * j + 6], q[i, 8 * j + 7]
+            for t in range(TILE):
+                even = q0 * codes[t] + q2 * codes[2 * TILE + t] + q4 * codes[4 * TILE + t] + q6 * codes[6 * TILE + t]
+                odd = q1 * codes[TILE + t] + q3 * codes[3 * TILE + t] + q5 * codes[5 * TILE + t]
+                logits[i, t] += even + (odd + q7 * codes[7 * TILE + t])
+
+
+@compiled
+def add_values(low, high, tall, table, weights, words, codes, mean):
+    """Add the tile's values, weighted by weights (m, TILE), to mean (m, 8 * words), whose entry 8j + p is at p words + j.
+
+    low, high  (TILE * words) words of one token after the other; otherwise as in `add_logits`
+    codes      scratch, (TILE * 8 * words)
+    """
+    width = 8 * words
+    if tall:
+        for t in range(TILE):
+            for p in range(8):
+                shift = np.uint32(4 * p)
+                for j in range(words):
+                    code = ((low[t * words + j] >> shift) & np.uint32(15)) | (
+                        ((high[t * words + j] >> shift) & np.uint32(15)) << np.uint32(4)
+                    )
+                    codes[t * width + p * words + j] = table[np.int32(code)]
+    elif words == 8:
+        for t in range(0, TILE, 2):
+            _look_up(low, 8 * t, table, codes, t * width, (t + 1) * width, words)
+    else:
+        for t in range(TILE):
+            for j in range(0, words, _LANES):
+                _look_up(low, t * words + j, table, codes, t * width + j, t * width + j + 8, words)
+    for i in range(len(weights)):
+        for t in range(0, TILE, 8):
+            w0, w1, w2, w3 = weights[i, t], weights[i, t + 1], weights[i, t + 2], weights[i, t + 3]
+            w4, w5, w6, w7 = weights[i, t + 4], weights[i, t + 5], weights[i, t + 6], weights[i, t + 7]
+            at = t * width
+            for c in range(width):
+                even = w0 * codes[at + c] + w1 * codes[at + width + c] + w2 * codes[at + 2 * width + c]
+                even += w3 * codes[at + 3 * width + c]
+                odd = w4 * codes[at + 4 * width + c] + w5 * codes[at + 5 * width + c] + w6 * codes[at + 6 * width + c]
+                mean[i, c] += even + (odd + w7 * codes[at + 7 * width + c])
+
+
+@compiled
+def fold(q, low, high, span, steps, folded, shift):
+    """Fold a group's offsets and steps into queries q (m, w): write folded (m, w), and q times the offsets to shift (m).
+
+    low, high (w,) and span (4,) are the group's coded ranges (`ChannelCodes`), steps is 2^bits - 1.
+    """
+    for i in range(len(q)):
+        shift[i] = np.float32(0.0)
+    for c in range(len(low)):
+        start = span[0] + np.float32(low[c]) * span[1]
+        end = span[2] + np.float32(high[c]) * span[3]
+        step = max(end - start, np.float32(0.0)) / steps
+        for i in range(len(q)):
+            folded[i, c] = q[i, c] * step
+            shift[i] += q[i, c] * start
+
+
+
+_BOOLS, _SHORTS, _FLOATS = types.boolean[:, :, :], types.int16[::1], types.float32[::1]
+_BYTES, _INTEGERS, _CUBE = types.uint8[:, ::1], types.int64[::1], types.float32[:, :, ::1]
+_SHARED = types.uint8[:, :, ::1]
+_KEYS = (types.int64, types.int64, types.boolean, _BYTES, _SHORTS, _FLOATS, _SHARED, _SHARED, _CUBE)
+_VALUES = (types.int64, types.int64, _BYTES, _SHORTS, _FLOATS)
+_TOKENS = (_INTEGERS, _INTEGERS, _INTEGERS, _INTEGERS, types.int32[::1], types.boolean, types.int64, types.int64, _BOOLS)
+_OUT = (types.float32[:, :, :, ::1], _CUBE, _CUBE, _SHARED)
+_SIGNATURE = types.void(
+    types.int64, types.int64, _CUBE, types.float32[:, ::1], types.float32, *_TOKENS, *_KEYS, *_VALUES, *_OUT
+)
+
+
+@compiled(signature=_SIGNATURE)
+def attend_chunks(
+    begin,
+    stop,
+    q,
+    bias,
+    softcap,
+    row,
+    offset,
+    count,
+    coded,
+    position,
+    ordered,
+    first,
+    group,
+    hide,
+    d,
+    key_bits,
+    linear,
+    key_packed,
+    key_scale,
+    key_table,
+    key_low,
+    key_high,
+    key_range,
+    dv,
+    value_bits,
+    value_packed,
+    value_scale,
+    value_table,
+    mean,
+    top,
+    mass,
+    fresh,
+):
+    """Compute attention of q over the coded tokens of the chunks begin .. stop - 1, counted row by row.
+
+    q         (r, m, 8 words of a key), scaled, with zeros behind the width d
+    bias      (r, m), added to the logits of coded tokens before the softcap
+    softcap   c: a logit x becomes c tanh(x / c); 0: no cap
+    row       (r,) index of each row in key_low, key_high and key_range
+    offset    (r,) first slot of each row; count: (r,) number of its slots that are read
+    coded     (r,) number of tokens before the row's open group: `CodedSlots.coded`
+    position  (slots,) arrival index of each slot's token; unread if `ordered`, when slot i holds token i
+    first     number of a row's first tokens that are never coded. group: tokens that are coded together
+    hide      bool (r, m, slots), True for slots that a query does not see; or empty
+    d, key_bits, dv, value_bits   widths and bits of keys and values
+    linear    True: keys are coded per channel; key_low, key_high (rows, groups, d) and key_range are their ranges.
+              False: each by itself, by the levels key_table and the lengths key_scale, the bits of bfloat16
+    key_packed, value_packed      (slots, bytes) codes
+    Writes mean (r, chunks, m, dv), not yet divided by mass; top and mass (r, chunks, m), the largest logit and the
+    softmax mass relative to it; and marks in fresh (r, m, first + group) the uncoded tokens that a query sees.
+    """
+    m, chunks = q.shape[1], mean.shape[1]
+    words, lanes = (d + 7) // 8, (dv + 7) // 8
+    lanes = 8 if lanes <= 8 else (lanes + _LANES - 1) // _LANES * _LANES
+    keys_low, keys_high = np.zeros(words * TILE, np.uint32), np.zeros(words * TILE, np.uint32)
+    values_low, values_high = np.zeros(lanes * TILE, np.uint32), np.zeros(lanes * TILE, np.uint32)
+    codes = np.empty(8 * TILE, np.float32)
+    numbers = np.empty(TILE * 8 * lanes, np.float32)
+    logits, total = np.empty((m, TILE), np.float32), np.empty((m, 8 * lanes), np.float32)
+    folded, shift = np.zeros((m, 8 * words), np.float32), np.zeros(m, np.float32)
+    live = np.empty(TILE, np.bool_)
+    all_keys, all_values = key_packed.ravel(), value_packed.ravel()
+    key_bytes, value_bytes = key_packed.shape[1], value_packed.shape[1]
+    steps, masked = np.float32(2**key_bits - 1), hide.shape[0] > 0
+    for task in range(begin, stop):
+        r, chunk = task // chunks, task % chunks
+        highest, mass_so_far = top[r, chunk], mass[r, chunk]
+        for i in range(m):
+            highest[i], mass_so_far[i] = HIDDEN, np.float32(0.0)
+        total[:] = np.float32(0.0)
+        folded_group = -1
+        end = min(count[r], (chunk + 1) * CHUNK)
+        for start in range(chunk * CHUNK, end, TILE):
+            place, size, found = offset[r] + start, min(TILE, end - start), False
+            for t in range(TILE):
+                live[t] = False
+                if t < size:
+                    at = start + t if ordered else np.int64(position[place + t])
+                    if at < first or at >= coded[r]:
+                        into = at if at < first else first + at % group
+                        for i in range(m):
+                            fresh[r, i, into] = not masked or not hide[r, i, start + t]
+                    else:
+                        live[t] = found = True
+            if not found:
+                continue
+            for t in range(size):
+                words_of(all_keys, (place + t) * key_bytes, key_bits, d, keys_low, keys_high, t, TILE)
+            logits[:] = np.float32(0.0)
+            if linear:
+                if start // group != folded_group:
+                    folded_group = start // group
+                    fold(
+                        q[r],
+                        key_low[row[r], folded_group],
+                        key_high[row[r], folded_group],
+                        key_range[row[r], folded_group],
+                        steps,
+                        folded,
+                        shift,
+                    )
+                add_logits(keys_low, keys_high, key_bits > 4, key_table, True, folded, words, codes, logits)
+                for i in range(m):
+                    for t in range(TILE):
+                        logits[i, t] += shift[i]
+            else:
+                add_logits(keys_low, keys_high, key_bits > 4, key_table, False, q[r], words, codes, logits)
+                for t in range(size):
+                    factor = _as_float(np.int32(np.int32(key_scale[place + t]) << 16))
+                    for i in range(m):
+                        logits[i, t] = logits[i, t] * factor + bias[r, i]
+            if softcap > 0:
+                for i in range(m):
+                    for t in range(size):
+                        logits[i, t] = softcap * np.float32(math.tanh(logits[i, t] / softcap))
+            for i in range(m):
+                largest = HIDDEN
+                for t in range(TILE):
+                    logits[i, t] = logits[i, t] if live[t] else HIDDEN
+                if masked:
+                    for t in range(size):
+                        if hide[r, i, start + t]:
+                            logits[i, t] = HIDDEN
+                for t in range(TILE):
+                    largest = max(largest, logits[i, t])
+                if largest > highest[i]:
+                    factor = _exp(highest[i] - largest)
+                    highest[i] = largest
+                    mass_so_far[i] *= factor
+                    for c in range(8 * lanes):
+                        total[i, c] *= factor
+                added = np.float32(0.0)
+                for t in range(TILE):
+                    weight = _exp(logits[i, t] - highest[i])
+                    weight = weight if logits[i, t] > HIDDEN else np.float32(0.0)
+                    logits[i, t] = weight
+                    added += weight
+                mass_so_far[i] += added
+            for t in range(size):
+                words_of(all_values, (place + t) * value_bytes, value_bits, dv, values_low, values_high, t * lanes, 1)
+                factor = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
+                for i in range(m):
+                    logits[i, t] = logits[i, t] * factor if logits[i, t] > 0 else np.float32(0.0)
+            add_values(values_low, values_high, value_bits > 4, value_table, logits, lanes, numbers, total)
+        for i in range(m):
+            for c in range(dv):
+                mean[r, chunk, i, c] = total[i, c % 8 * lanes + c // 8]
+
+
+@compiled(signature=types.void(types.float32[:, :, :, ::1], _CUBE, _CUBE, _CUBE, types.float32[:, ::1]))
+def join(mean, top, mass, out, log_mass):
+    """Join the chunks of each row that `attend_chunks` wrote: out (r, m, dv) and log_mass (r, m) of all its tokens."""
+    rows, chunks, m, dv = mean.shape
+    for r in range(rows):
+        for i in range(m):
+            highest, whole = HIDDEN, np.float32(0.0)
+            for chunk in range(chunks):
+                highest = max(highest, top[r, chunk, i])
+            for c in range(dv):
+                out[r, i, c] = np.float32(0.0)
+            for chunk in range(chunks):
+                if mass[r, chunk, i] > 0:
+                    factor = _exp(top[r, chunk, i] - highest)
+                    whole += factor * mass[r, chunk, i]
+                    for c in range(dv):
+                        out[r, i, c] += factor * mean[r, chunk, i, c]
+            for c in range(dv):
+                out[r, i, c] = out[r, i, c] / whole if whole > 0 else np.float32(0.0)
+            log_mass[r, i] = highest + np.float32(math.log(whole)) if whole > 0 else np.float32(-np.inf)
