@@ -106,7 +106,7 @@ def _given(codes: SlotCodes) -> list[Any]:
     """Return what the kernel reads of codes: width, bits, whether they are per channel, and their tensors."""
     none = torch.zeros(0)
     if isinstance(codes, ChannelCodes):
-        tensors = (codes.packed, none.to(torch.int16), none, codes.low, codes.high, codes.range)
+        tensors = (codes.packed, none.to(torch.int16), _table(codes.bits, None), codes.low, codes.high, codes.range)
     else:
         assert isinstance(codes, TokenCodes)
         shared = none.view(0, 0, 0)
@@ -116,9 +116,9 @@ def _given(codes: SlotCodes) -> list[Any]:
 
 
 @lru_cache(maxsize=64)
-def _table(bits: int, width: int) -> Tensor:
-    """Return the levels of codes, at least 16 of them: the kernel loads so many."""
-    level = levels(bits, width)
+def _table(bits: int, width: int | None) -> Tensor:
+    """Return the levels of codes, or the codes as numbers (width None): at least 16, as the kernel loads so many."""
+    level = torch.arange(2.0**bits) if width is None else levels(bits, width)
     return pad(level, (0, max(0, 16 - len(level)))).contiguous()
 
 

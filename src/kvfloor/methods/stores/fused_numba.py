@@ -29,6 +29,9 @@ HIDDEN = np.float32(-1e30)
 """Stand-in for the logit of a token that is not seen: finite, so that the compiler may reorder sums."""
 
 _LANES = 16
+_INDEX = ir.IntType(32)
+_INDICES = ir.VectorType(_INDEX, _LANES)
+_NUMBERS = ir.VectorType(ir.FloatType(), _LANES)
 _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -75,6 +78,43 @@ def _word(context: Any, packed: Any, at: Any, size: Any) -> Any:
     return types.uint64(packed, types.intp, size), code
 
 
+def _data(target: Any, builder: Any, signature: Any, arguments: Any, *which: int) -> list[Any]:
+    """Return the addresses of the numbers of some arguments that are arrays."""
+    proxies = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in which)
+    return [proxy.data for proxy in proxies]
+
+
+def _at(builder: Any, data: Any, index: Any, kind: Any) -> Any:
+    """Return the address of entry `index` of the numbers at `data`, as that of a vector of type `kind`."""
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
+def _levels(builder: Any, words: Any, at: Any, table: Any) -> list[Any]:
+    """Return 8 vectors of levels: vector p has those of code p of each of the 16 words from index `at` on."""
+    loaded = builder.load(_at(builder, words, at, _INDICES), align=4)
+    entries = builder.load(builder.bitcast(table, _NUMBERS.as_pointer()), align=4)
+    found = []
+    for p in range(8):
+        shift, mask = (ir.Constant(_INDICES, [value] * _LANES) for value in (4 * p, 15))
+        index = builder.and_(builder.lshr(loaded, shift), mask)
+        vector = ir.Constant(_NUMBERS, ir.Undefined)
+        for i in range(_LANES):  # compiled to one permutation where the processor has it
+            lane = ir.Constant(_INDEX, i)
+            one = builder.extract_element(entries, builder.extract_element(index, lane))
+            vector = builder.insert_element(vector, one, lane)
+        found.append(vector)
+    return found
+
+
+def _added(builder: Any, total: Any, factor: Any, vector: Any) -> Any:
+    """Return total + factor * vector, for one number as the factor."""
+    kind, lane = vector.type, ir.Constant(_INDEX, 0)
+    start = builder.insert_element(ir.Constant(kind, ir.Undefined), factor, lane)
+    every = ir.Constant(ir.VectorType(_INDEX, kind.count), [0] * kind.count)
+    spread = builder.shuffle_vector(start, ir.Constant(kind, ir.Undefined), every)
+    return builder.fadd(total, builder.fmul(spread, vector, flags=("contract",)), flags=("contract",))
+
+
 @intrinsic
 def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, low: Any, high: Any, step: Any) -> Any:
     """Write the levels of the 8 codes in each of 16 words: out[low + step p + lane] for code p of words 0 .. 7.
@@ -82,35 +122,78 @@ def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, low: Any, 
     Words 8 .. 15 go to out[high + step p + lane - 8]. words, uint32, are read from index `at` on; table has 16 levels.
     """
     del context
-    numbers, whole = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(ir.IntType(32), _LANES)
     half = ir.VectorType(ir.FloatType(), _LANES // 2)
-    lane = ir.IntType(32)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, levels, into = (
-            cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]).data for i in (0, 2, 3)
-        )
-
-        def same(value: int) -> Any:
-            return ir.Constant(whole, [value] * _LANES)
-
-        loaded = builder.load(builder.bitcast(builder.gep(source, [arguments[1]]), whole.as_pointer()), align=4)
-        entries = builder.load(builder.bitcast(levels, numbers.as_pointer()), align=4)
-        for p in range(8):
-            index = builder.and_(builder.lshr(loaded, same(4 * p)), same(15))
-            found = ir.Constant(numbers, ir.Undefined)
-            for i in range(_LANES):
-                one = builder.extract_element(entries, builder.extract_element(index, ir.Constant(lane, i)))
-                found = builder.insert_element(found, one, ir.Constant(lane, i))
+        source, levels, into = _data(target, builder, signature, arguments, 0, 2, 3)
+        for p, found in enumerate(_levels(builder, source, arguments[1], levels)):
             forward = builder.mul(arguments[6], ir.Constant(arguments[6].type, p))
             for start, first in ((arguments[4], 0), (arguments[5], _LANES // 2)):
-                mask = ir.Constant(ir.VectorType(lane, _LANES // 2), [first + i for i in range(_LANES // 2)])
-                part = builder.shuffle_vector(found, ir.Constant(numbers, ir.Undefined), mask)
-                pointer = builder.bitcast(builder.gep(into, [builder.add(start, forward)]), half.as_pointer())
-                builder.store(part, pointer, align=4)
+                mask = ir.Constant(ir.VectorType(_INDEX, _LANES // 2), [first + i for i in range(_LANES // 2)])
+                part = builder.shuffle_vector(found, ir.Constant(_NUMBERS, ir.Undefined), mask)
+                builder.store(part, _at(builder, into, builder.add(start, forward), half), align=4)
         return target.get_dummy_value()
 
     return types.void(words, types.intp, table, out, types.intp, types.intp, types.intp), code
+
+
+@intrinsic
+def _add_products(context: Any, words: Any, at: Any, table: Any, q: Any, column: Any, out: Any, to: Any) -> Any:
+    """Add, for each query i, q[i, column + p] times the levels of code p of 16 words to out[i, to .. to + 15], all p.
+
+    words, uint32, are read from index `at` on; table has 16 levels.
+    """
+    del context
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, levels = _data(target, builder, signature, arguments, 0, 2)
+        asked, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (3, 5))
+        found = _levels(builder, source, arguments[1], levels)
+        m, width = cgutils.unpack_tuple(builder, asked.shape)
+        length = cgutils.unpack_tuple(builder, result.shape)[1]
+        with cgutils.for_range(builder, m) as loop:
+            first = builder.add(builder.mul(loop.index, width), arguments[4])
+            place = _at(builder, result.data, builder.add(builder.mul(loop.index, length), arguments[6]), _NUMBERS)
+            even, odd = builder.load(place, align=4), ir.Constant(_NUMBERS, [0.0] * _LANES)
+            for p, vector in enumerate(found):
+                entry = builder.add(first, ir.Constant(first.type, p))
+                factor = builder.load(builder.gep(asked.data, [entry]))
+                if p % 2:
+                    odd = _added(builder, odd, factor, vector)
+                else:
+                    even = _added(builder, even, factor, vector)
+            builder.store(builder.fadd(even, odd), place, align=4)
+        return target.get_dummy_value()
+
+    return types.void(words, types.intp, table, q, types.intp, out, types.intp), code
+
+
+@intrinsic
+def _add_eight(
+    context: Any, numbers: Any, at: Any, step: Any, factors: Any, row: Any, first: Any, out: Any, to: Any
+) -> Any:
+    """Add factors[row, first + k] times numbers[at + step k + lane] to out[row, to + lane], for k < 8, lane < TILE."""
+    del context
+    wide = ir.VectorType(ir.FloatType(), TILE)
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (source,) = _data(target, builder, signature, arguments, 0)
+        given, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (3, 6))
+        at, step, row, first, to = (arguments[i] for i in (1, 2, 4, 5, 7))
+        start = builder.add(builder.mul(row, cgutils.unpack_tuple(builder, given.shape)[1]), first)
+        into = builder.add(builder.mul(row, cgutils.unpack_tuple(builder, result.shape)[1]), to)
+        place = _at(builder, result.data, into, wide)
+        total = builder.load(place, align=4)
+        for k in range(8):
+            index = ir.Constant(start.type, k)
+            factor = builder.load(builder.gep(given.data, [builder.add(start, index)]))
+            vector = builder.load(_at(builder, source, builder.add(at, builder.mul(step, index)), wide), align=4)
+            total = _added(builder, total, factor, vector)
+        builder.store(total, place, align=4)
+        return target.get_dummy_value()
+
+    integer = types.intp
+    return types.void(numbers, integer, integer, factors, integer, integer, out, integer), code
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -151,59 +234,49 @@ def _fours(word):
 
 
 @compiled
-def _fours_of(packed, start, width, low, to, step):
-    full, rest = width // 8, width % 8
-    for j in range(full):
-        low[to + step * j] = _word(packed, start + 4 * j, 4)
-    if rest:
-        low[to + step * full] = _bytes(packed, start + 4 * full, (rest + 1) // 2)
+def tile_words(packed, start, size, stride, bits, width, low, high, by_token, by_word):
+    """Write the words of `size` tokens: low[by_token t + by_word j] and, for codes above 4 bits, the same of high.
 
-
-@compiled
-def words_of(packed, start, bits, width, low, high, to, step):
-    """Write one token's words: low[to + step j] and, for codes above 4 bits, high[to + step j].
-
-    packed, start  uint8, and the index of the token's first byte; `packing.pack` says how codes lie
+    packed  uint8; token t's codes begin at start + stride t, and lie as `packing.pack` says
     """
     full, rest = width // 8, width % 8
-    if bits == 4:
-        _fours_of(packed, start, width, low, to, step)
-        return
-    if bits == 8:
-        for j in range(full):
-            eight = _word(packed, start + 8 * j, 8)
-            low[to + step * j], high[to + step * j] = _fours(eight), _fours(eight >> np.uint64(4))
-        if rest:
-            eight = _bytes(packed, start + 8 * full, rest)
-            low[to + step * full], high[to + step * full] = _fours(eight), _fours(eight >> np.uint64(4))
-        return
-    at = start
-    target = low
-    shift = np.uint64(0)
+    fours, twos, ones = start, start, start
     if bits & 4:
-        _fours_of(packed, start, width, low, to, step)
-        at += (width + 1) // 2
-        target = high
-    two = at
-    one = at + (width + 3) // 4 if bits & 2 else at
-    if bits & 2:
-        shift = np.uint64(2)
-    if bits & 3 == 3:
-        for j in range(full):
-            target[to + step * j] = _twos(_word(packed, two + 2 * j, 2)) | (_ones(_word(packed, one + j, 1)) << shift)
-    elif bits & 2:
-        for j in range(full):
-            target[to + step * j] = _twos(_word(packed, two + 2 * j, 2))
-    else:
-        for j in range(full):
-            target[to + step * j] = _ones(_word(packed, one + j, 1))
-    if rest:
-        word = np.uint64(0)
-        if bits & 2:
-            word |= _twos(_bytes(packed, two + 2 * full, (rest + 3) // 4))
-        if bits & 1:
-            word |= _ones(_bytes(packed, one + full, 1)) << shift
-        target[to + step * full] = word
+        twos += (width + 1) // 2
+    ones = twos + (width + 3) // 4 if bits & 2 else twos
+    for t in range(size):
+        at, to = stride * t, by_token * t
+        if bits == 8:
+            for j in range(full):
+                eight = _word(packed, start + at + 8 * j, 8)
+                low[to + by_word * j], high[to + by_word * j] = _fours(eight), _fours(eight >> np.uint64(4))
+            if rest:
+                eight = _bytes(packed, start + at + 8 * full, rest)
+                low[to + by_word * full], high[to + by_word * full] = _fours(eight), _fours(eight >> np.uint64(4))
+            continue
+        if bits & 4:
+            for j in range(full):
+                low[to + by_word * j] = _word(packed, fours + at + 4 * j, 4)
+            if rest:
+                low[to + by_word * full] = _bytes(packed, fours + at + 4 * full, (rest + 1) // 2)
+        upper = high if bits & 4 else low
+        if bits & 3 == 3:
+            for j in range(full):
+                two, one = _word(packed, twos + at + 2 * j, 2), _word(packed, ones + at + j, 1)
+                upper[to + by_word * j] = _twos(two) | (_ones(one) << np.uint64(2))
+            if rest:
+                two = _bytes(packed, twos + at + 2 * full, (rest + 3) // 4)
+                upper[to + by_word * full] = _twos(two) | (_ones(_bytes(packed, ones + at + full, 1)) << np.uint64(2))
+        elif bits & 2:
+            for j in range(full):
+                upper[to + by_word * j] = _twos(_word(packed, twos + at + 2 * j, 2))
+            if rest:
+                upper[to + by_word * full] = _twos(_bytes(packed, twos + at + 2 * full, (rest + 3) // 4))
+        elif bits & 1:
+            for j in range(full):
+                upper[to + by_word * j] = _ones(_word(packed, ones + at + j, 1))
+            if rest:
+                upper[to + by_word * full] = _ones(_bytes(packed, ones + at + full, 1))
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -227,52 +300,33 @@ def _exp(x):
 
 
 @compiled
-def add_logits(low, high, tall, table, linear, q, words, codes, logits):
+def add_logits(low, high, tall, table, q, words, codes, logits):
     """Add the products of queries q (m, 8 words) with the numbers of a tile of keys to logits (m, TILE).
 
-    low, high  (words * TILE) words of channel-major codes. tall: True if codes have more than 4 bits
-    table      the number of each code; unread if `linear`, when the number is the code
+    low, high  (words * TILE), word j of token t at j TILE + t. tall: True if codes have more than 4 bits
+    table      the number of each code, at least 16 of them
     codes      scratch, (8 * TILE)
     """
     for j in range(words):
         at = j * TILE
-        if linear:
-            for p in range(8):
-                shift = np.uint32(4 * p)
-                if tall:
-                    for t in range(TILE):
-                        code = ((low[at + t] >> shift) & np.uint32(15)) | (
-                            ((high[at + t] >> shift) & np.uint32(15)) << np.uint32(4)
-                        )
-                        codes[p * TILE + t] = np.float32(np.int32(code))
-                else:
-                    for t in range(TILE):
-                        codes[p * TILE + t] = np.float32(np.int32((low[at + t] >> shift) & np.uint32(15)))
-        elif tall:
+        if tall:
             for p in range(8):
                 shift = np.uint32(4 * p)
                 for t in range(TILE):
-                    code = ((low[at + t] >> shift) & np.uint32(15)) | (
-                        ((high[at + t] >> shift) & np.uint32(15)) << np.uint32(4)
-                    )
-                    codes[p * TILE + t] = table[np.int32(code)]
+                    upper = ((high[at + t] >> shift) & np.uint32(15)) << np.uint32(4)
+                    codes[p * TILE + t] = table[np.int32(((low[at + t] >> shift) & np.uint32(15)) | upper)]
+            for i in range(len(q)):
+                _add_eight(codes, 0, TILE, q, i, 8 * j, logits, 0)
         else:
             for t in range(0, TILE, _LANES):
-                _look_up(low, at + t, table, codes, t, t + 8, TILE)
-        for i in range(len(q)):
-            q0, q1, q2, q3 = q[i, 8 * j], q[i, 8 * j + 1], q[i, 8 * j + 2], q[i, 8 * j + 3]
-            q4, q5, q6, q7 = q[i, 8 * j + 4], q[i, 8 * j + 5], q[i, 8 * j + 6], q[i, 8 * j + 7]
-            for t in range(TILE):
-                even = q0 * codes[t] + q2 * codes[2 * TILE + t] + q4 * codes[4 * TILE + t] + q6 * codes[6 * TILE + t]
-                odd = q1 * codes[TILE + t] + q3 * codes[3 * TILE + t] + q5 * codes[5 * TILE + t]
-                logits[i, t] += even + (odd + q7 * codes[7 * TILE + t])
+                _add_products(low, at + t, table, q, 8 * j, logits, t)
 
 
 @compiled
 def add_values(low, high, tall, table, weights, words, codes, mean):
     """Add the tile's values, weighted by weights (m, TILE), to mean (m, 8 * words), whose entry 8j + p is at p words + j.
 
-    low, high  (TILE * words) words of one token after the other; otherwise as in `add_logits`
+    low, high  (TILE * words), word j of token t at t words + j; otherwise as in `add_logits`
     codes      scratch, (TILE * 8 * words)
     """
     width = 8 * words
@@ -281,10 +335,10 @@ def add_values(low, high, tall, table, weights, words, codes, mean):
             for p in range(8):
                 shift = np.uint32(4 * p)
                 for j in range(words):
-                    code = ((low[t * words + j] >> shift) & np.uint32(15)) | (
-                        ((high[t * words + j] >> shift) & np.uint32(15)) << np.uint32(4)
-                    )
-                    codes[t * width + p * words + j] = table[np.int32(code)]
+                    at = t * words + j
+                    upper = ((high[at] >> shift) & np.uint32(15)) << np.uint32(4)
+                    number = table[np.int32(((low[at] >> shift) & np.uint32(15)) | upper)]
+                    codes[t * width + p * words + j] = number
     elif words == 8:
         for t in range(0, TILE, 2):
             _look_up(low, 8 * t, table, codes, t * width, (t + 1) * width, words)
@@ -293,33 +347,31 @@ def add_values(low, high, tall, table, weights, words, codes, mean):
             for j in range(0, words, _LANES):
                 _look_up(low, t * words + j, table, codes, t * width + j, t * width + j + 8, words)
     for i in range(len(weights)):
-        for t in range(0, TILE, 8):
-            w0, w1, w2, w3 = weights[i, t], weights[i, t + 1], weights[i, t + 2], weights[i, t + 3]
-            w4, w5, w6, w7 = weights[i, t + 4], weights[i, t + 5], weights[i, t + 6], weights[i, t + 7]
-            at = t * width
-            for c in range(width):
-                even = w0 * codes[at + c] + w1 * codes[at + width + c] + w2 * codes[at + 2 * width + c]
-                even += w3 * codes[at + 3 * width + c]
-                odd = w4 * codes[at + 4 * width + c] + w5 * codes[at + 5 * width + c] + w6 * codes[at + 6 * width + c]
-                mean[i, c] += even + (odd + w7 * codes[at + 7 * width + c])
+        for c in range(0, width, TILE):
+            for t in range(0, TILE, 8):
+                _add_eight(codes, t * width + c, width, weights, i, t, mean, c)
 
 
 @compiled
-def fold(q, low, high, span, steps, folded, shift):
-    """Fold a group's offsets and steps into queries q (m, w): write folded (m, w), and q times the offsets to shift (m).
+def fold(q, r, low, high, span, row, group, steps, start, step, folded, shift):
+    """Fold a group's offsets and steps into row r of queries q (r, m, w): write folded (m, w).
 
-    low, high (w,) and span (4,) are the group's coded ranges (`ChannelCodes`), steps is 2^bits - 1.
+    Write the products of the queries with the offsets to shift (m).
+    low, high (rows, groups, d) and span (rows, groups, 4) are the coded ranges (`ChannelCodes`), steps is 2^bits - 1.
+    start, step  scratch, (d)
     """
-    for i in range(len(q)):
-        shift[i] = np.float32(0.0)
-    for c in range(len(low)):
-        start = span[0] + np.float32(low[c]) * span[1]
-        end = span[2] + np.float32(high[c]) * span[3]
-        step = max(end - start, np.float32(0.0)) / steps
-        for i in range(len(q)):
-            folded[i, c] = q[i, c] * step
-            shift[i] += q[i, c] * start
-
+    d = low.shape[2]
+    from_low, by_low, from_high, by_high = span[row, group]
+    for c in range(d):
+        begin = from_low + np.float32(low[row, group, c]) * by_low
+        end = from_high + np.float32(high[row, group, c]) * by_high
+        start[c], step[c] = begin, max(end - begin, np.float32(0.0)) / steps
+    for i in range(len(folded)):
+        total = np.float32(0.0)
+        for c in range(d):
+            folded[i, c] = q[r, i, c] * step[c]
+            total += q[r, i, c] * start[c]
+        shift[i] = total
 
 
 _BOOLS, _SHORTS, _FLOATS = types.boolean[:, :, :], types.int16[::1], types.float32[::1]
@@ -382,7 +434,8 @@ def attend_chunks(
     hide      bool (r, m, slots), True for slots that a query does not see; or empty
     d, key_bits, dv, value_bits   widths and bits of keys and values
     linear    True: keys are coded per channel; key_low, key_high (rows, groups, d) and key_range are their ranges.
-              False: each by itself, by the levels key_table and the lengths key_scale, the bits of bfloat16
+              False: each by itself, with the lengths key_scale, the bits of bfloat16
+    key_table, value_table        the number that each code stands for
     key_packed, value_packed      (slots, bytes) codes
     Writes mean (r, chunks, m, dv), not yet divided by mass; top and mass (r, chunks, m), the largest logit and the
     softmax mass relative to it; and marks in fresh (r, m, first + group) the uncoded tokens that a query sees.
@@ -396,6 +449,7 @@ def attend_chunks(
     numbers = np.empty(TILE * 8 * lanes, np.float32)
     logits, total = np.empty((m, TILE), np.float32), np.empty((m, 8 * lanes), np.float32)
     folded, shift = np.zeros((m, 8 * words), np.float32), np.zeros(m, np.float32)
+    begins, widths = np.empty(d, np.float32), np.empty(d, np.float32)
     live = np.empty(TILE, np.bool_)
     all_keys, all_values = key_packed.ravel(), value_packed.ravel()
     key_bytes, value_bytes = key_packed.shape[1], value_packed.shape[1]
@@ -405,7 +459,8 @@ def attend_chunks(
         highest, mass_so_far = top[r, chunk], mass[r, chunk]
         for i in range(m):
             highest[i], mass_so_far[i] = HIDDEN, np.float32(0.0)
-        total[:] = np.float32(0.0)
+            for c in range(8 * lanes):
+                total[i, c] = np.float32(0.0)
         folded_group = -1
         end = min(count[r], (chunk + 1) * CHUNK)
         for start in range(chunk * CHUNK, end, TILE):
@@ -422,27 +477,20 @@ def attend_chunks(
                         live[t] = found = True
             if not found:
                 continue
-            for t in range(size):
-                words_of(all_keys, (place + t) * key_bytes, key_bits, d, keys_low, keys_high, t, TILE)
-            logits[:] = np.float32(0.0)
+            tile_words(all_keys, place * key_bytes, size, key_bytes, key_bits, d, keys_low, keys_high, 1, TILE)
+            for i in range(m):
+                for t in range(TILE):
+                    logits[i, t] = np.float32(0.0)
             if linear:
                 if start // group != folded_group:
                     folded_group = start // group
-                    fold(
-                        q[r],
-                        key_low[row[r], folded_group],
-                        key_high[row[r], folded_group],
-                        key_range[row[r], folded_group],
-                        steps,
-                        folded,
-                        shift,
-                    )
-                add_logits(keys_low, keys_high, key_bits > 4, key_table, True, folded, words, codes, logits)
+                    fold(q, r, key_low, key_high, key_range, row[r], folded_group, steps, begins, widths, folded, shift)
+                add_logits(keys_low, keys_high, key_bits > 4, key_table, folded, words, codes, logits)
                 for i in range(m):
                     for t in range(TILE):
                         logits[i, t] += shift[i]
             else:
-                add_logits(keys_low, keys_high, key_bits > 4, key_table, False, q[r], words, codes, logits)
+                add_logits(keys_low, keys_high, key_bits > 4, key_table, q[r], words, codes, logits)
                 for t in range(size):
                     factor = _as_float(np.int32(np.int32(key_scale[place + t]) << 16))
                     for i in range(m):
@@ -475,10 +523,12 @@ def attend_chunks(
                     added += weight
                 mass_so_far[i] += added
             for t in range(size):
-                words_of(all_values, (place + t) * value_bytes, value_bits, dv, values_low, values_high, t * lanes, 1)
                 factor = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
                 for i in range(m):
                     logits[i, t] = logits[i, t] * factor if logits[i, t] > 0 else np.float32(0.0)
+            tile_words(
+                all_values, place * value_bytes, size, value_bytes, value_bits, dv, values_low, values_high, lanes, 1
+            )
             add_values(values_low, values_high, value_bits > 4, value_table, logits, lanes, numbers, total)
         for i in range(m):
             for c in range(dv):
