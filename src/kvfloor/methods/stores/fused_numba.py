@@ -32,6 +32,15 @@ _LANES = 16
 _INDEX = ir.IntType(32)
 _INDICES = ir.VectorType(_INDEX, _LANES)
 _NUMBERS = ir.VectorType(ir.FloatType(), _LANES)
+_SPREADING: dict[int, list[tuple[int, int]]] = {
+    1: [(12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)],
+    2: [(8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)],
+    4: [],
+    8: [],
+}
+"""Shifts and masks that spread 8 codes of so many bits over 8 places of 4 bits."""
+_NARROWING = [(4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000FFFFFFFF)]
+"""Shifts and masks that gather the lower 4 bits of 8 bytes."""
 _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -59,23 +68,6 @@ def _as_float(context: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), code
-
-
-@intrinsic
-def _word(context: Any, packed: Any, at: Any, size: Any) -> Any:
-    """Return `size` bytes (a literal 1, 2, 4 or 8) of a uint8 array from byte `at` on, at any address, as an integer."""
-    del context
-    if not isinstance(size, types.IntegerLiteral):
-        return None
-    count = size.literal_value
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = cgutils.create_struct_proxy(signature.args[0])(target, builder, arguments[0]).data
-        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8 * count).as_pointer())
-        loaded = builder.load(pointer, align=1)
-        return loaded if count == 8 else builder.zext(loaded, ir.IntType(64))
-
-    return types.uint64(packed, types.intp, size), code
 
 
 def _data(target: Any, builder: Any, signature: Any, arguments: Any, *which: int) -> list[Any]:
@@ -183,100 +175,155 @@ def _add_eight(
         start = builder.add(builder.mul(row, cgutils.unpack_tuple(builder, given.shape)[1]), first)
         into = builder.add(builder.mul(row, cgutils.unpack_tuple(builder, result.shape)[1]), to)
         place = _at(builder, result.data, into, wide)
-        total = builder.load(place, align=4)
+        sums = [builder.load(place, align=4), ir.Constant(wide, [0.0] * TILE)]
         for k in range(8):
             index = ir.Constant(start.type, k)
             factor = builder.load(builder.gep(given.data, [builder.add(start, index)]))
             vector = builder.load(_at(builder, source, builder.add(at, builder.mul(step, index)), wide), align=4)
-            total = _added(builder, total, factor, vector)
-        builder.store(total, place, align=4)
+            sums[k % 2] = _added(builder, sums[k % 2], factor, vector)
+        builder.store(builder.fadd(*sums), place, align=4)
         return target.get_dummy_value()
 
     integer = types.intp
     return types.void(numbers, integer, integer, factors, integer, integer, out, integer), code
 
 
+@intrinsic
+def _words(context: Any, packed: Any, at: Any, plane: Any, count: Any, above: Any, low: Any, high: Any, to: Any) -> Any:
+    """Write `count` words of codes of `plane` bits, which begin at byte `at`, to low[to .. to + count - 1].
+
+    plane, count, above  literals. plane is 1, 2, 4 or 8; with 8, the upper 4 bits go to high. With above > 0, codes are
+                         put `above` bits further up, beside those that are in low already
+    """
+    del context
+    if not all(isinstance(x, types.IntegerLiteral) for x in (plane, count, above)):
+        return None
+    bits, length, shift = plane.literal_value, count.literal_value, above.literal_value
+    wide = ir.IntType(64 if bits == 8 else 32)
+    whole, result = ir.VectorType(wide, length), ir.VectorType(_INDEX, length)
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, *into = _data(target, builder, signature, arguments, 0, 5, 6)
+
+        def same(value: int) -> Any:
+            return ir.Constant(whole, [value] * length)
+
+        words = builder.load(_at(builder, source, arguments[1], ir.VectorType(ir.IntType(8 * bits), length)), align=1)
+        found = [words if 8 * bits == wide.width else builder.zext(words, whole)]
+        if bits == 8:
+            found = [builder.and_(x, same(0x0F0F0F0F0F0F0F0F)) for x in (words, builder.lshr(words, same(4)))]
+            for by, mask in _NARROWING:
+                found = [builder.and_(builder.or_(x, builder.lshr(x, same(by))), same(mask)) for x in found]
+            found = [builder.trunc(x, result) for x in found]
+        for by, mask in _SPREADING[bits]:
+            found = [builder.and_(builder.or_(x, builder.shl(x, same(by))), same(mask)) for x in found]
+        for part, data in zip(found, into, strict=False):
+            place = _at(builder, data, arguments[7], result)
+            if shift:
+                part = builder.or_(builder.shl(part, same(shift)), builder.load(place, align=4))
+            builder.store(part, place, align=4)
+        return target.get_dummy_value()
+
+    return types.void(packed, types.intp, plane, count, above, low, high, types.intp), code
+
+
+@intrinsic
+def _transpose(context: Any, words: Any, at: Any, step: Any, out: Any, to: Any, out_step: Any) -> Any:
+    """Write out[to + out_step j + i] = words[at + step i + j], for i, j < 8."""
+    del context
+    whole = ir.VectorType(_INDEX, 8)
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, into = _data(target, builder, signature, arguments, 0, 3)
+
+        def place(data: Any, start: Any, stride: Any, i: int) -> Any:
+            return _at(builder, data, builder.add(start, builder.mul(stride, ir.Constant(stride.type, i))), whole)
+
+        rows = [builder.load(place(source, arguments[1], arguments[2], i), align=4) for i in range(8)]
+        for size in (4, 2, 1):  # swap the off-diagonal squares of this size
+            kept = [i if i & size == 0 else i - size + 8 for i in range(8)]
+            moved = [i + size if i & size == 0 else i + 8 for i in range(8)]
+            swapped = list(rows)
+            for i in range(8):
+                if i & size == 0:
+                    pair = rows[i], rows[i + size]
+                    swapped[i] = builder.shuffle_vector(*pair, ir.Constant(whole, kept))
+                    swapped[i + size] = builder.shuffle_vector(*pair, ir.Constant(whole, moved))
+            rows = swapped
+        for j, row in enumerate(rows):
+            builder.store(row, place(into, arguments[4], arguments[5], j), align=4)
+        return target.get_dummy_value()
+
+    return types.void(words, types.intp, types.intp, out, types.intp, types.intp), code
+
+
 # ---- words ----------------------------------------------------------------------------------------------------------
 
 
 @compiled
-def _bytes(packed, at, count):
-    """Return up to 8 bytes as an integer."""
-    word = np.uint64(0)
-    for i in range(count):
-        word |= np.uint64(packed[at + i]) << np.uint64(8 * i)
-    return word
+def _last_word(packed, at, bits, width, low, high, to):
+    """Write the word of a token's last width % 8 channels to low[to] and, for codes above 4 bits, high[to]."""
+    lower, upper = 0, 0
+    for c in range(width // 8 * 8, width):
+        start, found, code = at, 0, 0
+        for plane in (8, 4, 2, 1):
+            if bits & plane:
+                byte = np.int64(packed[start + c * plane // 8])
+                code |= ((byte >> (c * plane % 8)) & ((1 << plane) - 1)) << found
+                start, found = start + (width * plane + 7) // 8, found + plane
+        lower |= (code & 15) << (4 * (c % 8))
+        upper |= (code >> 4) << (4 * (c % 8))
+    low[to], high[to] = lower, upper
 
 
 @compiled
-def _twos(word):
-    """Spread 8 codes of 2 bits over 8 places of 4 bits."""
-    word = (word | (word << np.uint64(8))) & np.uint64(0x00FF00FF)
-    word = (word | (word << np.uint64(4))) & np.uint64(0x0F0F0F0F)
-    return (word | (word << np.uint64(2))) & np.uint64(0x33333333)
-
-
-@compiled
-def _ones(word):
-    """Spread 8 codes of 1 bit over 8 places of 4 bits."""
-    word = (word | (word << np.uint64(12))) & np.uint64(0x000F000F)
-    word = (word | (word << np.uint64(6))) & np.uint64(0x03030303)
-    return (word | (word << np.uint64(3))) & np.uint64(0x11111111)
-
-
-@compiled
-def _fours(word):
-    """Gather the lower 4 bits of 8 bytes."""
-    word = word & np.uint64(0x0F0F0F0F0F0F0F0F)
-    word = (word | (word >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
-    word = (word | (word >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
-    return (word | (word >> np.uint64(16))) & np.uint64(0xFFFFFFFF)
-
-
-@compiled
-def tile_words(packed, start, size, stride, bits, width, low, high, by_token, by_word):
-    """Write the words of `size` tokens: low[by_token t + by_word j] and, for codes above 4 bits, the same of high.
+def tile_words(packed, start, size, stride, bits, width, low, high, step):
+    """Write the words of `size` tokens: low[step t + j] and, for codes above 4 bits, the same of high.
 
     packed  uint8; token t's codes begin at start + stride t, and lie as `packing.pack` says
     """
-    full, rest = width // 8, width % 8
-    fours, twos, ones = start, start, start
-    if bits & 4:
-        twos += (width + 1) // 2
+    full = width // 8
+    many = full // 8 * 8
+    twos = (width + 1) // 2 if bits & 4 else 0
     ones = twos + (width + 3) // 4 if bits & 2 else twos
     for t in range(size):
-        at, to = stride * t, by_token * t
+        at, to = start + stride * t, step * t
+        two, one, upper = at + twos, at + ones, high if bits & 4 else low
         if bits == 8:
-            for j in range(full):
-                eight = _word(packed, start + at + 8 * j, 8)
-                low[to + by_word * j], high[to + by_word * j] = _fours(eight), _fours(eight >> np.uint64(4))
-            if rest:
-                eight = _bytes(packed, start + at + 8 * full, rest)
-                low[to + by_word * full], high[to + by_word * full] = _fours(eight), _fours(eight >> np.uint64(4))
-            continue
+            for j in range(0, many, 8):
+                _words(packed, at + 8 * j, 8, 8, 0, low, high, to + j)
+            for j in range(many, full):
+                _words(packed, at + 8 * j, 8, 1, 0, low, high, to + j)
         if bits & 4:
-            for j in range(full):
-                low[to + by_word * j] = _word(packed, fours + at + 4 * j, 4)
-            if rest:
-                low[to + by_word * full] = _bytes(packed, fours + at + 4 * full, (rest + 1) // 2)
-        upper = high if bits & 4 else low
+            for j in range(0, many, 8):
+                _words(packed, at + 4 * j, 4, 8, 0, low, high, to + j)
+            for j in range(many, full):
+                _words(packed, at + 4 * j, 4, 1, 0, low, high, to + j)
+        if bits & 2:
+            for j in range(0, many, 8):
+                _words(packed, two + 2 * j, 2, 8, 0, upper, high, to + j)
+            for j in range(many, full):
+                _words(packed, two + 2 * j, 2, 1, 0, upper, high, to + j)
         if bits & 3 == 3:
-            for j in range(full):
-                two, one = _word(packed, twos + at + 2 * j, 2), _word(packed, ones + at + j, 1)
-                upper[to + by_word * j] = _twos(two) | (_ones(one) << np.uint64(2))
-            if rest:
-                two = _bytes(packed, twos + at + 2 * full, (rest + 3) // 4)
-                upper[to + by_word * full] = _twos(two) | (_ones(_bytes(packed, ones + at + full, 1)) << np.uint64(2))
-        elif bits & 2:
-            for j in range(full):
-                upper[to + by_word * j] = _twos(_word(packed, twos + at + 2 * j, 2))
-            if rest:
-                upper[to + by_word * full] = _twos(_bytes(packed, twos + at + 2 * full, (rest + 3) // 4))
+            for j in range(0, many, 8):
+                _words(packed, one + j, 1, 8, 2, upper, high, to + j)
+            for j in range(many, full):
+                _words(packed, one + j, 1, 1, 2, upper, high, to + j)
         elif bits & 1:
-            for j in range(full):
-                upper[to + by_word * j] = _ones(_word(packed, ones + at + j, 1))
-            if rest:
-                upper[to + by_word * full] = _ones(_bytes(packed, ones + at + full, 1))
+            for j in range(0, many, 8):
+                _words(packed, one + j, 1, 8, 0, upper, high, to + j)
+            for j in range(many, full):
+                _words(packed, one + j, 1, 1, 0, upper, high, to + j)
+        if width % 8:
+            _last_word(packed, at, bits, width, low, high, to + full)
+
+
+@compiled
+def turn_words(words, lanes, out):
+    """Write the words of a tile, word j of token t at lanes t + j, to out, with word j of token t at TILE j + t."""
+    for t in range(0, TILE, 8):
+        for j in range(0, lanes, 8):
+            _transpose(words, lanes * t + j, lanes, out, TILE * j + t, TILE)
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -346,9 +393,9 @@ def add_values(low, high, tall, table, weights, words, codes, mean):
         for t in range(TILE):
             for j in range(0, words, _LANES):
                 _look_up(low, t * words + j, table, codes, t * width + j, t * width + j + 8, words)
-    for i in range(len(weights)):
-        for c in range(0, width, TILE):
-            for t in range(0, TILE, 8):
+    for t in range(0, TILE, 8):
+        for i in range(len(weights)):
+            for c in range(0, width, TILE):
                 _add_eight(codes, t * width + c, width, weights, i, t, mean, c)
 
 
@@ -441,16 +488,17 @@ def attend_chunks(
     softmax mass relative to it; and marks in fresh (r, m, first + group) the uncoded tokens that a query sees.
     """
     m, chunks = q.shape[1], mean.shape[1]
-    words, lanes = (d + 7) // 8, (dv + 7) // 8
+    words, key_lanes, lanes = (d + 7) // 8, (d + 63) // 64 * 8, (dv + 7) // 8
     lanes = 8 if lanes <= 8 else (lanes + _LANES - 1) // _LANES * _LANES
-    keys_low, keys_high = np.zeros(words * TILE, np.uint32), np.zeros(words * TILE, np.uint32)
-    values_low, values_high = np.zeros(lanes * TILE, np.uint32), np.zeros(lanes * TILE, np.uint32)
+    keys_low, keys_high = np.zeros(key_lanes * TILE, np.uint32), np.zeros(key_lanes * TILE, np.uint32)
+    low = np.zeros(max(key_lanes, lanes) * TILE, np.uint32)
+    high = np.zeros_like(low)
     codes = np.empty(8 * TILE, np.float32)
     numbers = np.empty(TILE * 8 * lanes, np.float32)
     logits, total = np.empty((m, TILE), np.float32), np.empty((m, 8 * lanes), np.float32)
     folded, shift = np.zeros((m, 8 * words), np.float32), np.zeros(m, np.float32)
     begins, widths = np.empty(d, np.float32), np.empty(d, np.float32)
-    live = np.empty(TILE, np.bool_)
+    live, factors = np.empty(TILE, np.bool_), np.zeros(TILE, np.float32)
     all_keys, all_values = key_packed.ravel(), value_packed.ravel()
     key_bytes, value_bytes = key_packed.shape[1], value_packed.shape[1]
     steps, masked = np.float32(2**key_bits - 1), hide.shape[0] > 0
@@ -465,9 +513,11 @@ def attend_chunks(
         end = min(count[r], (chunk + 1) * CHUNK)
         for start in range(chunk * CHUNK, end, TILE):
             place, size, found = offset[r] + start, min(TILE, end - start), False
+            inner = ordered and size == TILE and start >= first and start + TILE <= coded[r]
             for t in range(TILE):
-                live[t] = False
-                if t < size:
+                live[t] = inner
+            if not inner:
+                for t in range(size):
                     at = start + t if ordered else np.int64(position[place + t])
                     if at < first or at >= coded[r]:
                         into = at if at < first else first + at % group
@@ -475,9 +525,12 @@ def attend_chunks(
                             fresh[r, i, into] = not masked or not hide[r, i, start + t]
                     else:
                         live[t] = found = True
-            if not found:
-                continue
-            tile_words(all_keys, place * key_bytes, size, key_bytes, key_bits, d, keys_low, keys_high, 1, TILE)
+                if not found:
+                    continue
+            tile_words(all_keys, place * key_bytes, size, key_bytes, key_bits, d, low, high, key_lanes)
+            turn_words(low, key_lanes, keys_low)
+            if key_bits > 4:
+                turn_words(high, key_lanes, keys_high)
             for i in range(m):
                 for t in range(TILE):
                     logits[i, t] = np.float32(0.0)
@@ -492,9 +545,10 @@ def attend_chunks(
             else:
                 add_logits(keys_low, keys_high, key_bits > 4, key_table, q[r], words, codes, logits)
                 for t in range(size):
-                    factor = _as_float(np.int32(np.int32(key_scale[place + t]) << 16))
-                    for i in range(m):
-                        logits[i, t] = logits[i, t] * factor + bias[r, i]
+                    factors[t] = _as_float(np.int32(np.int32(key_scale[place + t]) << 16))
+                for i in range(m):
+                    for t in range(TILE):
+                        logits[i, t] = logits[i, t] * factors[t] + bias[r, i]
             if softcap > 0:
                 for i in range(m):
                     for t in range(size):
@@ -523,13 +577,12 @@ def attend_chunks(
                     added += weight
                 mass_so_far[i] += added
             for t in range(size):
-                factor = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
-                for i in range(m):
-                    logits[i, t] = logits[i, t] * factor if logits[i, t] > 0 else np.float32(0.0)
-            tile_words(
-                all_values, place * value_bytes, size, value_bytes, value_bits, dv, values_low, values_high, lanes, 1
-            )
-            add_values(values_low, values_high, value_bits > 4, value_table, logits, lanes, numbers, total)
+                factors[t] = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
+            for i in range(m):
+                for t in range(TILE):
+                    logits[i, t] = logits[i, t] * factors[t] if logits[i, t] > 0 else np.float32(0.0)
+            tile_words(all_values, place * value_bytes, size, value_bytes, value_bits, dv, low, high, lanes)
+            add_values(low, high, value_bits > 4, value_table, logits, lanes, numbers, total)
         for i in range(m):
             for c in range(dv):
                 mean[r, chunk, i, c] = total[i, c % 8 * lanes + c // 8]
