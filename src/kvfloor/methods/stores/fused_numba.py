@@ -81,14 +81,12 @@ def _at(builder: Any, data: Any, index: Any, kind: Any) -> Any:
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
-def _levels(builder: Any, words: Any, at: Any, table: Any) -> list[Any]:
-    """Return 8 vectors of levels: vector p has those of code p of each of the 16 words from index `at` on."""
-    loaded = builder.load(_at(builder, words, at, _INDICES), align=4)
+def _levels(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
+    """Return vectors of levels: lane i of vector p has that of the 4 bits from shifts[p][i] on in lane i of words."""
     entries = builder.load(builder.bitcast(table, _NUMBERS.as_pointer()), align=4)
     found = []
-    for p in range(8):
-        shift, mask = (ir.Constant(_INDICES, [value] * _LANES) for value in (4 * p, 15))
-        index = builder.and_(builder.lshr(loaded, shift), mask)
+    for shift in shifts:
+        index = builder.and_(builder.lshr(words, ir.Constant(_INDICES, shift)), ir.Constant(_INDICES, [15] * _LANES))
         vector = ir.Constant(_NUMBERS, ir.Undefined)
         for i in range(_LANES):  # compiled to one permutation where the processor has it
             lane = ir.Constant(_INDEX, i)
@@ -108,25 +106,43 @@ def _added(builder: Any, total: Any, factor: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, low: Any, high: Any, step: Any) -> Any:
-    """Write the levels of the 8 codes in each of 16 words: out[low + step p + lane] for code p of words 0 .. 7.
+def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
+    """Write the levels of the 64 codes in 8 words to out[to .. to + 63], that of code p of word j where `spot` says.
 
-    Words 8 .. 15 go to out[high + step p + lane - 8]. words, uint32, are read from index `at` on; table has 16 levels.
+    words, uint32, are read from index `at` on; table has 16 levels.
     """
     del context
-    half = ir.VectorType(ir.FloatType(), _LANES // 2)
+    half = ir.VectorType(_INDEX, _LANES // 2)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, levels, into = _data(target, builder, signature, arguments, 0, 2, 3)
-        for p, found in enumerate(_levels(builder, source, arguments[1], levels)):
-            forward = builder.mul(arguments[6], ir.Constant(arguments[6].type, p))
-            for start, first in ((arguments[4], 0), (arguments[5], _LANES // 2)):
-                mask = ir.Constant(ir.VectorType(_INDEX, _LANES // 2), [first + i for i in range(_LANES // 2)])
-                part = builder.shuffle_vector(found, ir.Constant(_NUMBERS, ir.Undefined), mask)
-                builder.store(part, _at(builder, into, builder.add(start, forward), half), align=4)
+        eight = builder.load(_at(builder, source, arguments[1], half), align=4)
+        twice = ir.Constant(_INDICES, [*range(8), *range(8)])
+        words = builder.shuffle_vector(eight, ir.Constant(half, ir.Undefined), twice)
+        shifts = [[4 * p] * 8 + [4 * (p + 4)] * 8 for p in range(4)]
+        for p, found in enumerate(_levels(builder, words, shifts, levels)):
+            start = builder.add(arguments[4], ir.Constant(arguments[4].type, _LANES * p))
+            builder.store(found, _at(builder, into, start, _NUMBERS), align=4)
         return target.get_dummy_value()
 
-    return types.void(words, types.intp, table, out, types.intp, types.intp, types.intp), code
+    return types.void(words, types.intp, table, out, types.intp), code
+
+
+@intrinsic
+def _largest(context: Any, numbers: Any, row: Any) -> Any:
+    """Return the largest of numbers[row], TILE of them."""
+    del context
+    wide = ir.VectorType(ir.FloatType(), TILE)
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (source,) = _data(target, builder, signature, arguments, 0)
+        start = builder.mul(arguments[1], ir.Constant(arguments[1].type, TILE))
+        vector = builder.load(_at(builder, source, start, wide), align=4)
+        kind = ir.FunctionType(ir.FloatType(), [wide])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{TILE}f32")
+        return builder.call(reduce, [vector])
+
+    return types.float32(numbers, types.intp), code
 
 
 @intrinsic
@@ -140,7 +156,8 @@ def _add_products(context: Any, words: Any, at: Any, table: Any, q: Any, column:
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, levels = _data(target, builder, signature, arguments, 0, 2)
         asked, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (3, 5))
-        found = _levels(builder, source, arguments[1], levels)
+        loaded = builder.load(_at(builder, source, arguments[1], _INDICES), align=4)
+        found = _levels(builder, loaded, [[4 * p] * _LANES for p in range(8)], levels)
         m, width = cgutils.unpack_tuple(builder, asked.shape)
         length = cgutils.unpack_tuple(builder, result.shape)[1]
         with cgutils.for_range(builder, m) as loop:
@@ -332,9 +349,8 @@ def turn_words(words, lanes, out):
 @compiled
 def _exp(x):
     """Return exp(x) for x <= 0 in float32; 0 below -87."""
-    y = max(x, np.float32(-87.0))
-    n = math.floor(y * np.float32(1.44269504) + np.float32(0.5))
-    r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    n = math.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
     p = p * r + np.float32(8.3334519073e-3)
@@ -342,8 +358,15 @@ def _exp(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(0.5)
     p = p * r * r + r + np.float32(1.0)
-    whole = p * _as_float(np.int32((np.int32(n) + 127) << 23))
-    return whole if x >= np.float32(-87.0) else np.float32(0.0)
+    power = _as_float(np.int32((np.int32(n) + 127) << 23))
+    return np.float32(0.0) if x < np.float32(-87.0) else p * power
+
+
+@compiled
+def spot(channel):
+    """Return where a channel's number is among those of a token, as `_look_up` lays them out."""
+    word, p = channel // 8, channel % 8
+    return word // 8 * 64 + p % 4 * 16 + p // 4 * 8 + word % 8
 
 
 @compiled
@@ -371,32 +394,51 @@ def add_logits(low, high, tall, table, q, words, codes, logits):
 
 @compiled
 def add_values(low, high, tall, table, weights, words, codes, mean):
-    """Add the tile's values, weighted by weights (m, TILE), to mean (m, 8 * words), whose entry 8j + p is at p words + j.
+    """Add the tile's values, weighted by weights (m, TILE), to mean (m, 8 * words), with channels where `spot` says.
 
-    low, high  (TILE * words), word j of token t at t words + j; otherwise as in `add_logits`
+    low, high  (TILE * words), word j of token t at t words + j; words is a multiple of 8. Otherwise as in `add_logits`
     codes      scratch, (TILE * 8 * words)
     """
     width = 8 * words
-    if tall:
-        for t in range(TILE):
+    for at in range(0, TILE * words, 8):
+        if tall:
             for p in range(8):
-                shift = np.uint32(4 * p)
-                for j in range(words):
-                    at = t * words + j
-                    upper = ((high[at] >> shift) & np.uint32(15)) << np.uint32(4)
-                    number = table[np.int32(((low[at] >> shift) & np.uint32(15)) | upper)]
-                    codes[t * width + p * words + j] = number
-    elif words == 8:
-        for t in range(0, TILE, 2):
-            _look_up(low, 8 * t, table, codes, t * width, (t + 1) * width, words)
-    else:
-        for t in range(TILE):
-            for j in range(0, words, _LANES):
-                _look_up(low, t * words + j, table, codes, t * width + j, t * width + j + 8, words)
+                shift, to = np.uint32(4 * p), 8 * at + p % 4 * 16 + p // 4 * 8
+                for j in range(8):
+                    upper = ((high[at + j] >> shift) & np.uint32(15)) << np.uint32(4)
+                    codes[to + j] = table[np.int32(((low[at + j] >> shift) & np.uint32(15)) | upper)]
+        else:
+            _look_up(low, at, table, codes, 8 * at)
     for t in range(0, TILE, 8):
         for i in range(len(weights)):
             for c in range(0, width, TILE):
                 _add_eight(codes, t * width + c, width, weights, i, t, mean, c)
+
+
+@compiled
+def weigh(logits, live, factors, highest, masses, mean):
+    """Turn a tile's logits (m, TILE) into softmax weights relative to the highest logit so far, times factors (TILE,).
+
+    live  bool (TILE,), False for tokens that no query sees
+    Raises highest (m,) where a logit is higher, and scales masses (m,) and mean (m, w) down to it; adds to masses.
+    """
+    for i in range(len(logits)):
+        for t in range(TILE):
+            logits[i, t] = logits[i, t] if live[t] else HIDDEN
+        before = highest[i]
+        top = max(before, _largest(logits, i))
+        if top > before:
+            factor = _exp(before - top)
+            highest[i] = top
+            masses[i] *= factor
+            for c in range(mean.shape[1]):
+                mean[i, c] *= factor
+        added = np.float32(0.0)
+        for t in range(TILE):
+            weight = np.float32(0.0) if logits[i, t] <= HIDDEN else _exp(logits[i, t] - top)
+            added += weight
+            logits[i, t] = np.float32(0.0) if weight == 0 else weight * factors[t]
+        masses[i] += added
 
 
 @compiled
@@ -488,14 +530,14 @@ def attend_chunks(
     softmax mass relative to it; and marks in fresh (r, m, first + group) the uncoded tokens that a query sees.
     """
     m, chunks = q.shape[1], mean.shape[1]
-    words, key_lanes, lanes = (d + 7) // 8, (d + 63) // 64 * 8, (dv + 7) // 8
-    lanes = 8 if lanes <= 8 else (lanes + _LANES - 1) // _LANES * _LANES
+    words, key_lanes, lanes = (d + 7) // 8, (d + 63) // 64 * 8, (dv + 63) // 64 * 8
     keys_low, keys_high = np.zeros(key_lanes * TILE, np.uint32), np.zeros(key_lanes * TILE, np.uint32)
     low = np.zeros(max(key_lanes, lanes) * TILE, np.uint32)
     high = np.zeros_like(low)
     codes = np.empty(8 * TILE, np.float32)
     numbers = np.empty(TILE * 8 * lanes, np.float32)
     logits, total = np.empty((m, TILE), np.float32), np.empty((m, 8 * lanes), np.float32)
+    highest, masses = np.empty(m, np.float32), np.empty(m, np.float32)
     folded, shift = np.zeros((m, 8 * words), np.float32), np.zeros(m, np.float32)
     begins, widths = np.empty(d, np.float32), np.empty(d, np.float32)
     live, factors = np.empty(TILE, np.bool_), np.zeros(TILE, np.float32)
@@ -504,9 +546,8 @@ def attend_chunks(
     steps, masked = np.float32(2**key_bits - 1), hide.shape[0] > 0
     for task in range(begin, stop):
         r, chunk = task // chunks, task % chunks
-        highest, mass_so_far = top[r, chunk], mass[r, chunk]
         for i in range(m):
-            highest[i], mass_so_far[i] = HIDDEN, np.float32(0.0)
+            highest[i], masses[i] = HIDDEN, np.float32(0.0)
             for c in range(8 * lanes):
                 total[i, c] = np.float32(0.0)
         folded_group = -1
@@ -553,39 +594,19 @@ def attend_chunks(
                 for i in range(m):
                     for t in range(size):
                         logits[i, t] = softcap * np.float32(math.tanh(logits[i, t] / softcap))
-            for i in range(m):
-                largest = HIDDEN
-                for t in range(TILE):
-                    logits[i, t] = logits[i, t] if live[t] else HIDDEN
-                if masked:
+            if masked:
+                for i in range(m):
                     for t in range(size):
-                        if hide[r, i, start + t]:
-                            logits[i, t] = HIDDEN
-                for t in range(TILE):
-                    largest = max(largest, logits[i, t])
-                if largest > highest[i]:
-                    factor = _exp(highest[i] - largest)
-                    highest[i] = largest
-                    mass_so_far[i] *= factor
-                    for c in range(8 * lanes):
-                        total[i, c] *= factor
-                added = np.float32(0.0)
-                for t in range(TILE):
-                    weight = _exp(logits[i, t] - highest[i])
-                    weight = weight if logits[i, t] > HIDDEN else np.float32(0.0)
-                    logits[i, t] = weight
-                    added += weight
-                mass_so_far[i] += added
+                        logits[i, t] = HIDDEN if hide[r, i, start + t] else logits[i, t]
             for t in range(size):
                 factors[t] = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
-            for i in range(m):
-                for t in range(TILE):
-                    logits[i, t] = logits[i, t] * factors[t] if logits[i, t] > 0 else np.float32(0.0)
+            weigh(logits, live, factors, highest, masses, total)
             tile_words(all_values, place * value_bytes, size, value_bytes, value_bits, dv, low, high, lanes)
             add_values(low, high, value_bits > 4, value_table, logits, lanes, numbers, total)
         for i in range(m):
+            top[r, chunk, i], mass[r, chunk, i] = highest[i], masses[i]
             for c in range(dv):
-                mean[r, chunk, i, c] = total[i, c % 8 * lanes + c // 8]
+                mean[r, chunk, i, c] = total[i, spot(c)]
 
 
 @compiled(signature=types.void(types.float32[:, :, :, ::1], _CUBE, _CUBE, _CUBE, types.float32[:, ::1]))
@@ -600,11 +621,11 @@ def join(mean, top, mass, out, log_mass):
             for c in range(dv):
                 out[r, i, c] = np.float32(0.0)
             for chunk in range(chunks):
-                if mass[r, chunk, i] > 0:
+                if mass[r, chunk, i] != 0:
                     factor = _exp(top[r, chunk, i] - highest)
                     whole += factor * mass[r, chunk, i]
                     for c in range(dv):
                         out[r, i, c] += factor * mean[r, chunk, i, c]
             for c in range(dv):
-                out[r, i, c] = out[r, i, c] / whole if whole > 0 else np.float32(0.0)
-            log_mass[r, i] = highest + np.float32(math.log(whole)) if whole > 0 else np.float32(-np.inf)
+                out[r, i, c] = out[r, i, c] / whole if whole != 0 else np.float32(0.0)
+            log_mass[r, i] = highest + np.float32(math.log(whole)) if whole != 0 else np.float32(-np.inf)
