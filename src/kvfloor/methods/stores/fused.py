@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -32,6 +33,9 @@ MOST_QUERIES = 8
 
 _SHARED = 16384
 """Least number of slots to read for which work is split among threads."""
+
+
+_NONE = np.zeros((0, 0, 0), np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -76,53 +80,51 @@ def attention(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> Pa
         bias = (q @ centre.to(q.dtype).unsqueeze(-1)).squeeze(-1) * spec.scale
     asked = pad(asked * spec.scale, (0, -spec.d % 8)).contiguous()
     chunks = max(1, -(-view.width // kernels.CHUNK))
-    mean = torch.empty(r, chunks, m, spec.dv)
-    top, mass = torch.empty(r, chunks, m), torch.empty(r, chunks, m)
-    fresh = torch.zeros(r, m, slots.first + slots.group, dtype=torch.uint8)
-    hidden = torch.zeros(0, 0, 0, dtype=torch.bool) if hide is None else hide.expand(r, m, view.width)
-    given = [
-        *(x.numpy() for x in (asked, bias)),
-        float(spec.softcap or 0.0),
-        *(x.numpy() for x in (rows, slots.offset[rows], slots.held[rows].clamp_max(view.width), slots.coded[rows])),
-        slots.position.numpy(),
-        slots.ordered,
-        slots.first,
-        slots.group,
-        hidden.numpy(),
-        *_given(keys),
-        *_given(values)[:2],
-        *_given(values)[3:6],
-        *(x.numpy() for x in (mean, top, mass, fresh)),
-    ]
+    mean = np.empty((r, chunks, m, spec.dv), np.float32)
+    top, mass = np.empty((2, r, chunks, m), np.float32)
+    fresh = np.zeros((r, m, slots.first + slots.group), np.uint8)
+    kept, offset, held, coded = (x.numpy() for x in (rows, slots.offset, slots.held, slots.coded))
+    if view.rows is not None:
+        offset, held, coded = offset[kept], held[kept], coded[kept]
+    tokens = (kept, offset, np.minimum(held, view.width), coded, slots.position.numpy())
+    hidden = _NONE.astype(np.bool_) if hide is None else hide.expand(r, m, view.width).numpy()
+    given = (
+        *(asked.numpy(), bias.numpy(), float(spec.softcap or 0.0)),
+        *(*tokens, slots.ordered, slots.first, slots.group, hidden),
+        *(keys.width, keys.bits, isinstance(keys, ChannelCodes), *_arrays(keys), *_shared(keys)),
+        *(values.width, values.bits, *_arrays(values)),
+        *(mean, top, mass, fresh),
+    )
     _run(kernels.attend_chunks, r * chunks, r * view.width, given)
     out, log_mass = torch.empty(r, m, spec.dv), torch.empty(r, m)
-    kernels.join(*(x.numpy() for x in (mean, top, mass, out, log_mass)))
+    kernels.join(mean, top, mass, out.numpy(), log_mass.numpy())
     part = Partial(out @ matrix(spec.dv, q.dtype, "cpu"), log_mass)
     plain = (slots.fresh_k, slots.fresh_v) if view.rows is None else (slots.fresh_k[rows], slots.fresh_v[rows])
-    return part.merge(Partial.over(q, *(x.to(q.dtype) for x in plain), spec, hide=fresh == 0))
+    return part.merge(Partial.over(q, *(x.to(q.dtype) for x in plain), spec, hide=torch.from_numpy(fresh == 0)))
 
 
-def _given(codes: SlotCodes) -> list[Any]:
-    """Return what the kernel reads of codes: width, bits, whether they are per channel, and their tensors."""
-    none = torch.zeros(0)
+def _arrays(codes: SlotCodes) -> tuple[Any, Any, Any]:
+    """Return the packed codes, the bits of each token's length, and the number that each code stands for."""
+    if isinstance(codes, TokenCodes):
+        return codes.packed.numpy(), codes.scale.view(torch.int16).numpy(), _table(codes.bits, codes.width)
+    return codes.packed.numpy(), _NONE.ravel().astype(np.int16), _table(codes.bits, None)
+
+
+def _shared(codes: SlotCodes) -> tuple[Any, Any, Any]:
+    """Return what a group shares: low, high and range of `ChannelCodes`, or empty arrays."""
     if isinstance(codes, ChannelCodes):
-        tensors = (codes.packed, none.to(torch.int16), _table(codes.bits, None), codes.low, codes.high, codes.range)
-    else:
-        assert isinstance(codes, TokenCodes)
-        shared = none.view(0, 0, 0)
-        scale, table = codes.scale.view(torch.int16), _table(codes.bits, codes.width)
-        tensors = (codes.packed, scale, table, shared.byte(), shared.byte(), shared)
-    return [codes.width, codes.bits, isinstance(codes, ChannelCodes), *(x.numpy() for x in tensors)]
+        return codes.low.numpy(), codes.high.numpy(), codes.range.numpy()
+    return _NONE.astype(np.uint8), _NONE.astype(np.uint8), _NONE
 
 
 @lru_cache(maxsize=64)
-def _table(bits: int, width: int | None) -> Tensor:
+def _table(bits: int, width: int | None) -> Any:
     """Return the levels of codes, or the codes as numbers (width None): at least 16, as the kernel loads so many."""
     level = torch.arange(2.0**bits) if width is None else levels(bits, width)
-    return pad(level, (0, max(0, 16 - len(level)))).contiguous()
+    return pad(level, (0, max(0, 16 - len(level)))).numpy()
 
 
-def _run(kernel: Any, tasks: int, slots: int, given: list[Any]) -> None:
+def _run(kernel: Any, tasks: int, slots: int, given: tuple[Any, ...]) -> None:
     """Do the kernel's tasks, on as many threads as torch uses if there are many slots to read."""
     threads = min(torch.get_num_threads(), tasks) if slots >= _SHARED else 1
     if threads == 1:

@@ -109,14 +109,14 @@ def _added(builder: Any, total: Any, factor: Any, vector: Any) -> Any:
 def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
     """Write the levels of the 64 codes in 8 words to out[to .. to + 63], that of code p of word j where `spot` says.
 
-    words, uint32, are read from index `at` on; table has 16 levels.
+    words are read from entry `at` on of a uint32 or uint8 array; table has 16 levels.
     """
     del context
     half = ir.VectorType(_INDEX, _LANES // 2)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, levels, into = _data(target, builder, signature, arguments, 0, 2, 3)
-        eight = builder.load(_at(builder, source, arguments[1], half), align=4)
+        eight = builder.load(_at(builder, source, arguments[1], half), align=1)
         twice = ir.Constant(_INDICES, [*range(8), *range(8)])
         words = builder.shuffle_vector(eight, ir.Constant(half, ir.Undefined), twice)
         shifts = [[4 * p] * 8 + [4 * (p + 4)] * 8 for p in range(4)]
@@ -126,6 +126,19 @@ def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -
         return target.get_dummy_value()
 
     return types.void(words, types.intp, table, out, types.intp), code
+
+
+@intrinsic
+def _level(context: Any, table: Any, code: Any) -> Any:
+    """Return table[code], by a load of its own: many such loads are faster than the processor's loads of many places."""
+    del context
+
+    def load(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (levels,) = _data(target, builder, signature, arguments, 0)
+        pointer = builder.bitcast(builder.gep(levels, [arguments[1]]), _INDEX.as_pointer())
+        return builder.bitcast(builder.load_atomic(pointer, "unordered", 4), ir.FloatType())
+
+    return types.float32(table, types.intp), load
 
 
 @intrinsic
@@ -246,7 +259,10 @@ def _words(context: Any, packed: Any, at: Any, plane: Any, count: Any, above: An
 
 @intrinsic
 def _transpose(context: Any, words: Any, at: Any, step: Any, out: Any, to: Any, out_step: Any) -> Any:
-    """Write out[to + out_step j + i] = words[at + step i + j], for i, j < 8."""
+    """Write out[to + out_step j + i], for i, j < 8, the word j of 8 that follow one another from words[at + step i] on.
+
+    words is a uint32 array, or a uint8 one.
+    """
     del context
     whole = ir.VectorType(_INDEX, 8)
 
@@ -256,7 +272,7 @@ def _transpose(context: Any, words: Any, at: Any, step: Any, out: Any, to: Any, 
         def place(data: Any, start: Any, stride: Any, i: int) -> Any:
             return _at(builder, data, builder.add(start, builder.mul(stride, ir.Constant(stride.type, i))), whole)
 
-        rows = [builder.load(place(source, arguments[1], arguments[2], i), align=4) for i in range(8)]
+        rows = [builder.load(place(source, arguments[1], arguments[2], i), align=1) for i in range(8)]
         for size in (4, 2, 1):  # swap the off-diagonal squares of this size
             kept = [i if i & size == 0 else i - size + 8 for i in range(8)]
             moved = [i + size if i & size == 0 else i + 8 for i in range(8)]
@@ -336,11 +352,14 @@ def tile_words(packed, start, size, stride, bits, width, low, high, step):
 
 
 @compiled
-def turn_words(words, lanes, out):
-    """Write the words of a tile, word j of token t at lanes t + j, to out, with word j of token t at TILE j + t."""
+def turn_words(words, start, step, size, lanes, out):
+    """Write word j of each token t of a tile, which is at words[start + step t + size j], to out[TILE j + t]; j < lanes.
+
+    words is a uint32 array, with size 1, or a uint8 one, with size 4.
+    """
     for t in range(0, TILE, 8):
         for j in range(0, lanes, 8):
-            _transpose(words, lanes * t + j, lanes, out, TILE * j + t, TILE)
+            _transpose(words, start + step * t + size * j, step, out, TILE * j + t, TILE)
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -384,7 +403,7 @@ def add_logits(low, high, tall, table, q, words, codes, logits):
                 shift = np.uint32(4 * p)
                 for t in range(TILE):
                     upper = ((high[at + t] >> shift) & np.uint32(15)) << np.uint32(4)
-                    codes[p * TILE + t] = table[np.int32(((low[at + t] >> shift) & np.uint32(15)) | upper)]
+                    codes[p * TILE + t] = _level(table, ((low[at + t] >> shift) & np.uint32(15)) | upper)
             for i in range(len(q)):
                 _add_eight(codes, 0, TILE, q, i, 8 * j, logits, 0)
         else:
@@ -393,10 +412,11 @@ def add_logits(low, high, tall, table, q, words, codes, logits):
 
 
 @compiled
-def add_values(low, high, tall, table, weights, words, codes, mean):
+def add_values(low, start, size, high, tall, table, weights, words, codes, mean):
     """Add the tile's values, weighted by weights (m, TILE), to mean (m, 8 * words), with channels where `spot` says.
 
-    low, high  (TILE * words), word j of token t at t words + j; words is a multiple of 8. Otherwise as in `add_logits`
+    low, high  (TILE * words), word j of token t at t words + j; words is a multiple of 8. Otherwise as in `add_logits`.
+               If not tall, low may be uint8 too: its first word is at `start`, the next one `size` entries further
     codes      scratch, (TILE * 8 * words)
     """
     width = 8 * words
@@ -406,9 +426,9 @@ def add_values(low, high, tall, table, weights, words, codes, mean):
                 shift, to = np.uint32(4 * p), 8 * at + p % 4 * 16 + p // 4 * 8
                 for j in range(8):
                     upper = ((high[at + j] >> shift) & np.uint32(15)) << np.uint32(4)
-                    codes[to + j] = table[np.int32(((low[at + j] >> shift) & np.uint32(15)) | upper)]
+                    codes[to + j] = _level(table, ((low[at + j] >> shift) & np.uint32(15)) | upper)
         else:
-            _look_up(low, at, table, codes, 8 * at)
+            _look_up(low, start + size * at, table, codes, 8 * at)
     for t in range(0, TILE, 8):
         for i in range(len(weights)):
             for c in range(0, width, TILE):
@@ -543,6 +563,7 @@ def attend_chunks(
     live, factors = np.empty(TILE, np.bool_), np.zeros(TILE, np.float32)
     all_keys, all_values = key_packed.ravel(), value_packed.ravel()
     key_bytes, value_bytes = key_packed.shape[1], value_packed.shape[1]
+    plain_keys, plain_values = key_bits == 4 and d % 64 == 0, value_bits == 4 and dv % 64 == 0  # bytes are words
     steps, masked = np.float32(2**key_bits - 1), hide.shape[0] > 0
     for task in range(begin, stop):
         r, chunk = task // chunks, task % chunks
@@ -568,10 +589,13 @@ def attend_chunks(
                         live[t] = found = True
                 if not found:
                     continue
-            tile_words(all_keys, place * key_bytes, size, key_bytes, key_bits, d, low, high, key_lanes)
-            turn_words(low, key_lanes, keys_low)
-            if key_bits > 4:
-                turn_words(high, key_lanes, keys_high)
+            if plain_keys and size == TILE:
+                turn_words(all_keys, place * key_bytes, key_bytes, 4, key_lanes, keys_low)
+            else:
+                tile_words(all_keys, place * key_bytes, size, key_bytes, key_bits, d, low, high, key_lanes)
+                turn_words(low, 0, key_lanes, 1, key_lanes, keys_low)
+                if key_bits > 4:
+                    turn_words(high, 0, key_lanes, 1, key_lanes, keys_high)
             for i in range(m):
                 for t in range(TILE):
                     logits[i, t] = np.float32(0.0)
@@ -579,7 +603,13 @@ def attend_chunks(
                 if start // group != folded_group:
                     folded_group = start // group
                     fold(q, r, key_low, key_high, key_range, row[r], folded_group, steps, begins, widths, folded, shift)
-                add_logits(keys_low, keys_high, key_bits > 4, key_table, folded, words, codes, logits)
+                add_logits(keys_low, keys_high, False, key_table, folded, words, codes, logits)
+                if key_bits > 4:
+                    for i in range(m):
+                        for c in range(8 * words):
+                            folded[i, c] *= np.float32(16.0)
+                    add_logits(keys_high, keys_high, False, key_table, folded, words, codes, logits)
+                    folded_group = -1
                 for i in range(m):
                     for t in range(TILE):
                         logits[i, t] += shift[i]
@@ -601,8 +631,12 @@ def attend_chunks(
             for t in range(size):
                 factors[t] = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
             weigh(logits, live, factors, highest, masses, total)
-            tile_words(all_values, place * value_bytes, size, value_bytes, value_bits, dv, low, high, lanes)
-            add_values(low, high, value_bits > 4, value_table, logits, lanes, numbers, total)
+            if plain_values and size == TILE:
+                at = place * value_bytes
+                add_values(all_values, at, 4, high, False, value_table, logits, lanes, numbers, total)
+            else:
+                tile_words(all_values, place * value_bytes, size, value_bytes, value_bits, dv, low, high, lanes)
+                add_values(low, 0, 1, high, value_bits > 4, value_table, logits, lanes, numbers, total)
         for i in range(m):
             top[r, chunk, i], mass[r, chunk, i] = highest[i], masses[i]
             for c in range(dv):
