@@ -412,27 +412,42 @@ def add_logits(low, high, tall, table, q, words, codes, logits):
 
 
 @compiled
-def add_values(low, start, size, high, tall, table, weights, words, codes, mean):
-    """Add the tile's values, weighted by weights (m, TILE), to mean (m, 8 * words), with channels where `spot` says.
+def look_up_words(low, start, size, high, tall, table, words, numbers):
+    """Write the numbers of a tile's values, 8 * words for each token, with channels where `spot` says.
 
     low, high  (TILE * words), word j of token t at t words + j; words is a multiple of 8. Otherwise as in `add_logits`.
                If not tall, low may be uint8 too: its first word is at `start`, the next one `size` entries further
-    codes      scratch, (TILE * 8 * words)
     """
-    width = 8 * words
     for at in range(0, TILE * words, 8):
         if tall:
             for p in range(8):
                 shift, to = np.uint32(4 * p), 8 * at + p % 4 * 16 + p // 4 * 8
                 for j in range(8):
                     upper = ((high[at + j] >> shift) & np.uint32(15)) << np.uint32(4)
-                    codes[to + j] = _level(table, ((low[at + j] >> shift) & np.uint32(15)) | upper)
+                    numbers[to + j] = _level(table, ((low[at + j] >> shift) & np.uint32(15)) | upper)
         else:
-            _look_up(low, start + size * at, table, codes, 8 * at)
+            _look_up(low, start + size * at, table, numbers, 8 * at)
+
+
+@compiled
+def look_up_bytes(packed, start, size, width, table, words, numbers):
+    """Do the work of `look_up_words` for `size` tokens whose codes, of 8 bits, are the bytes from `start` on."""
+    for t in range(size):
+        for c in range(width):
+            numbers[8 * words * t + spot(c)] = _level(table, packed[start + width * t + c])
+
+
+@compiled
+def add_values(numbers, weights, mean):
+    """Add a tile's values, weighted by weights (m, TILE), to mean (m, w), both with channels where `spot` says.
+
+    numbers  (TILE * w), w is a multiple of 64
+    """
+    width = mean.shape[1]
     for t in range(0, TILE, 8):
         for i in range(len(weights)):
             for c in range(0, width, TILE):
-                _add_eight(codes, t * width + c, width, weights, i, t, mean, c)
+                _add_eight(numbers, t * width + c, width, weights, i, t, mean, c)
 
 
 @compiled
@@ -555,7 +570,7 @@ def attend_chunks(
     low = np.zeros(max(key_lanes, lanes) * TILE, np.uint32)
     high = np.zeros_like(low)
     codes = np.empty(8 * TILE, np.float32)
-    numbers = np.empty(TILE * 8 * lanes, np.float32)
+    numbers = np.zeros(TILE * 8 * lanes, np.float32)
     logits, total = np.empty((m, TILE), np.float32), np.empty((m, 8 * lanes), np.float32)
     highest, masses = np.empty(m, np.float32), np.empty(m, np.float32)
     folded, shift = np.zeros((m, 8 * words), np.float32), np.zeros(m, np.float32)
@@ -580,9 +595,9 @@ def attend_chunks(
                 live[t] = inner
             if not inner:
                 for t in range(size):
-                    at = start + t if ordered else np.int64(position[place + t])
-                    if at < first or at >= coded[r]:
-                        into = at if at < first else first + at % group
+                    came = start + t if ordered else np.int64(position[place + t])
+                    if came < first or came >= coded[r]:
+                        into = came if came < first else first + came % group
                         for i in range(m):
                             fresh[r, i, into] = not masked or not hide[r, i, start + t]
                     else:
@@ -631,12 +646,15 @@ def attend_chunks(
             for t in range(size):
                 factors[t] = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
             weigh(logits, live, factors, highest, masses, total)
-            if plain_values and size == TILE:
-                at = place * value_bytes
-                add_values(all_values, at, 4, high, False, value_table, logits, lanes, numbers, total)
+            at = place * value_bytes
+            if value_bits == 8:
+                look_up_bytes(all_values, at, size, dv, value_table, lanes, numbers)
+            elif plain_values and size == TILE:
+                look_up_words(all_values, at, 4, high, False, value_table, lanes, numbers)
             else:
-                tile_words(all_values, place * value_bytes, size, value_bytes, value_bits, dv, low, high, lanes)
-                add_values(low, 0, 1, high, value_bits > 4, value_table, logits, lanes, numbers, total)
+                tile_words(all_values, at, size, value_bytes, value_bits, dv, low, high, lanes)
+                look_up_words(low, 0, 1, high, value_bits > 4, value_table, lanes, numbers)
+            add_values(numbers, logits, total)
         for i in range(m):
             top[r, chunk, i], mass[r, chunk, i] = highest[i], masses[i]
             for c in range(dv):
