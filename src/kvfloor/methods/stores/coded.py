@@ -190,6 +190,7 @@ class CodedSlots(Slots):
             self.fresh_v = torch.zeros(*fresh, spec.dv, dtype=spec.dtype, device=spec.device)
         self.coded = torch.zeros(spec.rows, dtype=torch.int64)
         self.ordered = not lose
+        fused.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
 
     def _parts(self) -> list[SlotCodes]:
         return [codes for codes in (self.key_codes, self.value_codes) if codes is not None]

@@ -142,6 +142,22 @@ def _level(context: Any, table: Any, code: Any) -> Any:
 
 
 @intrinsic
+def _fetch(context: Any, packed: Any, at: Any) -> Any:
+    """Ask the processor to bring byte `at` of a uint8 array, and those around it, closer; it need not exist."""
+    del context
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (source,) = _data(target, builder, signature, arguments, 0)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), flag, flag, flag])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fetch, [builder.gep(source, [arguments[1]]), flag(0), flag(3), flag(1)])
+        return target.get_dummy_value()
+
+    return types.void(packed, types.intp), code
+
+
+@intrinsic
 def _largest(context: Any, numbers: Any, row: Any) -> Any:
     """Return the largest of numbers[row], TILE of them."""
     del context
@@ -319,6 +335,12 @@ def tile_words(packed, start, size, stride, bits, width, low, high, step):
     many = full // 8 * 8
     twos = (width + 1) // 2 if bits & 4 else 0
     ones = twos + (width + 3) // 4 if bits & 2 else twos
+    if bits == 3 and width % 64 == 0:  # the loop below without its branches
+        for t in range(size):
+            for j in range(0, many, 8):
+                _words(packed, start + stride * t + 2 * j, 2, 8, 0, low, high, step * t + j)
+                _words(packed, start + stride * t + ones + j, 1, 8, 2, low, high, step * t + j)
+        return
     for t in range(size):
         at, to = start + stride * t, step * t
         two, one, upper = at + twos, at + ones, high if bits & 4 else low
@@ -604,6 +626,10 @@ def attend_chunks(
                         live[t] = found = True
                 if not found:
                     continue
+            for at in range(0, TILE * key_bytes, 64):
+                _fetch(all_keys, (place + TILE) * key_bytes + at)
+            for at in range(0, TILE * value_bytes, 64):
+                _fetch(all_values, (place + TILE) * value_bytes + at)
             if plain_keys and size == TILE:
                 turn_words(all_keys, place * key_bytes, key_bytes, 4, key_lanes, keys_low)
             else:
