@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfloor import Spec
 from kvfloor.methods.stores import codes as codes_module
-from kvfloor.methods.stores.codes import ChannelCodes, Codes, TokenCodes
+from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.levels import error
 from kvfloor.methods.stores.turn import turned
 from tests.support import Draw, require_mean
@@ -19,7 +19,7 @@ SCALE_ERROR = 2**-8
 """Largest relative rounding error of a coded length, which has 16 bits."""
 
 
-def coded(codes: Codes, x: Tensor, real: Tensor | None = None, turn: bool = False) -> Tensor:
+def coded(codes: SlotCodes, x: Tensor, real: Tensor | None = None, turn: bool = False) -> Tensor:
     """Code x (rows, t, w) as the first group of every row, and return what is read back."""
     rows, t = x.shape[:2]
     group = torch.zeros(rows, dtype=torch.int64)

@@ -66,41 +66,49 @@ def attention(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> Pa
 
     hide: as in `View.over`.
     """
-    slots, kernels = view.owner, _kernels()
+    slots, q = view.owner, q.to(torch.float32)
+    coded, seen = over_codes(view, q, spec, hide)
+    plain = (x if view.rows is None else x[view.rows] for x in (slots.fresh_k, slots.fresh_v))
+    fresh = Partial.over(q, *(x.to(q.dtype) for x in plain), spec, hide=~seen)
+    return Partial(coded.mean @ matrix(spec.dv, q.dtype, "cpu"), coded.log_mass).merge(fresh)
+
+
+def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> tuple[Partial, Tensor]:
+    """Compute attention of q (r, m, d), float32, over the coded tokens alone, whose values stay rotated.
+
+    Returns a `Partial` (r, m), and a mask (r, m, first + group), True for the uncoded tokens that a query sees.
+    """
+    slots, kernels, (r, m) = view.owner, _kernels(), q.shape[:2]
     keys, values = slots.key_codes, slots.value_codes
     assert isinstance(values, TokenCodes)
-    rows = torch.arange(spec.rows) if view.rows is None else view.rows.cpu()
-    r, m = q.shape[:2]
-    q = q.to(torch.float32)
-    asked, bias, centred = q, torch.zeros(r, m), isinstance(keys, TokenCodes) and keys.centred
-    if keys.turns:
+    rows = torch.arange(spec.rows) if view.rows is None else view.rows
+    asked, bias = q, torch.zeros(r, m)
+    if isinstance(keys, TokenCodes):
         asked = q @ matrix(spec.d, q.dtype, "cpu").T
-    if centred:
-        centre = keys.centre if view.rows is None else keys.centre[rows]
-        bias = (q @ centre.to(q.dtype).unsqueeze(-1)).squeeze(-1) * spec.scale
+        if keys.centred:
+            centre = keys.centre if view.rows is None else keys.centre[rows]
+            bias = (q @ centre.to(q.dtype).unsqueeze(-1)).squeeze(-1) * spec.scale
     asked = pad(asked * spec.scale, (0, -spec.d % 8)).contiguous()
     chunks = max(1, -(-view.width // kernels.CHUNK))
     mean = np.empty((r, chunks, m, spec.dv), np.float32)
     top, mass = np.empty((2, r, chunks, m), np.float32)
-    fresh = np.zeros((r, m, slots.first + slots.group), np.uint8)
-    kept, offset, held, coded = (x.numpy() for x in (rows, slots.offset, slots.held, slots.coded))
+    seen = np.zeros((r, m, slots.first + slots.group), np.uint8)
+    index, offset, held, coded = (x.numpy() for x in (rows, slots.offset, slots.held, slots.coded))
     if view.rows is not None:
-        offset, held, coded = offset[kept], held[kept], coded[kept]
-    tokens = (kept, offset, np.minimum(held, view.width), coded, slots.position.numpy())
+        offset, held, coded = offset[index], held[index], coded[index]
+    tokens = (index, offset, np.minimum(held, view.width), coded, slots.position.numpy())
     hidden = _NONE.astype(np.bool_) if hide is None else hide.expand(r, m, view.width).numpy()
     given = (
         *(asked.numpy(), bias.numpy(), float(spec.softcap or 0.0)),
         *(*tokens, slots.ordered, slots.first, slots.group, hidden),
         *(keys.width, keys.bits, isinstance(keys, ChannelCodes), *_arrays(keys), *_shared(keys)),
         *(values.width, values.bits, *_arrays(values)),
-        *(mean, top, mass, fresh),
+        *(mean, top, mass, seen),
     )
     _run(kernels.attend_chunks, r * chunks, r * view.width, given)
     out, log_mass = torch.empty(r, m, spec.dv), torch.empty(r, m)
     kernels.join(mean, top, mass, out.numpy(), log_mass.numpy())
-    part = Partial(out @ matrix(spec.dv, q.dtype, "cpu"), log_mass)
-    plain = (slots.fresh_k, slots.fresh_v) if view.rows is None else (slots.fresh_k[rows], slots.fresh_v[rows])
-    return part.merge(Partial.over(q, *(x.to(q.dtype) for x in plain), spec, hide=torch.from_numpy(fresh == 0)))
+    return Partial(out, log_mass), torch.from_numpy(seen).bool()
 
 
 def _arrays(codes: SlotCodes) -> tuple[Any, Any, Any]:

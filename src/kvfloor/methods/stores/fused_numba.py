@@ -2,7 +2,8 @@
 
 A row is one (batch item, kv head) stream, a slot the place of one held token in flat tensors over all rows, a code the
 small integer that stands for a number. The module `fused` says when the kernel is used, and `coded` defines the same
-attention in torch. Import this module only where numba is installed.
+attention in torch. Import this module only where numba is installed. It is one file, as numba's cache on disk notices
+changes of a function's own file alone.
 
 The kernel goes through a row's slots in tiles of TILE. Codes become words: a word has 8 codes of 4 bits, those of
 channels 8j .. 8j + 7 of one token. For codes above 4 bits a second word has the upper bits. Keys' words are laid out
@@ -59,7 +60,12 @@ def compiled(function: Any = None, signature: Any = None) -> Any:
 # ---- vector operations that numba does not have ---------------------------------------------------------------------
 
 
-@intrinsic
+def instruction(function: Any) -> Any:
+    """Make a function of compiled code of one that writes its LLVM instructions; calls leave out its `context`."""
+    return intrinsic(function)
+
+
+@instruction
 def _as_float(context: Any, bits: Any) -> Any:
     """Return the float32 whose 32 bits are those of an integer."""
     del context
@@ -105,7 +111,7 @@ def _added(builder: Any, total: Any, factor: Any, vector: Any) -> Any:
     return builder.fadd(total, builder.fmul(spread, vector, flags=("contract",)), flags=("contract",))
 
 
-@intrinsic
+@instruction
 def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
     """Write the levels of the 64 codes in 8 words to out[to .. to + 63], that of code p of word j where `spot` says.
 
@@ -128,9 +134,9 @@ def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -
     return types.void(words, types.intp, table, out, types.intp), code
 
 
-@intrinsic
+@instruction
 def _level(context: Any, table: Any, code: Any) -> Any:
-    """Return table[code], by a load of its own: many such loads are faster than the processor's loads of many places."""
+    """Return table[code], by a load of its own, which is faster than the processor's loads of many places at once."""
     del context
 
     def load(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -141,7 +147,7 @@ def _level(context: Any, table: Any, code: Any) -> Any:
     return types.float32(table, types.intp), load
 
 
-@intrinsic
+@instruction
 def _fetch(context: Any, packed: Any, at: Any) -> Any:
     """Ask the processor to bring byte `at` of a uint8 array, and those around it, closer; it need not exist."""
     del context
@@ -157,7 +163,7 @@ def _fetch(context: Any, packed: Any, at: Any) -> Any:
     return types.void(packed, types.intp), code
 
 
-@intrinsic
+@instruction
 def _largest(context: Any, numbers: Any, row: Any) -> Any:
     """Return the largest of numbers[row], TILE of them."""
     del context
@@ -174,7 +180,7 @@ def _largest(context: Any, numbers: Any, row: Any) -> Any:
     return types.float32(numbers, types.intp), code
 
 
-@intrinsic
+@instruction
 def _add_products(context: Any, words: Any, at: Any, table: Any, q: Any, column: Any, out: Any, to: Any) -> Any:
     """Add, for each query i, q[i, column + p] times the levels of code p of 16 words to out[i, to .. to + 15], all p.
 
@@ -206,7 +212,7 @@ def _add_products(context: Any, words: Any, at: Any, table: Any, q: Any, column:
     return types.void(words, types.intp, table, q, types.intp, out, types.intp), code
 
 
-@intrinsic
+@instruction
 def _add_eight(
     context: Any, numbers: Any, at: Any, step: Any, factors: Any, row: Any, first: Any, out: Any, to: Any
 ) -> Any:
@@ -234,7 +240,7 @@ def _add_eight(
     return types.void(numbers, integer, integer, factors, integer, integer, out, integer), code
 
 
-@intrinsic
+@instruction
 def _words(context: Any, packed: Any, at: Any, plane: Any, count: Any, above: Any, low: Any, high: Any, to: Any) -> Any:
     """Write `count` words of codes of `plane` bits, which begin at byte `at`, to low[to .. to + count - 1].
 
@@ -273,7 +279,7 @@ def _words(context: Any, packed: Any, at: Any, plane: Any, count: Any, above: An
     return types.void(packed, types.intp, plane, count, above, low, high, types.intp), code
 
 
-@intrinsic
+@instruction
 def _transpose(context: Any, words: Any, at: Any, step: Any, out: Any, to: Any, out_step: Any) -> Any:
     """Write out[to + out_step j + i], for i, j < 8, the word j of 8 that follow one another from words[at + step i] on.
 
@@ -375,7 +381,7 @@ def tile_words(packed, start, size, stride, bits, width, low, high, step):
 
 @compiled
 def turn_words(words, start, step, size, lanes, out):
-    """Write word j of each token t of a tile, which is at words[start + step t + size j], to out[TILE j + t]; j < lanes.
+    """Write word j < lanes of each token t of a tile, words[start + step t + size j], to out[TILE j + t].
 
     words is a uint32 array, with size 1, or a uint8 one, with size 4.
     """
@@ -525,7 +531,17 @@ _BYTES, _INTEGERS, _CUBE = types.uint8[:, ::1], types.int64[::1], types.float32[
 _SHARED = types.uint8[:, :, ::1]
 _KEYS = (types.int64, types.int64, types.boolean, _BYTES, _SHORTS, _FLOATS, _SHARED, _SHARED, _CUBE)
 _VALUES = (types.int64, types.int64, _BYTES, _SHORTS, _FLOATS)
-_TOKENS = (_INTEGERS, _INTEGERS, _INTEGERS, _INTEGERS, types.int32[::1], types.boolean, types.int64, types.int64, _BOOLS)
+_TOKENS = (
+    _INTEGERS,
+    _INTEGERS,
+    _INTEGERS,
+    _INTEGERS,
+    types.int32[::1],
+    types.boolean,
+    types.int64,
+    types.int64,
+    _BOOLS,
+)
 _OUT = (types.float32[:, :, :, ::1], _CUBE, _CUBE, _SHARED)
 _SIGNATURE = types.void(
     types.int64, types.int64, _CUBE, types.float32[:, ::1], types.float32, *_TOKENS, *_KEYS, *_VALUES, *_OUT
