@@ -1,4 +1,4 @@
-"""Time how a decode step reads a store of few bits: by the fused kernel, by torch's unpacking, and 16 or 32 bits instead.
+"""Time how a decode step reads a store of few bits: by the fused kernel, by torch, and 16 or 32 bits instead.
 
     python bench/coded_read.py        # needs pip install "kvfloor[fast]"
 
@@ -26,6 +26,7 @@ from importlib.util import find_spec
 
 import torch
 from gate import green
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvfloor import Spec, parse
@@ -52,6 +53,12 @@ def least(versions: dict[str, Callable[[], object]]) -> dict[str, float]:
     return best
 
 
+def over(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    """Return a call of torch's attention of q (rows, g, 1, d) over k and v (rows, n, d), all in this dtype."""
+    q, k, v = q.to(dtype).transpose(1, 2), k.to(dtype).unsqueeze(1), v.to(dtype).unsqueeze(1)
+    return lambda: scaled_dot_product_attention(q, k, v)
+
+
 def say_compile_time() -> None:
     """Print the seconds that a first and a second process take to import the kernel, beyond torch and kvfloor."""
     code = (
@@ -76,12 +83,7 @@ def main() -> None:
         for d in WIDTHS:
             k, v = (torch.randn(ROWS, n, d) for _ in range(2))
             q = torch.randn(ROWS, G, 1, d)
-            plain = {
-                name: lambda q=q.to(dtype).transpose(1, 2), k=k.to(dtype).unsqueeze(1), v=v.to(dtype).unsqueeze(1): (
-                    scaled_dot_product_attention(q, k, v)
-                )
-                for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-            }
+            plain = {"fp32": over(q, k, v, torch.float32), "bf16": over(q, k, v, torch.bfloat16)}
             for text in STORES:
                 state = parse(text + str(2 * n) if text.endswith("@") else text).open(Spec(ROWS, d, d, d**-0.5))
                 for start in range(0, n, 1024):

@@ -68,8 +68,9 @@ def attention(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> Pa
     """
     slots, q = view.owner, q.to(torch.float32)
     coded, seen = over_codes(view, q, spec, hide)
-    plain = (x if view.rows is None else x[view.rows] for x in (slots.fresh_k, slots.fresh_v))
-    fresh = Partial.over(q, *(x.to(q.dtype) for x in plain), spec, hide=~seen)
+    plain = (slots.fresh_k, slots.fresh_v)
+    k, v = ((x if view.rows is None else x[view.rows]).to(q.dtype) for x in plain)
+    fresh = Partial.over(q, k, v, spec, hide=~seen)
     return Partial(coded.mean @ matrix(spec.dv, q.dtype, "cpu"), coded.log_mass).merge(fresh)
 
 
