@@ -341,11 +341,12 @@ def tile_words(packed, start, size, stride, bits, width, low, high, step):
     many = full // 8 * 8
     twos = (width + 1) // 2 if bits & 4 else 0
     ones = twos + (width + 3) // 4 if bits & 2 else twos
-    if bits == 3 and width % 64 == 0:  # the loop below without its branches
+    if bits < 4 and width % 64 == 0:  # the loop below without its branches
         for t in range(size):
             for j in range(0, many, 8):
                 _words(packed, start + stride * t + 2 * j, 2, 8, 0, low, high, step * t + j)
-                _words(packed, start + stride * t + ones + j, 1, 8, 2, low, high, step * t + j)
+                if bits == 3:
+                    _words(packed, start + stride * t + ones + j, 1, 8, 2, low, high, step * t + j)
         return
     for t in range(size):
         at, to = start + stride * t, step * t
