@@ -128,8 +128,15 @@ def _shared(codes: SlotCodes) -> tuple[Any, Any, Any]:
 
 @lru_cache(maxsize=64)
 def _table(bits: int, width: int | None) -> Any:
-    """Return the levels of codes, or the codes as numbers (width None): at least 16, as the kernel loads so many."""
-    level = torch.arange(2.0**bits) if width is None else levels(bits, width)
+    """Return the levels of codes, at least 16 of them, as the kernel loads so many.
+
+    width None: return the codes as numbers that count from their middle, 16 for the lower 4 bits, then for the others.
+    """
+    if width is None:
+        return np.concatenate(
+            [np.arange(16) - (2.0**part - 1) / 2 for part in (min(bits, 4), max(0, bits - 4))], dtype="f4"
+        )
+    level = levels(bits, width)
     return pad(level, (0, max(0, 16 - len(level)))).numpy()
 
 

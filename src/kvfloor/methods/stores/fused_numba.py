@@ -507,9 +507,10 @@ def weigh(logits, live, factors, highest, masses, mean):
 
 @compiled
 def fold(q, r, low, high, span, row, group, steps, start, step, folded, shift):
-    """Fold a group's offsets and steps into row r of queries q (r, m, w): write folded (m, w).
+    """Fold a group's middles and steps into row r of queries q (r, m, w): write folded (m, w).
 
-    Write the products of the queries with the offsets to shift (m).
+    Write the products of the queries with the middles of the ranges to shift (m). Codes count from the middle, which
+    rounds less than counting from the least number.
     low, high (rows, groups, d) and span (rows, groups, 4) are the coded ranges (`ChannelCodes`), steps is 2^bits - 1.
     start, step  scratch, (d)
     """
@@ -518,7 +519,8 @@ def fold(q, r, low, high, span, row, group, steps, start, step, folded, shift):
     for c in range(d):
         begin = from_low + np.float32(low[row, group, c]) * by_low
         end = from_high + np.float32(high[row, group, c]) * by_high
-        start[c], step[c] = begin, max(end - begin, np.float32(0.0)) / steps
+        wide = max(end - begin, np.float32(0.0))
+        start[c], step[c] = begin + wide * np.float32(0.5), wide / steps
     for i in range(len(folded)):
         total = np.float32(0.0)
         for c in range(d):
@@ -598,7 +600,8 @@ def attend_chunks(
     d, key_bits, dv, value_bits   widths and bits of keys and values
     linear    True: keys are coded per channel; key_low, key_high (rows, groups, d) and key_range are their ranges.
               False: each by itself, with the lengths key_scale, the bits of bfloat16
-    key_table, value_table        the number that each code stands for
+    key_table, value_table        the number that each code stands for; if `linear`, key_table has those of the lower 4
+              bits of a code, from the middle, then those of the upper bits
     key_packed, value_packed      (slots, bytes) codes
     Writes mean (r, chunks, m, dv), not yet divided by mass; top and mass (r, chunks, m), the largest logit and the
     softmax mass relative to it; and marks in fresh (r, m, first + group) the uncoded tokens that a query sees.
@@ -666,7 +669,7 @@ def attend_chunks(
                     for i in range(m):
                         for c in range(8 * words):
                             folded[i, c] *= np.float32(16.0)
-                    add_logits(keys_high, keys_high, False, key_table, folded, words, codes, logits)
+                    add_logits(keys_high, keys_high, False, key_table[16:], folded, words, codes, logits)
                     folded_group = -1
                 for i in range(m):
                     for t in range(TILE):
