@@ -22,8 +22,9 @@ EVAL   := .venv-eval
 PEERS  := .venv-peers
 VLLM   := .venv-vllm
 DOCS   := .venv-docs
+FAST   := .venv-fast
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -50,6 +51,10 @@ test-isa: $(VENV)/.development
 
 test-oldest: $(OLDEST)/.development
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/hf
+
+# The kernel of stores: numba and its compiler take 208 MB, so they are not among what make test installs.
+test-fast: $(FAST)/.development
+	OMP_NUM_THREADS=1 $(FAST)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/methods/stores
 
 test-eval: $(EVAL)/.development
 	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/hf/test_lm_eval.py
@@ -113,7 +118,7 @@ frontier: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) out site
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) $(FAST) out site
 
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -135,6 +140,13 @@ $(OLDEST)/.development: requirements-oldest.lock pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
 		-r requirements-oldest.lock
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(FAST)/.development: requirements.lock requirements-dev.lock requirements-fast.lock pyproject.toml
+	test -x $(FAST)/bin/python || $(PYTHON) -m venv $(FAST)
+	$(FAST)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
+		-r requirements.lock -r requirements-dev.lock -r requirements-fast.lock
+	$(FAST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 $(EVAL)/.development: requirements.lock requirements-eval.lock pyproject.toml

@@ -26,6 +26,7 @@ from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
+from kvfloor.methods.stores import fused
 from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.turn import matrix
 from kvfloor.validation import count
@@ -126,8 +127,15 @@ class CodedView:
 
         hide: bool (r or 1, m or 1, s), True for slots that a query does not see; None: it sees all.
         Keys and values that are coded in rotated form are not rotated back one by one. Instead, queries are rotated,
-        and outputs are rotated back.
+        and outputs are rotated back. Where `fused.serves` says so, few queries are answered by a kernel that computes
+        the same.
         """
+        if q.shape[1] <= fused.MOST_QUERIES and fused.serves(self.owner):
+            return fused.attention(self, q, spec, hide)
+        return self.unpacked(q, spec, hide)
+
+    def unpacked(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
+        """Do the work of `over` in torch, by unpacking all codes: the definition of this attention."""
         k, v = self.owner.decoded(self, turn=True)
         dtype, device = spec.compute_dtype, str(q.device)
         asked = q.to(dtype)
@@ -193,6 +201,7 @@ class CodedSlots(Slots):
             self.fresh_v = torch.zeros(*fresh, spec.dv, dtype=spec.dtype, device=spec.device)
         self.coded = torch.zeros(spec.rows, dtype=torch.int64)
         self.ordered = not lose
+        fused.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
 
     def _parts(self) -> list[SlotCodes]:
         return [codes for codes in (self.key_codes, self.value_codes) if codes is not None]

@@ -215,11 +215,15 @@ class ChannelCodes(SlotCodes):
     def _decoded_in_order(self, packed: Tensor, rows: Tensor | None) -> Tensor:
         """Decode the first t tokens of each of `rows` (None: all), packed (r, t, bytes): return (r, t, w)."""
         t, groups = packed.shape[1], min(self.low.shape[1], packed.shape[1] // self.group)
-        shared = (x if rows is None else x[rows.to(packed.device)] for x in (self.low, self.high, self.range))
+        shared = [x if rows is None else x[rows.to(packed.device)] for x in (self.low, self.high, self.range)]
         start, step = (x.unsqueeze(2) for x in self._steps(*(x[:, :groups] for x in shared)))
-        codes = self._numbers(packed[:, : groups * self.group]).unflatten(1, (groups, self.group))
-        x = torch.addcmul(start, codes, step).flatten(1, 2)
-        return torch.nn.functional.pad(x, (0, 0, 0, t - groups * self.group))
+        whole = groups * self.group
+        codes = self._numbers(packed[:, :whole]).unflatten(1, (groups, self.group))
+        x = torch.nn.functional.pad(torch.addcmul(start, codes, step).flatten(1, 2), (0, 0, 0, t - whole))
+        if whole < t and groups < self.low.shape[1]:  # the t tokens end within a group
+            start, step = (x.unsqueeze(1) for x in self._steps(*(x[:, groups] for x in shared)))
+            x[:, whole:] = torch.addcmul(start, self._numbers(packed[:, whole:]), step)
+        return x
 
     def _numbers(self, packed: Tensor) -> Tensor:
         """Unpack codes from packed (r, t, bytes): return (r, t, w) in the compute dtype."""

@@ -1,0 +1,155 @@
+"""Compute attention over packed codes in place, where numba is installed: `pip install "kvfloor[fast]"`.
+
+`CodedView.over` defines this attention in torch; answers agree up to rounding. The kernel only gives answers: what
+decides on evictions, and what enters a state, never comes from it. Uncoded tokens are attended to by torch, and the two
+results are merged.
+A row is one (batch item, kv head) stream, a slot the place of one held token. In shapes, r are rows, m queries of each,
+s slots, d and dv the widths of a key and a value.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvfloor.core.partial import Partial
+from kvfloor.core.spec import Spec
+from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
+from kvfloor.methods.stores.levels import levels
+from kvfloor.methods.stores.turn import matrix
+
+if TYPE_CHECKING:
+    from kvfloor.methods.stores.coded import CodedSlots, CodedView
+
+MOST_QUERIES = 8
+"""Most queries of a row for which the kernel is used: with more, unpacking the codes once for all of them is cheap."""
+
+_SHARED = 16384
+"""Least number of slots to read for which work is split among threads."""
+
+
+_NONE = np.zeros((0, 0, 0), np.float32)
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return find_spec("numba") is not None
+
+
+def serves(slots: CodedSlots) -> bool:
+    """Return True if the kernel can read these slots: on a CPU, float32 attention, values beside the keys, and numba.
+
+    Keys that are coded per channel must be in their order, and in groups of whole tiles.
+    """
+    keys, spec = slots.key_codes, slots.spec
+    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not _installed():
+        return False
+    return not isinstance(keys, ChannelCodes) or (slots.ordered and slots.group % _kernels().TILE == 0)
+
+
+def _kernels() -> Any:
+    """Return the module of the kernel. Its first import on a machine compiles it, which takes a while."""
+    from kvfloor.methods.stores import fused_numba
+
+    return fused_numba
+
+
+def attention(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> Partial:
+    """Compute attention of q (r, m, d) over the slots of a view that the kernel serves: a `Partial` (r, m).
+
+    hide: as in `View.over`.
+    """
+    slots, q = view.owner, q.to(torch.float32)
+    coded, seen = over_codes(view, q, spec, hide)
+    plain = (slots.fresh_k, slots.fresh_v)
+    k, v = ((x if view.rows is None else x[view.rows]).to(q.dtype) for x in plain)
+    fresh = Partial.over(q, k, v, spec, hide=~seen)
+    return Partial(coded.mean @ matrix(spec.dv, q.dtype, "cpu"), coded.log_mass).merge(fresh)
+
+
+def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> tuple[Partial, Tensor]:
+    """Compute attention of q (r, m, d), float32, over the coded tokens alone, whose values stay rotated.
+
+    Returns a `Partial` (r, m), and a mask (r, m, first + group), True for the uncoded tokens that a query sees.
+    """
+    slots, kernels, (r, m) = view.owner, _kernels(), q.shape[:2]
+    keys, values = slots.key_codes, slots.value_codes
+    assert isinstance(values, TokenCodes)
+    rows = torch.arange(spec.rows) if view.rows is None else view.rows
+    asked, bias = q, torch.zeros(r, m)
+    if isinstance(keys, TokenCodes):
+        asked = q @ matrix(spec.d, q.dtype, "cpu").T
+        if keys.centred:
+            centre = keys.centre if view.rows is None else keys.centre[rows]
+            bias = (q @ centre.to(q.dtype).unsqueeze(-1)).squeeze(-1) * spec.scale
+    asked = pad(asked * spec.scale, (0, -spec.d % 8)).contiguous()
+    chunks = max(1, -(-view.width // kernels.CHUNK))
+    mean = np.empty((r, chunks, m, spec.dv), np.float32)
+    top, mass = np.empty((2, r, chunks, m), np.float32)
+    seen = np.zeros((r, m, slots.first + slots.group), np.uint8)
+    index, offset, held, coded = (x.numpy() for x in (rows, slots.offset, slots.held, slots.coded))
+    if view.rows is not None:
+        offset, held, coded = offset[index], held[index], coded[index]
+    tokens = (index, offset, np.minimum(held, view.width), coded, slots.position.numpy())
+    hidden = _NONE.astype(np.bool_) if hide is None else hide.expand(r, m, view.width).numpy()
+    given = (
+        *(asked.numpy(), bias.numpy(), float(spec.softcap or 0.0)),
+        *(*tokens, slots.ordered, slots.first, slots.group, hidden),
+        *(keys.width, keys.bits, isinstance(keys, ChannelCodes), *_arrays(keys), *_shared(keys)),
+        *(values.width, values.bits, *_arrays(values)),
+        *(mean, top, mass, seen),
+    )
+    _run(kernels.attend_chunks, r * chunks, r * view.width, given)
+    out, log_mass = torch.empty(r, m, spec.dv), torch.empty(r, m)
+    kernels.join(mean, top, mass, out.numpy(), log_mass.numpy())
+    return Partial(out, log_mass), torch.from_numpy(seen).bool()
+
+
+def _arrays(codes: SlotCodes) -> tuple[Any, Any, Any]:
+    """Return the packed codes, the bits of each token's length, and the number that each code stands for."""
+    if isinstance(codes, TokenCodes):
+        return codes.packed.numpy(), codes.scale.view(torch.int16).numpy(), _table(codes.bits, codes.width)
+    return codes.packed.numpy(), _NONE.ravel().astype(np.int16), _table(codes.bits, None)
+
+
+def _shared(codes: SlotCodes) -> tuple[Any, Any, Any]:
+    """Return what a group shares: low, high and range of `ChannelCodes`, or empty arrays."""
+    if isinstance(codes, ChannelCodes):
+        return codes.low.numpy(), codes.high.numpy(), codes.range.numpy()
+    return _NONE.astype(np.uint8), _NONE.astype(np.uint8), _NONE
+
+
+@lru_cache(maxsize=64)
+def _table(bits: int, width: int | None) -> Any:
+    """Return the levels of codes, at least 16 of them, as the kernel loads so many.
+
+    width None: return the codes as numbers that count from their middle, 16 for the lower 4 bits, then for the others.
+    """
+    if width is None:
+        return np.concatenate(
+            [np.arange(16) - (2.0**part - 1) / 2 for part in (min(bits, 4), max(0, bits - 4))], dtype="f4"
+        )
+    level = levels(bits, width)
+    return pad(level, (0, max(0, 16 - len(level)))).numpy()
+
+
+def _run(kernel: Any, tasks: int, slots: int, given: tuple[Any, ...]) -> None:
+    """Do the kernel's tasks, on as many threads as torch uses if there are many slots to read."""
+    threads = min(torch.get_num_threads(), tasks) if slots >= _SHARED else 1
+    if threads == 1:
+        kernel(0, tasks, *given)
+        return
+    ends = [tasks * i // threads for i in range(threads + 1)]
+    others = [Thread(target=kernel, args=(*ends[i : i + 2], *given)) for i in range(1, threads)]
+    for thread in others:
+        thread.start()
+    kernel(*ends[:2], *given)
+    for thread in others:
+        thread.join()
