@@ -518,7 +518,7 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
     if not method.traits.turns:
         raise ValueError(
             f'positions="cache" turns every key that is read to its place; {method} does not hold them whole: take an '
-            f"eviction policy such as sinks or h2o, without a summary of keys and without an index"
+            f"eviction policy such as sinks or h2o, without a summary of keys, an index or coded numbers"
         )
     if not is_prepared(model):
         raise ValueError(
