@@ -116,7 +116,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
         if spec.rotation is not None and not method.traits.turns:
             raise ValueError(
                 f"{method} does not hold every key that it reads, so none can be turned to its place among what is "
-                f"held: open it without Spec.rotation, or take a policy such as sinks or h2o, without a summary of keys or a store"
+                f"held: open it without Spec.rotation, or take a policy such as sinks or h2o, without a summary of "
+                f"keys or coded numbers"
             )
         self.method = method
         self.spec = spec
