@@ -424,10 +424,7 @@ class Blocked(State[M]):
             read = self.selection.bytes_read(self.slots.held)
         else:
             read = self._selector.bytes_read(self.slots.held, self.spec)
-        if self.slots.plain:
-            return read
-        spec = self.spec
-        return round(read * self.slots.token_bytes / ((spec.d + (0 if spec.tied else spec.dv)) * spec.dtype.itemsize))
+        return round(read * self.slots.token_bytes / self.spec.token_bytes)
 
     def _seal(self) -> None:
         if self.selection is not None:

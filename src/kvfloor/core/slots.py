@@ -168,7 +168,7 @@ class Slots(Arena):
     @property
     def token_bytes(self) -> float:
         """Return the bytes of one held token's key and value."""
-        return (self.spec.d + (0 if self.spec.tied else self.spec.dv)) * self.spec.dtype.itemsize
+        return self.spec.token_bytes
 
     def across(self, x: Tensor, rows: Tensor | None, width: int) -> Tensor:
         """Return the first `width` entries of each of `rows` (None: all) in a per-slot tensor x: (r, width, ...).

@@ -103,6 +103,11 @@ class Spec:
         """Return the dtype of logits, log-masses and attention outputs: float32, or float64 for a float64 spec."""
         return compute_dtype(self.dtype)
 
+    @property
+    def token_bytes(self) -> int:
+        """Return the bytes of one token's key and value as they are given; of the key alone if it is the value too."""
+        return (self.d + (0 if self.tied else self.dv)) * self.dtype.itemsize
+
     @cached_property
     def device_type(self) -> str:
         """Return the type of the spec's device without its index, such as "cpu" or "cuda"."""

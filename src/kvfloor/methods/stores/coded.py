@@ -227,28 +227,31 @@ class CodedSlots(Slots):
         return super().positions(rows, width).long()
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        part, fresh = self._named(name)
-        position = self.positions(rows, width)
-        entries = {own: self.across(getattr(part, own), rows, width) for own in part.own}
-        x = part.decode(entries, rows, None if self.ordered else position // self.group)
-        return self._with_fresh(x, fresh.to(x.dtype), position, rows).to(self.spec.dtype)
+        return self._decoded(*self._named(name), rows, self.positions(rows, width)).to(self.spec.dtype)
 
     def decoded(self, view: CodedView, turn: bool) -> tuple[Tensor, Tensor]:
         """Return (keys, values) of a view, (r, s, d) and (r, s, dv), in the compute dtype.
 
         turn: True: return keys in rotated form if they are coded in that form (`SlotCodes.turns`); values likewise.
         """
-        found, rows, position = [], view.rows, view.position
-        for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
-            if part is None:
-                return found[0], found[0]
-            entries = {own: self.across(getattr(part, own), rows, view.width) for own in part.own}
-            x = part.decode(entries, rows, None if self.ordered else position // self.group, turn)
-            given = fresh.to(x.dtype)
-            if turn and part.turns:
-                given = given @ matrix(part.width, x.dtype, str(x.device)).T
-            found.append(self._with_fresh(x, given, position, rows))
-        return found[0], found[1]
+        keys = self._decoded(*self._named("k"), view.rows, view.position, turn)
+        return keys, keys if self.spec.tied else self._decoded(*self._named("v"), view.rows, view.position, turn)
+
+    def _decoded(
+        self, part: SlotCodes, fresh: Tensor, rows: Tensor | None, position: Tensor, turn: bool = False
+    ) -> Tensor:
+        """Return the keys or values (r, s, w) in the first s slots of each of `rows` (None: all), in the compute dtype.
+
+        part, fresh  what `_named` returned
+        position     (r, s) position of each slot's token
+        turn         True: return them in rotated form if they are coded in that form
+        """
+        entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in part.own}
+        x = part.decode(entries, rows, None if self.ordered else position // self.group, turn)
+        given = fresh.to(x.dtype)
+        if turn and part.turns:
+            given = given @ matrix(part.width, x.dtype, str(x.device)).T
+        return self._with_fresh(x, given, position, rows)
 
     def keys(self, place: Tensor) -> Tensor:
         """Return the keys (..., d) at the places `place` (...), in the compute dtype."""
@@ -413,8 +416,6 @@ class CodedSlots(Slots):
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
-        if bool((fields["coded"] % self.group != 0).any()):
-            raise ValueError(f"tokens are coded in groups of {self.group}, got {fields['coded'].tolist()}")
         if isinstance(self.key_codes, ChannelCodes):
             groups = fields["key_codes"]["low"].shape[1]
             if int(fields["coded"].max()) > groups * self.group:
