@@ -64,7 +64,7 @@ def test_whoever_listens_is_given_the_dropped_tokens(draw: Draw) -> None:
         ("exact|hip(k=4)", [0], [0], "indexes its tokens in their order"),
         ("window(block=1)+moments@4", [0, 0], [8, 1], "are in the summary"),
         ("subgen(centres=8,s=4)", [0], [0], "does not keep whole tokens"),
-        ("quant", [0], [0], "does not keep whole tokens"),
+        ("balance@64", [0], [0], "does not keep whole tokens"),
     ],
 )
 def test_a_refusal_says_why_and_changes_nothing(

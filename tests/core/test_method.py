@@ -17,6 +17,7 @@ from kvfloor.core.selector import Everything
 from kvfloor.core.store import Full
 from kvfloor.core.summary import Drop
 from kvfloor.methods.policies.window import Window
+from kvfloor.methods.stores.kivi import Kivi
 from kvfloor.methods.summaries.value_sum import ValueSum
 from tests.support import opened
 
@@ -67,11 +68,12 @@ def test_usual_values_are_no_defaults_of_a_third_partys_fields() -> None:
 def test_parts_of_the_tables_methods() -> None:
     assert parse("window+value_sum@8").parts == (Window(), ValueSum(), Everything(), Full())
     assert parse("exact").parts == (None, None, Everything(), Full())
-    assert parse("quant").parts == Parts()
+    assert parse("quant(bits=4)").parts == parse("exact:kivi4").parts == (None, None, Everything(), Kivi(4))
+    assert parse("subgen").parts == Parts()
     assert parse("window@8").with_summary(ValueSum()) == parse("window+value_sum@8")
 
 
-@pytest.mark.parametrize("text", ["window@64", "exact", "exact|top_k(k=8)"])
+@pytest.mark.parametrize("text", ["window@64", "exact", "exact|top_k(k=8)", "quant"])
 def test_methods_that_claim_pins_take_a_span(text: str) -> None:
     method = parse(text)
     assert method.traits.pins
@@ -85,7 +87,7 @@ def test_methods_that_claim_pins_take_a_span(text: str) -> None:
     assert state.to_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["quant", "subgen@64", "balance@64", "tensor"])
+@pytest.mark.parametrize("text", ["subgen@64", "balance@64", "tensor"])
 def test_the_others_refuse_a_pin_and_stay_as_they_were(text: str) -> None:
     method = parse(text)
     assert not method.traits.pins

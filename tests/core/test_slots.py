@@ -199,9 +199,7 @@ def test_a_view_wider_than_a_row_ends_with_the_row() -> None:
 # ---- keys that are values as well --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text", ["exact", "h2o(recent=4,block=4)@12", "h2o(recent=2,block=4)@8:12:9", "quant(group=8)"]
-)
+@pytest.mark.parametrize("text", ["exact", "h2o(recent=4,block=4)@12", "h2o(recent=2,block=4)@8:12:9"])
 def test_tied_keys_are_held_once_and_answer_as_two_copies_would(draw: Callable[..., Tensor], text: str) -> None:
     k, q = draw(3, 40, 8).float(), draw(3, 2, 40, 8).float()
     method = parse(text)

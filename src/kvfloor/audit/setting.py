@@ -52,6 +52,6 @@ class BudgetedMethod:
             name += f"+{part_name(summary)}"
         if selector is not None and not isinstance(selector, Everything):
             name += f"|{part_name(selector)}"
-        if store is not None and not store.plain:
+        if store is not None and f":{store}" in self.text:
             name += f":{str(store).partition('(')[0]}"
         return name

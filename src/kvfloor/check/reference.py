@@ -133,7 +133,7 @@ def check_attends_to_held(method: Method, at: Setting) -> None:
         for row, (offset, held) in enumerate(zip(slots.offset.tolist(), slots.held.tolist(), strict=True)):
             here = torch.arange(offset, offset + held)
             gone = torch.ones(i, dtype=torch.bool)
-            gone[slots.position[here].long()] = False
+            gone[slots.arrived(here)] = False
             left = stream.v[row, :i][gone] if method.traits.reference == "unmasked" else None
             skip = None if hide is None else hide[row, :, :held]
             kept = _Kept(q[row], slots.keys(here), slots.values(here), left, skip)

@@ -235,7 +235,7 @@ def tokens_of(state: State) -> list[Tokens]:
     rows = []
     for offset, held in zip(slots.offset.tolist(), slots.held.tolist(), strict=True):
         here = torch.arange(offset, offset + held)
-        position = slots.position[here].long()
+        position = slots.arrived(here)
         order = position.argsort(stable=True)
         rows.append(Tokens(position[order], slots.keys(here)[order], slots.values(here)[order]))
     return rows

@@ -237,7 +237,7 @@ def check_selector_subset(method: Method, at: Setting) -> None:
     else:
         _check_choosing(state, q, source)
     before = state.read(q).mean
-    held = torch.zeros(len(slots.position), dtype=torch.bool)
+    held = torch.zeros(int(slots.capacity.sum()), dtype=torch.bool)
     held[slots.live()] = True
     for _, name, numbers in slots._arrays():
         if name != "position":

@@ -72,6 +72,11 @@ class Bounded(Method):
                 f"{part_text(self.policy)} keeps {spared} beside its budget, so '@{self.budget}' cannot bound its "
                 f"bytes: give a number of tokens or a share"
             )
+        if not self.store.loses:
+            raise ValueError(
+                f"{self.store} codes groups of tokens that all stay, but {part_text(self.policy)} drops some of them: "
+                f"use a store such as k4v4, or {self.store} with exact"
+            )
         if isinstance(self.budget, tuple) and len(self.budget) == 1:  # one number is written and parsed as a number
             object.__setattr__(self, "budget", self.budget[0])
         if self.budget is not None and not isinstance(self.budget, str):

@@ -70,22 +70,27 @@ class Exact(Method):
         return replace(self, store=store)
 
 
-class ExactState(Blocked[Exact]):
+class ExactState(Blocked[Method]):
     """Keep every token in slots, whose storage grows by a quarter whenever it is full.
 
+    The method has a selector and a store among its parts: it is `Exact`, or another name for it.
     Nothing is evicted at the end of a block. Here a block is the most tokens whose queries are answered in one matrix
     product; if the selector keeps an index, the index is updated at block ends.
     """
 
-    def __init__(self, method: Exact, spec: Spec) -> None:
-        block = method.selector.block() if isinstance(method.selector, Indexed) else None
-        block = block or method.store.block(_QUERIES_AT_ONCE)
-        slots = method.store.open(spec, [_FIRST_SLOTS] * spec.rows, block, lose=False)
+    def __init__(self, method: Method, spec: Spec) -> None:
+        selector, store = method.parts.selector, method.parts.store
+        assert selector is not None and store is not None
+        block = selector.block() if isinstance(selector, Indexed) else None
+        block = block or store.block(_QUERIES_AT_ONCE)
+        slots = store.open(spec, [_FIRST_SLOTS] * spec.rows, block, lose=False)
         super().__init__(method, spec, slots, block, in_order=True)
 
     @property
     def _selector(self) -> Selector:
-        return self.method.selector
+        selector = self.method.parts.selector
+        assert selector is not None
+        return selector
 
     @property
     def _plainly_read(self) -> bool:

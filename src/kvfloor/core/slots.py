@@ -152,6 +152,10 @@ class Slots(Arena):
         """
         return self.across(self.position, rows, width)
 
+    def arrived(self, place: Tensor) -> Tensor:
+        """Return the arrival indices, int64, of the tokens at the places `place` (...), int64."""
+        return self.position[place].long()
+
     @property
     def longest(self) -> int:
         """Return the most tokens that a stream may have, so that the last one's arrival index can be stored."""
@@ -324,7 +328,7 @@ class Slots(Arena):
         row, slot = marked.cpu().nonzero(as_tuple=True)
         index = (self.offset[row] + slot).to(self.position.device)
         k, v = self.keys(index).to(self.spec.dtype), self.values(index).to(self.spec.dtype)
-        return row.to(self.position.device), k, v, self.position[index].long()
+        return row.to(self.position.device), k, v, self.arrived(index)
 
     # ---- size ----------------------------------------------------------------------------------------------
 

@@ -17,23 +17,25 @@ from kvfloor.core.method import Method, Traits
 from kvfloor.core.spec import Spec
 from kvfloor.methods.grammar import default_method, parse
 from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, kind, lookup
-from kvfloor.methods.stores.coded import Coded
+from kvfloor.methods.stores.coded import Coded, Coding
+from kvfloor.methods.stores.kivi import Kivi
 
 _ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of what a theorem may need
 
 
 def rows() -> list[dict[str, Any]]:
-    """Return one dict per registered method, policy, summary and selector, and one for the stores of coded tokens.
+    """Return one dict per registered method, policy, summary and selector, and two for the stores of coded tokens.
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory
     ("constant", "constant under a budget" or "grows with the stream"), traits, aliases. The values are text, except
-    traits and aliases, which are lists of text. The store's name is an example. The last dicts are of the
+    traits and aliases, which are lists of text. The stores' names are examples. The last dicts are of the
     kind "variant". These are methods that no
     model can use as its cache, mostly because they compute another attention, such as one over pairs of tokens.
     Variants with an argument that has no default are left out.
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
-    return [*(_row(name, kind(TABLE[name])) for name in TABLE), _store_row(), *(_row(x, "variant") for x in variants)]
+    stores = [_store_row("k4v4", Coded, "sinks:k4v4@64"), _store_row("kivi4", Kivi, "exact:kivi4")]
+    return [*(_row(name, kind(TABLE[name])) for name in TABLE), *stores, *(_row(x, "variant") for x in variants)]
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -55,13 +57,14 @@ def _row(name: str, label: str) -> dict[str, Any]:
     }
 
 
-def _store_row(name: str = "k4v4") -> dict[str, Any]:
-    method = parse(f"sinks:{name}@64")
+def _store_row(name: str, store: type[Coding], text: str) -> dict[str, Any]:
+    """Return the dict of the store of this name and class, whose traits are those of the method `text`."""
+    method = parse(text)
     return {
         "name": name,
         "kind": "store",
-        "about": _first_sentence(Coded.__doc__ or ""),
-        "paper": Coded.paper,
+        "about": _first_sentence(store.__doc__ or ""),
+        "paper": store.paper,
         "guarantee": "none",
         "memory": _memory(method),
         "traits": _claims(method.traits),

@@ -29,6 +29,7 @@ from kvfloor.core.store import Full
 from kvfloor.core.summary import Drop
 from kvfloor.methods.registry import kind, lookup
 from kvfloor.methods.stores.coded import Coded
+from kvfloor.methods.stores.kivi import Kivi
 from kvfloor.splitting import outline, split_once
 
 _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
@@ -71,7 +72,7 @@ def parse(text: str) -> Method:
 
 def _without_store(text: str) -> tuple[str, str | None]:
     """Split "h2o:k4v4" into "h2o" and "k4v4", the text of a store; return (text, None) if no store ends it."""
-    found = re.search(r":\s*(?:full|k[0-9]+v[0-9]+)\s*(?:\([^()]*\))?$", outline(text))
+    found = re.search(r":\s*(?:full|kivi[0-9]+|k[0-9]+v[0-9]+)\s*(?:\([^()]*\))?$", outline(text))
     if found is None:
         return text, None
     return text[: found.start()].strip(), text[found.start() + 1 :].strip()
@@ -82,13 +83,18 @@ def _stored(method: Method, store_text: str, whole: str) -> Method:
     name, _, arguments = store_text.partition("(")
     name = name.strip()
     positional, named = _arguments(arguments.removesuffix(")"), store_text)
-    if positional or set(named) - ({"first"} if name != "full" else set()):
-        raise ValueError(f"in {whole!r}: a store such as k4v4 takes first=N, full takes nothing, got {arguments!r}")
+    kind = Kivi if name.startswith(Kivi.name) else Coded
+    takes = {"full": set[str](), "kivi": {"group", "first"}}.get(name.rstrip("0123456789"), {"first"})
+    if positional or set(named) - takes:
+        raise ValueError(
+            f"in {whole!r}: a store such as k4v4 takes first=N, one such as kivi4 group=N and first=N, "
+            f"full takes nothing, got {arguments!r}"
+        )
     try:
-        store = Full() if name == "full" else Coded.parsed(name, **named)
+        store = Full() if name == "full" else kind.parsed(name, **named)
+        stored = None if store is None else method.with_store(store)
     except (TypeError, ValueError) as cause:
         raise ValueError(f"in {whole!r}: {cause}") from None
-    stored = None if store is None else method.with_store(store)
     if stored is None:
         raise ValueError(f"in {whole!r}: {method} has no slots whose store could be chosen: leave ':{name}' out")
     return stored

@@ -31,6 +31,7 @@ PLAIN = (
     "window(block=24):k3v3@40",
     "snapkv(window=4,block=8):k4v4@24",
     "k_center(block=8):k5v6@24",
+    "exact:kivi4(group=8,first=2)",
 )
 """Methods in which a query reads every held token and nothing else."""
 OTHERS = (
@@ -38,8 +39,9 @@ OTHERS = (
     "h2o(block=8)|top_k(k=6):k4v4(first=1)@24",
     "sinks(2,block=8)+value_sum:k8v8(first=0)@24",
     "exact|hip(k=8,key_block=2):k2v2",
+    "exact|pages(pages=2,page=5):kivi2(group=8)",
 )
-TIED = ("exact:k4v4", "h2o(block=8):k4v3@24")
+TIED = ("exact:k4v4", "exact:kivi4", "h2o(block=8):k4v3@24")
 Numbers = dict[int, tuple[Tensor, Tensor]]  # a token's position -> its key and value
 
 
@@ -49,7 +51,7 @@ def numbers(state: Any) -> list[Numbers]:
     for offset, held in zip(slots.offset.tolist(), slots.held.tolist(), strict=True):
         place = torch.arange(offset, offset + held)
         k, v = slots.keys(place), slots.values(place)
-        found.append({at: (k[i], v[i]) for i, at in enumerate(slots.position[place].tolist())})
+        found.append({at: (k[i], v[i]) for i, at in enumerate(slots.arrived(place).tolist())})
     return found
 
 
@@ -420,9 +422,10 @@ def test_slots_take_the_stated_bytes(draw: Draw, text: str, columns: int, dtype:
     store: Any = state.method.store
     assert isinstance(store, Coded)
     capacity, lose = int(slots.capacity.sum()), not text.startswith("exact")
-    by_token = size(D, store.keys) + (0 if tied else size(dv, store.values) + 2) + 4
+    coded = by_token = size(D, store.keys) + (0 if tied else size(dv, store.values) + 2)
     if lose:
-        by_token += 2 + columns
+        coded += 2
+        by_token += 2 + 4 + columns  # a scale, a position
         shared = ROWS * D * dtype.itemsize
     else:
         groups, item = slots.key_codes.low.shape[1], state.spec.compute_dtype.itemsize
@@ -433,7 +436,7 @@ def test_slots_take_the_stated_bytes(draw: Draw, text: str, columns: int, dtype:
     tensors = capacity * by_token + shared + fresh + clocks
     assert tensors <= slots.nbytes <= tensors + 16 * 8  # and a few numbers
     assert slots.token_bytes == pytest.approx(
-        by_token - 4 - columns + (0 if lose else (2 * D + 4 * state.spec.compute_dtype.itemsize) / slots.group)
+        coded + (0 if lose else (2 * D + 4 * state.spec.compute_dtype.itemsize) / slots.group)
     )
 
 

@@ -38,7 +38,7 @@ def held(text: str, n: int, d: int, dv: int, rows: int = 3, ragged: bool = False
     slots = state.slots
     for row, (offset, count, capacity) in enumerate(zip(slots.offset, slots.held, slots.capacity, strict=True)):
         place = torch.arange(int(offset), int(offset + capacity))
-        at = slots.position[place]
+        at = slots.arrived(place)
         dead = (torch.arange(int(capacity)) >= count) | (at >= slots.coded[row]) | (at < slots.first)
         for part in (slots.key_codes, slots.value_codes):
             part.packed[place[dead]] = 173

@@ -100,7 +100,7 @@ class BestFirstState(SelectorState):
             here = page[active, at : at + stride]
             new = (here.unsqueeze(2) * size + torch.arange(size, device=device)).flatten(1)
             alive = (here >= 0).repeat_interleave(size, 1) & (new < visible.flatten()[active].unsqueeze(1))
-            place = (offset[of[active]].unsqueeze(1) + new.clamp_min(0)).clamp_max(len(slots.position) - 1)
+            place = (offset[of[active]].unsqueeze(1) + new.clamp_min(0)).clamp_max(int(slots.capacity.sum()) - 1)
             keys = slots.keys(place).double()
             logit = torch.einsum("acd,ad->ac", keys, asked[active]).masked_fill(~alive, -torch.inf)
             best[active], slot[active] = _largest(

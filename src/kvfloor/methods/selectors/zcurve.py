@@ -148,7 +148,7 @@ class ZCurveState(SelectorState):
         if c == 0:
             return
         slot = first.unsqueeze(1) + torch.arange(c)
-        place = (slots.offset[rows].unsqueeze(1) + slot).clamp_max(len(slots.position) - 1)
+        place = (slots.offset[rows].unsqueeze(1) + slot).clamp_max(int(slots.capacity.sum()) - 1)
         code = self._codes(slots.keys(place.to(device)))
         code = code.masked_fill((slot >= held.unsqueeze(1)).unsqueeze(1).to(device), _NONE)
         code, order = code.sort(dim=-1, stable=True)

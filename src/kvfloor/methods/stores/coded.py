@@ -10,6 +10,7 @@ slots of each row, m queries, d and dv the widths of a key and a value.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +28,7 @@ from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
 from kvfloor.methods.stores import fused
-from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
+from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.turn import matrix
 from kvfloor.validation import count
 
@@ -37,8 +38,46 @@ GROUP = 32
 _TEXT = re.compile(r"k([0-9]+)v([0-9]+)")
 
 
+class Coding(Store):
+    """Define a store that codes keys and values; a variant (subclass) says how, and is a frozen dataclass.
+
+    first: number of a row's first tokens that are never coded.
+    """
+
+    first: int
+
+    @abstractmethod
+    def least_group(self) -> int:
+        """Return the least number of tokens that are coded together."""
+
+    @abstractmethod
+    def key_codes(self, spec: Spec, places: int, group: int, lose: bool) -> SlotCodes:
+        """Return room for the codes of the keys in `places` slots, of which `group` tokens are coded together.
+
+        lose: True if tokens may leave the slots while others stay.
+        """
+
+    @abstractmethod
+    def value_codes(self, spec: Spec, places: int) -> SlotCodes:
+        """Return room for the codes of the values in `places` slots; not called if the values are the keys."""
+
+    def open(
+        self,
+        spec: Spec,
+        capacities: Sequence[int],
+        block: int,
+        columns: dict[str, torch.dtype] | None = None,
+        lose: bool = True,
+    ) -> CodedSlots:
+        return CodedSlots(spec, capacities, self, -(-self.least_group() // block) * block, columns, lose)
+
+    def block(self, block: int) -> int:
+        del block
+        return self.least_group()
+
+
 @dataclass(frozen=True)
-class Coded(Store):
+class Coded(Coding):
     """Code keys and values in 2 to 8 bits per number: "k4v3" has 4 bits for keys and 3 for values.
 
     Values are rotated by a fixed random rotation and coded token by token (EDEN, Vargaftik et al. 2022; TurboQuant,
@@ -74,19 +113,16 @@ class Coded(Store):
         found = _TEXT.fullmatch(text)
         return None if found is None else cls(int(found[1]), int(found[2]), **arguments)
 
-    def open(
-        self,
-        spec: Spec,
-        capacities: Sequence[int],
-        block: int,
-        columns: dict[str, torch.dtype] | None = None,
-        lose: bool = True,
-    ) -> CodedSlots:
-        return CodedSlots(spec, capacities, self, -(-GROUP // block) * block, columns, lose)
-
-    def block(self, block: int) -> int:
-        del block
+    def least_group(self) -> int:
         return GROUP
+
+    def key_codes(self, spec: Spec, places: int, group: int, lose: bool) -> SlotCodes:
+        if lose:
+            return TokenCodes(spec, spec.d, self.keys, places, centred=True, unbiased=False)
+        return ChannelCodes(spec, spec.d, self.keys, places, group)
+
+    def value_codes(self, spec: Spec, places: int) -> SlotCodes:
+        return TokenCodes(spec, spec.dv, self.values, places, centred=False, unbiased=True)
 
     def __str__(self) -> str:
         options = part_text(self, skip=("keys", "values")).removeprefix(self.name)
@@ -136,6 +172,8 @@ class CodedView:
 
     def unpacked(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
         """Do the work of `over` in torch, by unpacking all codes: the definition of this attention."""
+        if all(codes.rounded for codes in self.owner.parts):
+            return Partial.over(q, self.k, self.k if spec.tied else self.v, spec, hide=hide)
         k, v = self.owner.decoded(self, turn=True)
         dtype, device = spec.compute_dtype, str(q.device)
         asked = q.to(dtype)
@@ -159,6 +197,7 @@ class CodedSlots(Slots):
                       tokens has its position as index, one of the open group `first` + position % `group`. Zeros
                       elsewhere
     ordered           True if slot i of each row holds the token at position i, as no token ever left
+    position          arrival index of each slot's token; without entries while `ordered` is True, when they are known
     coded             (rows,) number of tokens that came before the row's open group. Later tokens have no codes yet
     key_codes         codes of the keys of all slots
     value_codes       codes of the values of all slots; None if the values are the keys (`spec.tied`)
@@ -171,7 +210,7 @@ class CodedSlots(Slots):
         self,
         spec: Spec,
         capacities: Sequence[int],
-        store: Coded,
+        store: Coding,
         group: int,
         columns: dict[str, torch.dtype] | None = None,
         lose: bool = True,
@@ -182,41 +221,41 @@ class CodedSlots(Slots):
         columns  name -> dtype of the policy's columns (tensors with one number per slot)
         lose     True if tokens may leave the slots while others stay
         """
-        self.group, self.first, self.key_bits, self.value_bits = group, store.first, store.keys, store.values
+        self.group, self.first = group, store.first
         super().__init__(spec, capacities, columns, lose)
+        self.key_codes = store.key_codes(spec, self._places, group, lose)
+        self.value_codes = None if spec.tied else store.value_codes(spec, self._places)
+        fused.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
 
     def _open(self, lose: bool) -> None:
-        spec, places = self.spec, self._places
+        spec = self.spec
         self.bare = None
-        if lose:
-            self.key_codes: SlotCodes = TokenCodes(spec, spec.d, self.key_bits, places, centred=True, unbiased=False)
-        else:
-            self.key_codes = ChannelCodes(spec, spec.d, self.key_bits, places, self.group)
-        self.value_codes: SlotCodes | None = None
         fresh = (spec.rows, self.first + self.group)
         self.fresh_k = torch.zeros(*fresh, spec.d, dtype=spec.dtype, device=spec.device)
         self.fresh_v = self.fresh_k
         if not spec.tied:
-            self.value_codes = TokenCodes(spec, spec.dv, self.value_bits, places, centred=False, unbiased=True)
             self.fresh_v = torch.zeros(*fresh, spec.dv, dtype=spec.dtype, device=spec.device)
         self.coded = torch.zeros(spec.rows, dtype=torch.int64)
         self.ordered = not lose
-        fused.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
+        if self.ordered:
+            self.position = self.position.new_zeros(0)
 
-    def _parts(self) -> list[SlotCodes]:
+    @property
+    def parts(self) -> list[SlotCodes]:
+        """Return the codes of the keys and, unless these are the values too, those of the values."""
         return [codes for codes in (self.key_codes, self.value_codes) if codes is not None]
 
     @property
     def _own(self) -> tuple[str, ...]:
-        return ("position",)
+        return () if self.ordered else ("position",)
 
     def _arrays(self) -> list[tuple[Memory, str, Tensor]]:
-        codes = [(part, name, getattr(part, name)) for part in self._parts() for name in part.own]
+        codes = [(part, name, getattr(part, name)) for part in self.parts for name in part.own]
         return super()._arrays() + codes
 
     @property
     def token_bytes(self) -> float:
-        return sum(part.token_bytes for part in self._parts())
+        return sum(part.token_bytes for part in self.parts)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -224,7 +263,18 @@ class CodedSlots(Slots):
         return CodedView(self, rows, width, live)
 
     def positions(self, rows: Tensor | None, width: int) -> Tensor:
+        if self.ordered:
+            r = self.spec.rows if rows is None else len(rows)
+            return torch.arange(width, device=self.position.device).expand(r, -1)
         return super().positions(rows, width).long()
+
+    def arrived(self, place: Tensor) -> Tensor:
+        return self._within(place)[1] if self.ordered else super().arrived(place)
+
+    def _within(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the row of each place (...), on the CPU, and the place's index in its row's stretch."""
+        row = torch.bucketize(place.cpu(), self.offset + self.capacity, right=True).clamp_max(self.spec.rows - 1)
+        return row, place - self.offset[row].to(place.device)
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         return self._decoded(*self._named(name), rows, self.positions(rows, width)).to(self.spec.dtype)
@@ -264,8 +314,8 @@ class CodedSlots(Slots):
     def _at(self, name: str, place: Tensor) -> Tensor:
         part, fresh = self._named(name)
         flat = place.flatten()
-        row = torch.bucketize(flat.cpu(), self.offset + self.capacity, right=True).clamp_max(self.spec.rows - 1)
-        position = self.position[flat].long().unsqueeze(1)
+        row, slot = self._within(flat)
+        position = (slot if self.ordered else self.arrived(flat)).unsqueeze(1)
         entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in part.own}
         x = part.decode(entries, row, position // self.group)
         return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
@@ -307,7 +357,8 @@ class CodedSlots(Slots):
         slot = (self.offset + self.held)[row] + j
         row, j, slot = (x.to(k.device) for x in (row, j, slot))
         arrived = position.expand(self.spec.rows, -1)[row, j]
-        self.position[slot] = arrived.to(self.position_dtype)
+        if not self.ordered:
+            self.position[slot] = arrived.to(self.position_dtype)
         at = self._fresh_index(arrived)
         self.fresh_k[row, at] = k[row, j]
         if not self.spec.tied:
@@ -317,7 +368,8 @@ class CodedSlots(Slots):
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
         del bare
         at = self.held.tolist()[0]
-        self.position[at :: self.stride] = position
+        if not self.ordered:
+            self.position[at :: self.stride] = position
         first = self.first
         index = position if position < first else first + position % self.group
         self.fresh_k[:, index] = k.squeeze(1)
@@ -328,13 +380,21 @@ class CodedSlots(Slots):
     def evict(self, leaving: Tensor) -> None:
         row, slot = leaving.cpu().nonzero(as_tuple=True)
         place = (self.offset[row] + slot).to(self.position.device)
-        position, row = self.position[place].long(), row.to(place.device)
+        self._number()
+        position, row = self.arrived(place), row.to(place.device)
         gone = self._uncoded(position, self.coded.to(place.device)[row])
         at = self._fresh_index(position[gone])
         self.fresh_k[row[gone], at] = 0
         self.fresh_v[row[gone], at] = 0
-        self.ordered = False
         super().evict(leaving)
+
+    def _number(self) -> None:
+        """Keep each token's arrival index from now on, as its slot will no longer tell it."""
+        if not self.ordered:
+            return
+        place = torch.arange(self._places, device=self.position.device)
+        self.move("position", self.arrived(place).to(self.position_dtype))
+        self.ordered = False
 
     def settle(self, seen: Tensor, rows: Tensor | None) -> None:
         """Code the open groups that are complete, in these rows (None: all).
@@ -376,7 +436,7 @@ class CodedSlots(Slots):
 
     def resize(self, capacity: Tensor) -> None:
         super().resize(capacity)
-        for part in self._parts():
+        for part in self.parts:
             part.reserve(int(capacity.max()) // self.group)
 
     def _turn(self, rows: Tensor | None) -> None:
@@ -387,7 +447,7 @@ class CodedSlots(Slots):
 
     def select_rows(self, index: Tensor) -> None:
         super().select_rows(index)
-        for part in self._parts():
+        for part in self.parts:
             part.select_rows(index)
         self.coded = self.coded[index]
         here = index.to(self.fresh_k.device)
@@ -397,7 +457,9 @@ class CodedSlots(Slots):
     # ---- as a part of a state --------------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Any]:
-        sent = super().export() | {"coded": self.coded, "fresh_k": self.fresh_k, "ordered": self.ordered}
+        position = self.arrived(self.live()).to(self.position_dtype)
+        sent = super().export() | {"position": position, "ordered": self.ordered}
+        sent |= {"coded": self.coded, "fresh_k": self.fresh_k}
         if not self.spec.tied:
             sent["fresh_v"] = self.fresh_v
         groups = int(self.coded.max()) // self.group
@@ -416,17 +478,23 @@ class CodedSlots(Slots):
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
-        if isinstance(self.key_codes, ChannelCodes):
-            groups = fields["key_codes"]["low"].shape[1]
+        if fields["ordered"] and not self.ordered:
+            raise ValueError("slots that lose tokens say that slot i of each row holds the token at position i")
+        if fields["ordered"]:
+            order = torch.cat([torch.arange(n, dtype=self.position_dtype) for n in fields["held"].tolist()])
+            require_equal(fields["position"], order, "positions")
+        if isinstance(self.key_codes, GroupCodes):
+            groups = fields["key_codes"][self.key_codes.shared[0]].shape[1]
             if int(fields["coded"].max()) > groups * self.group:
                 raise ValueError(f"ranges of {groups} groups, where {fields['coded'].tolist()} tokens are coded")
 
     def adopt(self, fields: dict[str, Any]) -> None:
+        self.ordered = fields["ordered"]
         Arena.adopt(self, fields)
         for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
             if part is not None:
                 part.adopt({key: value for key, value in fields[name].items() if key not in part.own})
-        self.coded, self.ordered = fields["coded"], fields["ordered"]
+        self.coded = fields["coded"]
         self.fresh_k = fields["fresh_k"].to(self.fresh_k.device)
         self.fresh_v = self.fresh_k if self.spec.tied else fields["fresh_v"].to(self.fresh_v.device)
 

@@ -9,7 +9,7 @@ dtype is float64 for a float64 cache, float32 for all others.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,9 @@ class SlotCodes(Memory):
 
     turns = False
     """True if `decode` can return rotated numbers, without the work of rotating them back."""
+
+    rounded = False
+    """True if all decoded numbers are numbers of the cache's dtype."""
 
     def reserve(self, groups: int) -> None:
         """Allocate the numbers that tokens of one group share, for each row's first `groups` groups; here none."""
@@ -158,42 +161,41 @@ class TokenCodes(SlotCodes):
         return super().fields() | {"centre": Field(self.centre.dtype, tuple(self.centre.shape), finite=True)}
 
 
-class ChannelCodes(SlotCodes):
-    """Code the numbers of each channel of a group of tokens in equal steps between its least and largest one (KIVI).
+class GroupCodes(SlotCodes):
+    """Code the numbers of each channel of a group of tokens in equal steps: a code stands for offset + step code.
 
-    A code stands for the number low + (high - low) code / (2^bits - 1). Here low and high are the least and largest
-    number of the channel in the group, rounded to 8 bits: low downwards, high upwards.
-
-    low, high  (rows, groups, w) uint8, the codes of low and high
-    range      (rows, groups, 4) in the compute dtype: (offset of low, step of low, offset of high, step of high). A
-               code of `low` stands for offset + step code, with the same offset and step for all channels of the group
+    shared  names of the attributes that are tensors (rows, groups, ...): what the tokens of a group share, from which
+            `_steps` computes offset and step of each channel
     """
 
     own = ("packed",)
+    shared: ClassVar[tuple[str, ...]]
 
     def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int) -> None:
         super().__init__(spec, width, bits, places)
         self.group = group
-        self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
-        self.high = torch.zeros_like(self.low)
-        self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
+
+    @abstractmethod
+    def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+        """Return the entries (r, ...) of the attributes in `shared` for r groups.
+
+        low, high: (r, w) the least and largest number of each channel in the group.
+        """
+
+    @abstractmethod
+    def _steps(self, *shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (offset, step), each (..., w), in the compute dtype, from entries (..., n) of what groups share."""
 
     def encode(self, rows: Tensor, group: Tensor, x: Tensor, real: Tensor) -> dict[str, Tensor]:
         self.reserve(int(group.max()) + 1)
         unread = ~real.unsqueeze(-1)
         low, high = x.masked_fill(unread, torch.inf).amin(1), x.masked_fill(unread, -torch.inf).amax(1)
         none = torch.isinf(low)  # a group without a token that is read
-        low, high = low.masked_fill(none, 0), high.masked_fill(none, 0)
-        codes, ranges = [], []
-        for bound, rounded in ((low, torch.floor), (high, torch.ceil)):
-            start = bound.amin(-1, keepdim=True)
-            step = (bound.amax(-1, keepdim=True) - start) / 255
-            step = step.clamp_min(torch.finfo(x.dtype).tiny)
-            codes.append(rounded((bound - start) / step).clamp(0, 255).to(torch.uint8))
-            ranges += [start, step]
         at = (rows.to(x.device), group.to(x.device))
-        self.low[at], self.high[at], self.range[at] = codes[0], codes[1], torch.cat(ranges, -1)
-        start, step = (found.unsqueeze(1) for found in self._steps(self.low[at], self.high[at], self.range[at]))
+        entries = self._ranged(low.masked_fill(none, 0), high.masked_fill(none, 0))
+        for name, entry in zip(self.shared, entries, strict=True):
+            getattr(self, name)[at] = entry
+        start, step = (found.unsqueeze(1) for found in self._steps(*(getattr(self, name)[at] for name in self.shared)))
         code = ((x - start) / step.clamp_min(torch.finfo(x.dtype).tiny)).round().clamp(0, 2**self.bits - 1)
         return {"packed": pack(code.to(torch.uint8), self.bits)}
 
@@ -202,25 +204,26 @@ class ChannelCodes(SlotCodes):
     ) -> Tensor:
         del turn
         packed, device = entries["packed"], entries["packed"].device
-        groups = self.low.shape[1]
+        groups = self._groups
         if not groups:
             return torch.zeros(*packed.shape[:2], self.width, dtype=self.spec.compute_dtype, device=device)
         if group is None:
             return self._decoded_in_order(packed, rows)
         every = torch.arange(len(packed), device=device) if rows is None else rows.to(device)
         at = (every.unsqueeze(1), group.clamp(0, groups - 1))
-        start, step = self._steps(self.low[at], self.high[at], self.range[at])
+        start, step = self._steps(*(getattr(self, name)[at] for name in self.shared))
         return torch.addcmul(start, self._numbers(packed), step)
 
     def _decoded_in_order(self, packed: Tensor, rows: Tensor | None) -> Tensor:
         """Decode the first t tokens of each of `rows` (None: all), packed (r, t, bytes): return (r, t, w)."""
-        t, groups = packed.shape[1], min(self.low.shape[1], packed.shape[1] // self.group)
-        shared = [x if rows is None else x[rows.to(packed.device)] for x in (self.low, self.high, self.range)]
+        t, groups = packed.shape[1], min(self._groups, packed.shape[1] // self.group)
+        every = [getattr(self, name) for name in self.shared]
+        shared = every if rows is None else [x[rows.to(packed.device)] for x in every]
         start, step = (x.unsqueeze(2) for x in self._steps(*(x[:, :groups] for x in shared)))
         whole = groups * self.group
         codes = self._numbers(packed[:, :whole]).unflatten(1, (groups, self.group))
         x = torch.nn.functional.pad(torch.addcmul(start, codes, step).flatten(1, 2), (0, 0, 0, t - whole))
-        if whole < t and groups < self.low.shape[1]:  # the t tokens end within a group
+        if whole < t and groups < self._groups:  # the t tokens end within a group
             start, step = (x.unsqueeze(1) for x in self._steps(*(x[:, groups] for x in shared)))
             x[:, whole:] = torch.addcmul(start, self._numbers(packed[:, whole:]), step)
         return x
@@ -230,25 +233,20 @@ class ChannelCodes(SlotCodes):
         numbers = torch.arange(2**self.bits, dtype=self.spec.compute_dtype, device=packed.device)
         return looked_up(packed, self.width, self.bits, numbers)
 
-    def _steps(self, low: Tensor, high: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (offset, step), each (..., w): a code of a channel stands for the number offset + step code.
-
-        low, high, range_: entries of the attributes `low`, `high` (..., w) and `range` (..., 4).
-        """
-        dtype = range_.dtype
-        start, least, end, most = (x.unsqueeze(-1) for x in range_.unbind(-1))
-        start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
-        return start, (end - start).clamp_min(0) / (2**self.bits - 1)
+    @property
+    def _groups(self) -> int:
+        """Return the number of groups per row for which there is room in the attributes in `shared`."""
+        return getattr(self, self.shared[0]).shape[1]
 
     def sent(self, groups: int) -> dict[str, Any]:
-        shared = {name: getattr(self, name)[:, :groups] for name in ("low", "high", "range")}
+        shared = {name: getattr(self, name)[:, :groups] for name in self.shared}
         return super().sent(groups) | shared
 
     def reserve(self, groups: int) -> None:
-        have = self.low.shape[1]
+        have = self._groups
         if groups <= have:
             return
-        for name in ("low", "high", "range"):
+        for name in self.shared:
             old: Tensor = getattr(self, name)
             wider = old.new_zeros(old.shape[0], max(groups, grown(have)), old.shape[2])
             wider[:, :have] = old
@@ -256,16 +254,59 @@ class ChannelCodes(SlotCodes):
 
     @property
     def token_bytes(self) -> float:
-        shared = 2 * self.width + 4 * self.range.element_size()
-        return super().token_bytes + shared / self.group
+        shared = [getattr(self, name) for name in self.shared]
+        return super().token_bytes + sum(x.shape[2] * x.element_size() for x in shared) / self.group
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep only the rows `index` (r,) of the ranges. The owner of the slots selects the attributes in `own`."""
+        """Keep only the rows `index` (r,) of what groups share; the owner of the slots selects the attributes in `own`.
+
+        The object's spec is changed likewise.
+        """
         self.spec = self.spec.select(index)
-        for name in ("low", "high", "range"):
-            setattr(self, name, getattr(self, name)[index.to(self.low.device)])
+        for name in self.shared:
+            shared: Tensor = getattr(self, name)
+            setattr(self, name, shared[index.to(shared.device)])
 
     def fields(self) -> dict[str, Any]:
-        rows, dtype = self.spec.rows, self.range.dtype
-        ranges = {name: Field(torch.uint8, (rows, "groups", self.width)) for name in ("low", "high")}
-        return super().fields() | ranges | {"range": Field(dtype, (rows, "groups", 4), finite=True)}
+        shared = {name: getattr(self, name) for name in self.shared}
+        return super().fields() | {
+            name: Field(x.dtype, (x.shape[0], "groups", x.shape[2]), finite=x.is_floating_point())
+            for name, x in shared.items()
+        }
+
+
+class ChannelCodes(GroupCodes):
+    """Code the numbers of each channel of a group in equal steps between its least and largest one (after KIVI).
+
+    A code stands for the number low + (high - low) code / (2^bits - 1). Here low and high are the least and largest
+    number of the channel in the group, rounded to 8 bits: low downwards, high upwards.
+
+    low, high  (rows, groups, w) uint8, the codes of low and high
+    range      (rows, groups, 4) in the compute dtype: (offset of low, step of low, offset of high, step of high). A
+               code of `low` stands for offset + step code, with the same offset and step for all channels of the group
+    """
+
+    shared = ("low", "high", "range")
+
+    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int) -> None:
+        super().__init__(spec, width, bits, places, group)
+        self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
+        self.high = torch.zeros_like(self.low)
+        self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
+
+    def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+        codes, ranges = [], []
+        for bound, rounded in ((low, torch.floor), (high, torch.ceil)):
+            start = bound.amin(-1, keepdim=True)
+            step = (bound.amax(-1, keepdim=True) - start) / 255
+            step = step.clamp_min(torch.finfo(bound.dtype).tiny)
+            codes.append(rounded((bound - start) / step).clamp(0, 255).to(torch.uint8))
+            ranges += [start, step]
+        return *codes, torch.cat(ranges, -1)
+
+    def _steps(self, *shared: Tensor) -> tuple[Tensor, Tensor]:
+        low, high, range_ = shared
+        dtype = range_.dtype
+        start, least, end, most = (x.unsqueeze(-1) for x in range_.unbind(-1))
+        start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
+        return start, (end - start).clamp_min(0) / (2**self.bits - 1)

@@ -46,12 +46,17 @@ def _installed() -> bool:
 def serves(slots: CodedSlots) -> bool:
     """Return True if the kernel can read these slots: on a CPU, float32 attention, values beside the keys, and numba.
 
-    Keys that are coded per channel must be in their order, and in groups of whole tiles.
+    Values must be coded in rotated form. Keys that are coded per channel must be in their order, in groups of whole
+    tiles, and have ranges of 8 bits.
     """
     keys, spec = slots.key_codes, slots.spec
     if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not _installed():
         return False
-    return not isinstance(keys, ChannelCodes) or (slots.ordered and slots.group % _kernels().TILE == 0)
+    if not isinstance(slots.value_codes, TokenCodes):
+        return False
+    if isinstance(keys, ChannelCodes):
+        return slots.ordered and slots.group % _kernels().TILE == 0
+    return isinstance(keys, TokenCodes)
 
 
 def _kernels() -> Any:
