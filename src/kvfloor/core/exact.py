@@ -96,6 +96,10 @@ class ExactState(Blocked[Method]):
     def _plainly_read(self) -> bool:
         return isinstance(self._selector, Everything)
 
+    def guarantee(self) -> Guarantee | None:
+        stated = super().guarantee()
+        return self.slots.guarantee() if stated is None and self._plainly_read else stated
+
     def _close(self, rows: Tensor | None) -> None:
         """Do nothing at the end of a block in these rows: no token is ever evicted."""
 

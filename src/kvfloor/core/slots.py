@@ -22,6 +22,7 @@ from kvfloor.core.arena import Arena, grown
 from kvfloor.core.attend import attend_newest
 from kvfloor.core.fields import MOST, Field, require_room
 from kvfloor.core.memory import Memory
+from kvfloor.core.method import Guarantee
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 
@@ -76,6 +77,8 @@ class Slots(Arena):
     plain: ClassVar[bool] = True
     """True if `k` and `v` hold the keys and values as they were given; False for a store that codes them."""
     position_dtype: ClassVar[torch.dtype] = torch.int64
+    group: int = 1
+    """Number of a row's tokens that are coded together; 1 where none is coded."""
 
     def __init__(
         self,
@@ -155,6 +158,14 @@ class Slots(Arena):
     def arrived(self, place: Tensor) -> Tensor:
         """Return the arrival indices, int64, of the tokens at the places `place` (...), int64."""
         return self.position[place].long()
+
+    def guarantee(self) -> Guarantee | None:
+        """Return a bound on the error of attention over these slots that comes from how they keep numbers, or None.
+
+        The answers are compared with attention over the same tokens as they were given. These slots keep all numbers
+        as given, and state nothing.
+        """
+        return None
 
     @property
     def longest(self) -> int:

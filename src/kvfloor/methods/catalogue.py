@@ -65,7 +65,7 @@ def _store_row(name: str, store: type[Coding], text: str) -> dict[str, Any]:
         "kind": "store",
         "about": _first_sentence(store.__doc__ or ""),
         "paper": store.paper,
-        "guarantee": "none",
+        "guarantee": _guarantee(name, store, parse(f"exact:{name}")),
         "memory": _memory(method),
         "traits": _claims(method.traits),
         "aliases": [],
@@ -90,7 +90,7 @@ def _guarantee(name: str, part: type, method: Method) -> str:
     method  a method that uses this class, with default arguments
     """
     spec = Spec(rows=1, d=4, dv=4)
-    stated, given = method.guarantee(spec), ""
+    stated, given = method.guarantee(spec) or method.open(spec).guarantee(), ""
     if stated is None:
         needed = [f.name for f in fields(part) if f.name in _ASSUMED]
         if needed:

@@ -9,10 +9,11 @@ slots of each row, m queries, d and dv the widths of a key and a value.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from kvfloor.core.arena import Arena
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
-from kvfloor.core.method import part_text
+from kvfloor.core.method import Guarantee, part_text
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -275,6 +276,53 @@ class CodedSlots(Slots):
         """Return the row of each place (...), on the CPU, and the place's index in its row's stretch."""
         row = torch.bucketize(place.cpu(), self.offset + self.capacity, right=True).clamp_max(self.spec.rows - 1)
         return row, place - self.offset[row].to(place.device)
+
+    def error_bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return upper bounds on |key error|, |value error| and |value| over each row's held tokens: three (rows,).
+
+        An error is the difference between a token's decoded key or value and the one that was given. The bounds follow
+        from what is stored, and hold for every input, up to rounding in the compute dtype.
+        """
+        spec, width = self.spec, int(self.held.max())
+        nothing = torch.zeros(spec.rows, dtype=spec.compute_dtype, device=self.position.device)
+        longest = self.fresh_v.to(nothing.dtype).square().sum(-1).sqrt().amax(1)
+        if width == 0:
+            return nothing, nothing, longest
+        position = self.positions(None, width)
+        live = (torch.arange(width) < self.held.unsqueeze(1)).to(position.device)
+        coded = live & ~self._uncoded(position, self.coded.to(position.device).unsqueeze(1))
+
+        def most(part: SlotCodes) -> tuple[Tensor, Tensor]:
+            entries = {own: self.across(getattr(part, own), None, width) for own in part.own}
+            size, error = (x.masked_fill(~coded, 0).amax(1) for x in part.bounds(entries, position // self.group))
+            return size, error
+
+        size, key_error = most(self.key_codes)
+        value_error = key_error
+        if self.value_codes is not None:
+            size, value_error = most(self.value_codes)
+        return key_error, value_error, torch.maximum(size, longest)
+
+    def guarantee(self) -> Guarantee | None:
+        """Return the bound on the error of attention over these slots, from `error_bounds`; it holds for every query.
+
+        The answers are compared with attention over the same tokens as they were given. If keys err by at most K and
+        values by at most E, and values are no longer than V, the error is at most E + scale |q| K V.
+        """
+        keys, values, longest = (x.double() for x in self.error_bounds())
+        epsilon = float((values + keys * longest).max())
+        stated = Guarantee(
+            epsilon,
+            0.0,
+            "l2, over max(1, scale |q|_2), up to rounding",
+            "every query",
+            (),
+            "cells of the stored codes; derived in docs/guarantees.md",
+        )
+        why = "" if epsilon < math.inf else "the codes bound no error"
+        if bool((keys >= 2).all()):
+            why = f"epsilon = {epsilon:.3g} is vacuous: keys may err by 2 or more"
+        return replace(stated, holds=False, why=why) if why else stated
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         return self._decoded(*self._named(name), rows, self.positions(rows, width)).to(self.spec.dtype)

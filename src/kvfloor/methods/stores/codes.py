@@ -19,8 +19,9 @@ from kvfloor.core.fields import Field
 from kvfloor.core.memory import Memory
 from kvfloor.core.rowwise import length, total
 from kvfloor.core.spec import Spec
+from kvfloor.methods.stores.errors import of_token
 from kvfloor.methods.stores.levels import levels
-from kvfloor.methods.stores.packing import looked_up, pack, size
+from kvfloor.methods.stores.packing import looked_up, pack, size, unpack
 from kvfloor.methods.stores.turn import turned, turned_back
 
 SCALE = torch.bfloat16
@@ -62,6 +63,16 @@ class SlotCodes(Memory):
         group    (r, t) index of each token's group in its row; None: the tokens are each row's first t, in their order
         turn     True: return the vectors rotated (`turned`), if `turns` is True
         The result is arbitrary for tokens that are not coded yet.
+        """
+
+    @abstractmethod
+    def bounds(self, entries: dict[str, Tensor], group: Tensor) -> tuple[Tensor, Tensor]:
+        """Return upper bounds on (|x|, |y - x|), each (r, t), for tokens x of all rows that are decoded as y.
+
+        entries  the tokens' entries of the attributes in `own`, name -> (r, t, ...)
+        group    (r, t) index of each token's group in its row
+        The bounds follow from what is stored alone, and hold up to rounding in the compute dtype. Those of tokens that
+        are not coded yet are arbitrary.
         """
 
     turns = False
@@ -151,6 +162,20 @@ class TokenCodes(SlotCodes):
             x = x + (turned(centre) if turn else centre).unsqueeze(1)
         return x
 
+    def bounds(self, entries: dict[str, Tensor], group: Tensor) -> tuple[Tensor, Tensor]:
+        del group
+        packed, dtype = entries["packed"], self.spec.compute_dtype
+        level = levels(self.bits, self.width, str(packed.device)).to(dtype)
+        c = unpack(packed, self.width, self.bits).long()
+        size, error = of_token(c, level, self.unbiased)
+        rounding = torch.finfo(SCALE).eps / 2
+        # The length of y before its scale was rounded is at most this.
+        most = entries["scale"].to(dtype) * level[c].square().sum(-1).sqrt() / (1 - rounding)
+        size, error = (torch.where(most > 0, x, 0) for x in (size * most, (error + rounding) * most))
+        if self.centred:
+            size = size + self.centre.to(dtype).square().sum(-1).sqrt().unsqueeze(1)
+        return size, error
+
     def select_rows(self, index: Tensor) -> None:
         """Keep only the rows `index` (r,) of the centres. The owner of the slots selects the attributes in `own`."""
         self.spec = self.spec.select(index)
@@ -213,6 +238,21 @@ class GroupCodes(SlotCodes):
         at = (every.unsqueeze(1), group.clamp(0, groups - 1))
         start, step = self._steps(*(getattr(self, name)[at] for name in self.shared))
         return torch.addcmul(start, self._numbers(packed), step)
+
+    def bounds(self, entries: dict[str, Tensor], group: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.decode(entries, None, group)
+        if not self._groups:
+            return y.sum(-1), y.sum(-1)
+        every = torch.arange(len(y), device=y.device).unsqueeze(1)
+        shared = [getattr(self, name)[every, group.clamp(0, self._groups - 1)] for name in self.shared]
+        start, step = self._steps(*shared)
+        error = self._half_steps(start, step).square().sum(-1).sqrt()
+        return y.square().sum(-1).sqrt() + error, error
+
+    def _half_steps(self, start: Tensor, step: Tensor) -> Tensor:
+        """Return the largest error (..., w) of numbers that are coded with this offset and step, each (..., w)."""
+        del start
+        return step / 2
 
     def _decoded_in_order(self, packed: Tensor, rows: Tensor | None) -> Tensor:
         """Decode the first t tokens of each of `rows` (None: all), packed (r, t, bytes): return (r, t, w)."""

@@ -96,6 +96,9 @@ class RangedChannels(GroupCodes):
         low, step = (x.to(self.spec.compute_dtype) for x in shared)
         return low, step
 
+    def _half_steps(self, start: Tensor, step: Tensor) -> Tensor:
+        return _half_step(start, step, self.bits, self.spec.dtype)
+
     def decode(
         self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor | None, turn: bool = False
     ) -> Tensor:
@@ -134,9 +137,24 @@ class RangedTokens(SlotCodes):
         x = torch.addcmul(low, looked_up(entries["packed"], self.width, self.bits, numbers), step)
         return x.to(self.spec.dtype).to(dtype)
 
+    def bounds(self, entries: dict[str, Tensor], group: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.decode(entries, None, group)
+        low, step = (entries[name].to(y.dtype) for name in ("low", "step"))
+        error = _half_step(low, step, self.bits, self.spec.dtype) * self.width**0.5
+        return y.square().sum(-1).sqrt() + error, error
+
     def select_rows(self, index: Tensor) -> None:
         """Keep the spec of the rows `index` (r,). The owner of the slots selects the attributes in `own`."""
         self.spec = self.spec.select(index)
+
+
+def _half_step(low: Tensor, step: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return the largest error of numbers coded with this offset and step, which were rounded to `dtype`.
+
+    It is half a step, and the rounding of the offset, of the step and of the decoded number.
+    """
+    kind = torch.finfo(dtype)
+    return step / 2 + 1.5 * kind.eps * (low.abs() + 2**bits * (step + kind.tiny))
 
 
 def _range(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
