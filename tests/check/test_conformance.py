@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvfloor import parse
-from kvfloor.check import run_checks
+from kvfloor.check import Setting, run_checks
+from kvfloor.check.streams import play, spec_for, stream_for
 from kvfloor.methods.grammar import default_method
 from kvfloor.methods.registry import TABLE
 
@@ -71,15 +73,26 @@ SELECTING = (
 )
 STORED = (
     "exact:k4v2",
+    "exact:kivi4(group=16)",
+    "exact|pages(pages=4):kivi2(group=8,first=4)",
     "exact|pages(pages=4):k2v2(first=0)",
     "window(block=16):k8v8@48",
     "sinks(block=16)|top_k(k=12):k4v4@48",
     "random(block=16):k3v3(first=0)@40:48:56",
     "h2o(block=16)|pages(pages=4):k3v2@48",
     "tova(block=16)+value_sum:k4v3@48",
+    "window(block=1):k4v4(first=1)@8",
     "snapkv(window=4,block=16):k2v5@40",
 )
 """Methods that keep their tokens in few bits, with streams long enough that several groups of tokens are coded."""
+PLAYED = (
+    *STORED,
+    "random(block=1):k3v3@12",
+    "sinks:k4v4@16",
+    "quant",
+    "quant(group=5)",
+    "exact|zeta(k=4,chunk=20):k4v4",
+)
 REGISTERED = tuple(dict.fromkeys(str(default_method(name, budget=32)) for name in TABLE))
 METHODS = REGISTERED + COMBINATIONS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -104,6 +117,24 @@ def test_method_that_codes_its_tokens_keeps_its_laws(text: str) -> None:
     _require_conformance(text, dtypes=(DTYPES[len(text) % 2],), groups=(1 + len(text) % 3,))
 
 
+@pytest.mark.parametrize("text", PLAYED)
+def test_streams_code_several_groups_evict_coded_tokens_and_end_within_a_group(text: str) -> None:
+    method, at = parse(text), Setting()
+    stream, state = stream_for(method, at), method.open(spec_for(method, at))
+    slots: Any = state.slots
+    coded, evicted = [], 0
+
+    def left(row: Tensor, position: Tensor) -> None:
+        nonlocal evicted
+        evicted += int((position < slots.coded[row]).sum())
+
+    state.on_evict = left  # type: ignore[attr-defined]
+    play(state, stream, after=lambda i: coded.append(int(slots.coded[0])))
+    assert coded[-1] >= 3 * slots.group and stream.n % slots.group
+    assert coded[-1] > stream.prompt > 2 * slots.group
+    assert evicted > 0 or method.budget is None
+
+
 @pytest.mark.parametrize("text", REGISTERED)
 def test_method_keeps_its_laws_in_half_precision_and_without_a_group(text: str) -> None:
     _require_conformance(text, dtypes=(torch.bfloat16,), groups=(1,))
@@ -119,13 +150,14 @@ BLOCKS = tuple(
     for rest in ("", "+value_sum", "|top_k(k=12)")
 )
 
-_EVERY_STORE = ("full", "k8v8", "k4v4", "k3v3", "k4v2", "k2v2")
-STORES = tuple(f"exact:{store}" for store in _EVERY_STORE) + tuple(
-    f"{policy}(block=16){rest}:{store}@48"
-    for policy in ("window", "sinks", "random", "h2o", "tova", "snapkv")
-    for store in _EVERY_STORE
-    for rest in ("", "|top_k(k=12)", "|pages(pages=4)")
+POLICIES = ("window", "sinks", "random", "h2o", "tova", "snapkv")
+KEPT = ("full", "k8v8", "k4v4", "k3v3", "k4v2", "k2v2")
+READ = ("", "|top_k(k=12)", "|pages(pages=4)")
+STORES = (
+    *(f"exact{selector}:{store}" for store in (*KEPT, "kivi8", "kivi4", "kivi2") for selector in READ),
+    *(f"{policy}(block=16){rest}:{store}@48" for policy in POLICIES for store in KEPT for rest in READ),
 )
+"""Every policy with every store and every selector, and `exact` with every store and every selector."""
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mutants import MUTANTS, Mutant, stored
 from mutants.base import Small, SmallObserving
-from mutants.coded import SmallCoded
+from mutants.coded import DenseCoded, SmallCoded
 
 from kvfloor import Method
 from kvfloor.check import CHECKS, Broken, Setting, run_checks
@@ -36,6 +36,8 @@ def test_the_mutant_breaks_no_other_law(mutant: Mutant) -> None:
     assert set(why) == {mutant.check, *mutant.also}, why
 
 
-@pytest.mark.parametrize("method", [Small(), SmallObserving(), SmallCoded()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    "method", [Small(), SmallObserving(), SmallCoded(), DenseCoded()], ids=lambda method: type(method).__name__
+)
 def test_what_mutants_derive_from_keeps_every_law(method: Method) -> None:
     assert run_checks(method, dtypes=(torch.float32,), groups=(2,)).failed == []

@@ -114,15 +114,31 @@ def prompt_length(method: Method) -> int:
     """Return the prompt length to test a method with, in tokens: so long that the prompt already causes evictions.
 
     It is the most tokens that a row holds of a long stream with an empty prompt, plus one block and 5 tokens. A method
-    without such a limit gets 64 in place of it.
+    without such a limit gets 64 in place of it. Where groups of tokens are coded together, it is at least two groups
+    and 5 tokens.
     """
     bound = method.capacity(_LONG, prompt=0)
-    return method.block + 5 + (64 if bound is None else bound)
+    return max(method.block + 5 + (64 if bound is None else bound), 2 * coded_together(method) + 5)
+
+
+def coded_together(method: Method) -> int:
+    """Return how many tokens of a row the method's store codes together; 0 if it codes none."""
+    store = method.parts.store
+    if store is None or store.plain:
+        return 0
+    slots = method.open(spec_for(method, Setting())).slots
+    return 0 if slots is None else slots.group
 
 
 def stream_length(method: Method) -> int:
-    """Return the stream length to test a method with, in tokens: the prompt (`prompt_length`), a block, and 14 more."""
-    return prompt_length(method) + method.block + 14
+    """Return the stream length to test a method with, in tokens: the prompt (`prompt_length`), a block, and 14 more.
+
+    Where groups of tokens are coded together, at least one more group is complete after the prompt, and the last group
+    is not.
+    """
+    prompt, group = prompt_length(method), coded_together(method)
+    n = prompt + max(method.block, group) + 14
+    return n if not group or n % group else n + 5
 
 
 def long_stream_length(method: Method) -> int:

@@ -64,6 +64,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("chunking", coded.CodedPerCall(), "held_tokens", "pads"),
     _mutant("row_isolation", coded.SharedLength(), "chunking", "held_tokens", "pads", "row_alone", "select_rows"),
     _mutant("message_round_trip", coded.CodedInMessage()),
+    _mutant("held_tokens", coded.LeftBehind()),
     _mutant("pinned", tokens.PinsForgotten()),
     _mutant("absorbed_once", tokens.AbsorbedTwice()),
     _mutant("absorbed_once", "window(block=4)+mutants.answers:CountsTwice@16", "attends_to_held", "hull", "turns"),

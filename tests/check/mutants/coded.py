@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kvfloor.core.budget import Budget
 from kvfloor.core.policy import Policy
 from kvfloor.core.store import Store
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
+from kvfloor.methods.policies.random import Random
 from kvfloor.methods.stores.coded import Coded, CodedSlots
 from kvfloor.methods.stores.codes import TokenCodes
 from mutants.base import Small
@@ -28,7 +30,17 @@ class SmallCoded(Small):
     store: Store = field(default_factory=lambda: Coded(4, 4, first=0))
 
 
-def storing(slots: type[CodedSlots]) -> Callable[[], SmallCoded]:
+@dataclass(frozen=True)
+class DenseCoded(SmallCoded):
+    """Keep 8 random tokens in 4 bits per number, of a prompt that is kept whole, and coded, until it ends."""
+
+    policy: Policy = field(default_factory=Random)
+    budget: Budget | None = 8
+    block: int = 1
+    prefill: Any = "dense"
+
+
+def storing(slots: type[CodedSlots], like: type[SmallCoded] = SmallCoded) -> Callable[[], SmallCoded]:
     """Make the small method whose tokens are in these slots, under their name and docstring."""
 
     class Storing(BoundedState):
@@ -40,7 +52,7 @@ def storing(slots: type[CodedSlots]) -> Callable[[], SmallCoded]:
             )
 
     named = {"__module__": slots.__module__, "__qualname__": slots.__qualname__, "__doc__": slots.__doc__}
-    return type(slots.__name__, (SmallCoded,), named | {"state": Storing})
+    return type(slots.__name__, (like,), named | {"state": Storing})
 
 
 @storing
@@ -88,3 +100,14 @@ class CodedInMessage(CodedSlots):
     def export(self) -> dict[str, Any]:
         sent = super().export()
         return sent | {"fresh_v": sent["fresh_v"].bfloat16().to(self.spec.dtype)}
+
+
+@partial(storing, like=DenseCoded)
+class LeftBehind(CodedSlots):
+    """Break evictions: move the position of a token that fills a freed slot, but leave its codes where they were."""
+
+    def evict(self, leaving: Tensor) -> None:
+        codes = [(getattr(part, name), getattr(part, name).clone()) for part in self.parts for name in part.own]
+        super().evict(leaving)
+        for moved, before in codes:
+            moved.copy_(before)
