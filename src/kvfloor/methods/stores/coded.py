@@ -320,8 +320,8 @@ class CodedSlots(Slots):
             "cells of the stored codes; derived in docs/guarantees.md",
         )
         why = "" if epsilon < math.inf else "the codes bound no error"
-        if bool((keys >= 2).all()):
-            why = f"epsilon = {epsilon:.3g} is vacuous: keys may err by 2 or more"
+        if bool((keys >= 2).any()):
+            why = f"epsilon = {epsilon:.3g} is vacuous: keys of a row may err by 2 or more"
         return replace(stated, holds=False, why=why) if why else stated
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
