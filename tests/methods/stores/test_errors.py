@@ -15,7 +15,7 @@ from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.kivi import RangedChannels, RangedTokens
 from kvfloor.methods.stores.levels import levels
 from kvfloor.statistics import clopper_pearson_limit
-from tests.support import Draw, attention, seeded
+from tests.support import Draw, attention, filled, seeded
 
 BITS = (2, 3, 4, 5, 8)
 WIDTHS = (1, 2, 3, 17, 64, 96)
@@ -230,8 +230,7 @@ def test_nothing_coded_is_no_error_and_hopeless_codes_are_told() -> None:
     state, k, v = filled_with("exact:k4v4", 31)
     stated = state.guarantee()
     assert stated.epsilon == 0 and stated.holds
-    state = parse("exact:k2v2").open(Spec(1, 16, 16))
-    state.append(1e3 * k[:1].repeat(1, 3, 1), v[:1].repeat(1, 3, 1))
+    state = filled("exact:k2v2", 1e3 * k[:1].repeat(1, 3, 1), v[:1].repeat(1, 3, 1))
     stated = state.guarantee()
     assert not stated.holds and "vacuous" in stated.why
 
