@@ -43,6 +43,8 @@ METHODS = [
     "subgen@64",
     "balance@64",
     "quant(bits=4)",
+    "exact:k4v4",
+    "h2o(block=8):k4v3(first=1)@32",
     "exact|hip(k=16)",
     "h2o|pages(page=4,pages=3)@32",
     "window@128KiB",
@@ -358,8 +360,14 @@ def test_no_file_can_take_the_machine(started: Talk, path: Path, tmp_path: Path)
 def test_an_unknown_method_is_refused_and_nothing_is_imported_for_it(started: Talk, path: Path) -> None:
     with pytest.raises(UnknownMethod, match="tomorrow"):
         CompressedCache.load(rewritten(path, method="tomorrow@32"), started.model)
-    with pytest.raises(UnknownMethod, match="not imported"):
-        CompressedCache.load(rewritten(path, method="antigravity:fly@32"), started.model)
+    for text in (
+        "antigravity:fly@32",
+        "antigravity:fly:k4v4@32",
+        "antigravity:k4v4+value_sum@32",
+        "h2o|a:b:kivi4(first=1)@32",
+    ):
+        with pytest.raises(UnknownMethod, match="not imported"):
+            CompressedCache.load(rewritten(path, method=text), started.model)
 
 
 @dataclass(frozen=True)

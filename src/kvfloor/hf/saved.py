@@ -31,7 +31,8 @@ from kvfloor.hf.ranks import Ranks, ranks_of
 from kvfloor.hf.weights import device_of, input_device
 from kvfloor.hf.whole import own_part, own_stock, part_of, whole_layers
 from kvfloor.hf.wrappers import unwrapped
-from kvfloor.methods.grammar import parse
+from kvfloor.methods.grammar import parse, without_store
+from kvfloor.splitting import split_once
 from kvfloor.version import __version__
 
 if TYPE_CHECKING:
@@ -263,7 +264,9 @@ def _method(text: str, given: Method | None) -> Method:
 
 
 def _foreign(text: str) -> set[str]:
-    return set(_FOREIGN.findall(_QUOTED.sub("", text)))
+    """Return the classes, as module:Class, that the text of a method names; a store such as k4v4 is none."""
+    body, _, budget = split_once(text, "@")
+    return set(_FOREIGN.findall(_QUOTED.sub("", f"{without_store(body)[0]} {budget}")))
 
 
 def _model_of(cache: CompressedCache) -> PreTrainedModel:

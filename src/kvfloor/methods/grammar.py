@@ -45,9 +45,9 @@ def parse(text: str) -> Method:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
     body, at, budget_text = split_once(text.strip(), "@")
-    body, store_text = _without_store(body)
+    body, store_text = without_store(body)
     if at and store_text is None:
-        budget_text, store_text = _without_store(budget_text)
+        budget_text, store_text = without_store(budget_text)
     body, bar, selector_text = split_once(body, "|")
     body, plus, summary_text = split_once(body, "+")
     options: dict[str, Any] = {}
@@ -70,7 +70,7 @@ def parse(text: str) -> Method:
     return bounded
 
 
-def _without_store(text: str) -> tuple[str, str | None]:
+def without_store(text: str) -> tuple[str, str | None]:
     """Split "h2o:k4v4" into "h2o" and "k4v4", the text of a store; return (text, None) if no store ends it."""
     found = re.search(r":\s*(?:full|kivi[0-9]+|k[0-9]+v[0-9]+)\s*(?:\([^()]*\))?$", outline(text))
     if found is None:

@@ -226,6 +226,7 @@ class CodedSlots(Slots):
         super().__init__(spec, capacities, columns, lose)
         self.key_codes = store.key_codes(spec, self._places, group, lose)
         self.value_codes = None if spec.tied else store.value_codes(spec, self._places)
+        self._reserve_groups()
         fused.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
 
     def _open(self, lose: bool) -> None:
@@ -484,8 +485,15 @@ class CodedSlots(Slots):
 
     def resize(self, capacity: Tensor) -> None:
         super().resize(capacity)
+        self._reserve_groups()
+
+    def _reserve_groups(self) -> None:
+        """Allocate what the tokens of one group share for as many groups as the longest row has slots for.
+
+        So the bytes follow from the capacities, in a restored state too.
+        """
         for part in self.parts:
-            part.reserve(int(capacity.max()) // self.group)
+            part.reserve(int(self.capacity.max()) // self.group)
 
     def _turn(self, rows: Tensor | None) -> None:
         """Do nothing: this store is never used with keys that are rotated to ranks by RoPE (`Traits.turns`)."""
@@ -542,6 +550,7 @@ class CodedSlots(Slots):
         for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
             if part is not None:
                 part.adopt({key: value for key, value in fields[name].items() if key not in part.own})
+        self._reserve_groups()
         self.coded = fields["coded"]
         self.fresh_k = fields["fresh_k"].to(self.fresh_k.device)
         self.fresh_v = self.fresh_k if self.spec.tied else fields["fresh_v"].to(self.fresh_v.device)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.core.arena import grown
 from kvfloor.core.fields import Field
 from kvfloor.core.memory import Memory
 from kvfloor.core.rowwise import length, total
@@ -288,7 +287,7 @@ class GroupCodes(SlotCodes):
             return
         for name in self.shared:
             old: Tensor = getattr(self, name)
-            wider = old.new_zeros(old.shape[0], max(groups, grown(have)), old.shape[2])
+            wider = old.new_zeros(old.shape[0], groups, old.shape[2])
             wider[:, :have] = old
             self.move(name, wider)
 
