@@ -113,9 +113,9 @@ peers: $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python bench/peers/kvpress_beside.py
 	$(PEERS)/bin/python bench/peers/parity.py
 
-# Bytes against nats on SmolLM2, for fewer tokens, fewer bits and both: table and chart.
+# Bytes against nats on SmolLM2 and Gemma (under its terms), for fewer tokens, fewer bits and both: table and charts.
 frontier: $(VENV)/.development
-	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier
+	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier --accept-terms
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) $(FAST) out site
