@@ -40,7 +40,7 @@ BUDGETS = ("50%", "25%", "12.5%")
 BRIEF = (
     *(f"exact:{store}" for store in ("k8v8", "k5v4", "k4v4", "k4v3", "k3v3", "k2v2")),
     "quant(bits=4)",
-    *(f"{policy}{store}" for policy in ("snapkv", "h2o") for store in ("", ":k5v4", ":k4v3")),
+    *(f"snapkv{store}" for store in ("", ":k5v4", ":k4v3")),
 )
 TEXTS = ("speech", "facts")
 CONTINUATION = 512
@@ -86,7 +86,7 @@ SOURCES = {
         "smollm2", "SmolLM2-135M", 4096, BRIEF, (*BUDGETS, "6.25%", "3.125%"), "frontier-smollm2-4096.svg"
     ),
     "gemma3-270m-2048": FrontierSource(
-        "gemma3-270m", "Gemma 3 270M", 2048, BRIEF, (*BUDGETS, "6.25%"), "frontier-gemma3-270m-2048.svg"
+        "gemma3-270m", "Gemma 3 270M", 2048, (*BRIEF, "h2o", "h2o:k4v3"), BUDGETS, "frontier-gemma3-270m-2048.svg"
     ),
 }
 
