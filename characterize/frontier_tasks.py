@@ -5,11 +5,11 @@
 The script runs `kvfloor audit` on SmolLM2 with RULER's tasks that this model can do, one of each kind: one needle,
 one among needles with other keys, several values of one key, several keys. A text of 1,024 tokens is taken in under the
 method; the question follows. `tokens` keeps 9.5 % of the tokens as they are, `both` keeps 34 % of them in 4 bits per
-number for keys and 3 for values: an eighth of the bytes of a 16-bit exact cache either way, for h2o, which keeps queries
-too, a sixth. Columns: task, what
-is dropped, policy, setting, bytes in a model of 16 bits as a share of exact's, samples, share of right answers with its
-95 % Wilson interval, exact's share on the same samples, and, for `both`, the paired difference from `tokens` with the
-same policy with its 95 % Tango interval. About 40 minutes on one core.
+number for keys and 3 for values. Either way it is an eighth of the bytes of a 16-bit exact cache; a sixth with h2o,
+which keeps queries too. Columns: task, what is dropped, policy, setting, bytes in a model of 16 bits as a share of
+exact's, samples, share of right answers with its 95 % Wilson interval, exact's share on the same samples, and, for
+`both`, the paired difference from `tokens` with the same policy with its 95 % Tango interval. About 40 minutes on one
+core.
 """
 
 from __future__ import annotations
