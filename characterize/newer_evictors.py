@@ -69,7 +69,40 @@ class Trial:
 
 QUARTER, EIGHTH = "snapkv@25%", "snapkv@12.5%"
 WIDE, WIDE_EIGHTH = "snapkv(window=256)@25%", "snapkv(window=128)@12.5%"
-TRIALS: tuple[Trial, ...] = ()
+TRIALS = (
+    Trial("SnapKV", QUARTER),
+    Trial("SnapKV", EIGHTH),
+    Trial("SnapKV, half of the budget is the window", WIDE, QUARTER),
+    Trial("SnapKV, half of the budget is the window", WIDE_EIGHTH, EIGHTH),
+    Trial("ChunkKV", "?ChunkVotes@25%", QUARTER),
+    Trial("ChunkKV", "?ChunkVotes(window=256)@25%", WIDE),
+    Trial("ChunkKV", "?ChunkVotes@12.5%", EIGHTH),
+    Trial("ChunkKV", "?ChunkVotes(window=128)@12.5%", WIDE_EIGHTH),
+    Trial("LagKV", "?LagRelative(recent=32)@25%", QUARTER),
+    Trial("LagKV", "?LagRelative(recent=32,lag=32)@12.5%", EIGHTH),
+    Trial("KVzip's scores", "?Reread(recent=32,scores=zip_max_TEXT)@25%", QUARTER),
+    Trial("KVzip's scores", "?Reread(recent=256,scores=zip_max_TEXT)@25%", WIDE),
+    Trial("KVzip's scores, summed", "?Reread(recent=256,scores=zip_sum_TEXT)@25%", WIDE),
+    Trial("KVzip's scores", "?Reread(recent=32,scores=zip_max_TEXT)@12.5%", EIGHTH),
+    Trial("attention to come (cheats)", "?Reread(recent=32,scores=future_sum_TEXT)@25%", QUARTER),
+    Trial("attention to come (cheats)", "?Reread(recent=256,scores=future_sum_TEXT)@25%", WIDE),
+    Trial("attention to come (cheats)", "?Reread(recent=32,scores=future_sum_TEXT)@12.5%", EIGHTH),
+    Trial("expected, once", "?ExpectedOnce(recent=32)@25%", QUARTER),
+    Trial("expected, once", "?ExpectedOnce(recent=256)@25%", WIDE),
+    Trial("expected without |v|", "?ExpectedOnce(recent=256,values=False)@25%", WIDE),
+    Trial("expected without covariance", "?ExpectedOnce(recent=256,spread=False)@25%", WIDE),
+    Trial("expected, head by head", "?ExpectedOnce(recent=256,heads=each)@25%", WIDE),
+    Trial("expected, once", "?ExpectedOnce(recent=128)@12.5%", WIDE_EIGHTH),
+    Trial("H2O, once", "?AccumulatedOnce(recent=256)@25%", WIDE),
+    Trial("H2O, once, mean", "?AccumulatedOnce(recent=256,mean=True)@25%", WIDE),
+    Trial("H2O, once", "?AccumulatedOnce(recent=128)@12.5%", WIDE_EIGHTH),
+    Trial("CaM", "?MergedValues@25%", QUARTER),
+    Trial("one mean of all evicted", "snapkv+moments(covariance=none)@508", QUARTER),
+    Trial("clusters", "snapkv(window=256)+clusters(m=8)@504", WIDE),
+    Trial("clusters", "snapkv(window=256)+clusters(m=16)@496", WIDE),
+    Trial("clusters", "snapkv(window=256)+clusters(m=32)@480", WIDE),
+    Trial("clusters", "snapkv(window=256)+clusters(m=64)@448", WIDE),
+)
 
 
 @dataclass(frozen=True)

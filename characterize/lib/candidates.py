@@ -57,7 +57,7 @@ class LagRelative(AtTheSeal):
     lag: int = 128
 
     def priority(self, held: Held) -> Tensor:
-        order = held.position.argsort(1)
+        order = held.position.masked_fill(~held.live, 1 << 62).argsort(1)
         n = int(held.count.min())
         parts = (n - self.sinks) // self.lag
         score = torch.full(held.position.shape, 2.0, dtype=torch.float64)
