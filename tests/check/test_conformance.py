@@ -49,6 +49,8 @@ OPTIONS = (
     "snapkv(decode=evict,prefill=stream,pool=avg)@64",
     "snapkv(window=8,kernel=1,block=1)@24:32:40",
     "raas(prompt=evict,top=0.5)@48",
+    "h2o(decode=keep,prefill=dense)@48",
+    "h2o(decode=keep,block=4)@24:32:40",
     "raas(page=4,alpha=0.05)+value_sum@24:30:60",
     "ridge_leverage(sketch=6,kind=count,centre=True)@40",
     "ridge_leverage(sketch=6,over=held)@40",
