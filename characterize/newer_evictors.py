@@ -13,7 +13,7 @@ Tried parts that are not in kvfloor are in `characterize/lib/candidates.py`. `Re
 of the model has made. They are the largest (max) or summed (sum) attention that a token receives from later tokens. For
 `zip` the model reads the context again after "Repeat the previous context exactly."; for `future` it reads the 512
 tokens to be predicted. The latter cheats: it shows how much a better choice of tokens could gain at most.
-About 20 minutes on one core; with --out, rows that are in the folder are not measured again.
+About half an hour on one core; with --out, rows that are in the folder are not measured again.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Trial:
 
 QUARTER, EIGHTH = "snapkv@25%", "snapkv@12.5%"
 WIDE, WIDE_EIGHTH = "snapkv(window=256)@25%", "snapkv(window=128)@12.5%"
+KEPT, CODED = "h2o(decode=keep,prefill=dense)@25%", "snapkv(window=256):k5v4@25%"
 TRIALS = (
     Trial("SnapKV", QUARTER),
     Trial("SnapKV", EIGHTH),
@@ -93,15 +94,17 @@ TRIALS = (
     Trial("expected without covariance", "?ExpectedOnce(recent=256,spread=False)@25%", WIDE),
     Trial("expected, head by head", "?ExpectedOnce(recent=256,heads=each)@25%", WIDE),
     Trial("expected, once", "?ExpectedOnce(recent=128)@12.5%", WIDE_EIGHTH),
-    Trial("H2O, once", "?AccumulatedOnce(recent=256)@25%", WIDE),
-    Trial("H2O, once, mean", "?AccumulatedOnce(recent=256,mean=True)@25%", WIDE),
-    Trial("H2O, once", "?AccumulatedOnce(recent=128)@12.5%", WIDE_EIGHTH),
     Trial("CaM", "?MergedValues@25%", QUARTER),
     Trial("one mean of all evicted", "snapkv+moments(covariance=none)@508", QUARTER),
+    Trial("h2o(decode=keep)", KEPT, WIDE),
+    Trial("h2o(decode=keep), coded", "h2o(decode=keep,prefill=dense):k5v4@50%"),
+    Trial("h2o(decode=keep), streamed", "h2o(decode=keep)@25%", KEPT),
     Trial("clusters", "snapkv(window=256)+clusters(m=8)@504", WIDE),
-    Trial("clusters", "snapkv(window=256)+clusters(m=16)@496", WIDE),
     Trial("clusters", "snapkv(window=256)+clusters(m=32)@480", WIDE),
-    Trial("clusters", "snapkv(window=256)+clusters(m=64)@448", WIDE),
+    Trial("clusters", "snapkv(window=128)+clusters(m=32)@224", WIDE_EIGHTH),
+    Trial("clusters", "h2o(decode=keep,prefill=dense)+clusters(m=32)@480", KEPT),
+    Trial("SnapKV, coded", CODED),
+    Trial("clusters, coded", "snapkv(window=256)+clusters(m=8):k5v4@486", CODED),
 )
 
 

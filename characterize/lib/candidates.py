@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvfloor import Held
-from kvfloor.core.policy import Guarded, Queries
+from kvfloor.core.policy import Guarded
 from kvfloor.core.rowwise import length
 from kvfloor.methods.policies.expected import Expected
 from kvfloor.methods.policies.observation import Observation
@@ -143,24 +143,6 @@ class ExpectedOnce(Expected):
     def priority(self, held: Held) -> Tensor:
         score = super().priority(held)
         return score if self.values else score / length(held.v.to(score.dtype)).clamp_min(1e-12)
-
-
-@dataclass(frozen=True)
-class AccumulatedOnce(AtTheSeal):
-    """Evict once, at the seal, the tokens that received the least attention from all queries of the prompt (H2O)."""
-
-    name: ClassVar[str] = "accumulated_once"
-    wants_weights: ClassVar[bool] = True
-    columns: ClassVar[dict[str, torch.dtype]] = {"score": torch.float32}
-
-    mean: bool = False
-
-    def priority(self, held: Held) -> Tensor:
-        score = held.columns["score"]
-        return score / (held.seen - held.position).clamp_min(1) if self.mean else score
-
-    def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
-        return {"score": held.columns["score"] + weights.mean(1).sum(1).float()}
 
 
 @dataclass(frozen=True)
