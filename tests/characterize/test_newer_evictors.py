@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -138,6 +139,8 @@ def test_a_row_has_its_difference_and_its_place_on_the_frontier() -> None:
     trials = (Trial("a", "snapkv@25%"), Trial("b", "?Better@25%", "snapkv@25%"), Trial("c", "worse@9", "snapkv@25%"))
     rows = [dict(zip(FIELDS, row, strict=True)) for row in table(found, trials)]
     assert [row["frontier"] for row in rows] == ["", "yes", ""]
+    cheating = table(found, (trials[0], replace(trials[1], cheats=True), trials[2]))
+    assert [row[-1] for row in cheating] == ["yes", "", ""]
     assert [row["kl"] for row in rows] == pytest.approx([0.4, 0.2, 2.0])
     assert rows[0]["more"] == "" and rows[1]["more"] == pytest.approx(-0.2) and rows[2]["more"] == pytest.approx(1.6)
     assert [row["same_top"] for row in rows] == [0.5] * 3 and rows[1]["setting"] == "Better@25%"
