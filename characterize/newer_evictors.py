@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from characterize.frontier import CONTEXT, CONTINUATION, TEXTS, FrontierPoint, axis, read
+from characterize.frontier import CONTINUATION, SOURCES, TEXTS, FrontierPoint, axis, read
 from characterize.lib.candidates import has_scores, save_scores
 from characterize.lib.table import Row, save
 from kvfloor.audit.nats import BLOCK_TOKENS
@@ -42,7 +42,8 @@ from kvfloor.methods.grammar import parse
 from kvfloor.models import load
 from kvfloor.statistics import blocks, mean_interval
 
-MODEL, SLOTS = "smollm2", 256
+SOURCE, SLOTS = "smollm2-2048", 256
+MODEL, CONTEXT = SOURCES[SOURCE].model, SOURCES[SOURCE].context
 MODULE = "characterize.lib.candidates:"
 REQUEST = "\n\nRepeat the previous context exactly.\n"
 FIELDS = (
@@ -210,7 +211,7 @@ def table(found: dict[str, TriedFigures], trials: Sequence[Trial]) -> list[Row]:
         name: FrontierPoint(axis(name), name, one.share, *mean_interval(one.blocks())) for name, one in found.items()
     }
     honest = [points[one.setting] for one in trials if not one.cheats]
-    others = [*honest, *(point for point in read()[0] if point.setting not in points)]
+    others = [*honest, *(point for point in read(SOURCE)[0] if point.setting not in points)]
     rows: list[Row] = []
     for one in trials:
         mine, point = found[one.setting], points[one.setting]

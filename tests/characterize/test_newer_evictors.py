@@ -13,7 +13,7 @@ from torch import Tensor
 
 from characterize.frontier import read
 from characterize.lib.candidates import ChunkVotes, LagRelative, has_scores, save_scores
-from characterize.newer_evictors import FIELDS, MODULE, Trial, TriedFigures, received, table
+from characterize.newer_evictors import FIELDS, MODULE, SOURCE, Trial, TriedFigures, received, table
 from kvfloor.hf.recording import Recorded
 from tests.support import Draw, opened, positions, stream
 
@@ -130,7 +130,7 @@ def test_a_row_has_its_difference_and_its_place_on_the_frontier() -> None:
     def figures(share: float, kl: float) -> TriedFigures:
         return TriedFigures(share, ((kl, 3 * kl) * 256,) * 2, ((1, 0) * 256,) * 2)
 
-    least = min(point.share for point in read()[0])
+    least = min(point.share for point in read(SOURCE)[0])
     found = {
         "snapkv@25%": figures(least / 2, 0.2),
         "?Better@25%": figures(least / 2, 0.1),
