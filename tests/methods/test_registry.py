@@ -238,7 +238,7 @@ BAD = [
     ("subgen|top_k", "'|' needs exact or an eviction policy before it"),
     ("exact@8", "leave the budget out"),
     ("window(3)@8", "window does not take 1 values; it takes block, prefill"),
-    ("h2o(rcent=3)@8", "h2o does not take rcent; it takes score, recent, sinks, decay, group, block, prefill"),
+    ("h2o(rcent=3)@8", "h2o does not take rcent; it takes score, recent, sinks, decay, group, decode, block, prefill"),
     ("top_k(k=3)@8", "top_k is a selector"),
     ("window(block=4,block=5)@8", "each once"),
     ("window(1),(2)@8", "the arguments must be numbers or words"),

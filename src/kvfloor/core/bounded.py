@@ -298,7 +298,7 @@ class BoundedState(Watching):
                 self.selection.resize(self.slots)
         if self.memory is not None:
             self.memory.seal()
-        if not (policy.wants_weights or policy.wants_queries(True)):
+        if policy.spares == "answer" or not (policy.wants_weights or policy.wants_queries(True)):
             self.queries = None
         super()._seal()
 

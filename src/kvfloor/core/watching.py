@@ -58,8 +58,14 @@ class Watching(Blocked["Bounded"]):
 
     @property
     def learns_from_queries(self) -> bool:
-        """Return True if the policy learns from the queries of the present phase: the prompt, or what follows it."""
-        return self.method.policy.wants_weights or self.method.policy.wants_queries(self.sealed)
+        """Return True if the policy learns from the queries of the present phase: the prompt, or what follows it.
+
+        A policy that spares the answer evicts nothing more after the seal (end of the prompt), so it learns no more.
+        """
+        policy = self.method.policy
+        if self.sealed and policy.spares == "answer":
+            return False
+        return policy.wants_weights or policy.wants_queries(self.sealed)
 
     @property
     def _selector(self) -> Selector:

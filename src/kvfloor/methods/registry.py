@@ -38,6 +38,7 @@ from kvfloor.methods.sketches.balance import Balance
 from kvfloor.methods.sketches.quantized import Quantized
 from kvfloor.methods.sketches.subgen import SubGen
 from kvfloor.methods.sketches.window_sample import WindowSample
+from kvfloor.methods.summaries.clusters import ClusterMeans
 from kvfloor.methods.summaries.low_rank import Less
 from kvfloor.methods.summaries.moments import Moments
 from kvfloor.methods.summaries.taylor import Taylor
@@ -65,6 +66,7 @@ TABLE: dict[str, type] = {
         Drop,
         ValueSum,
         ValueSample,
+        ClusterMeans,
         Less,
         Moments,
         Taylor,

@@ -25,6 +25,8 @@ class HeavyHitters(Policy):
     recent  newest tokens that are never evicted; half the budget unless given
     sinks   first tokens that are never evicted; 4 unless given
     group   how the weights from the queries of a GQA group are combined: "mean" or "max"
+    decode  "evict": tokens after the prompt are scored and evicted like those of the prompt, as in the paper;
+            "keep": they are never evicted, so memory grows with the answer (all tokens after the prompt)
     Scores are float32 whatever the cache's dtype: in bfloat16, a sum of weights would stop growing at 256. With
     prefill=dense (no eviction before the end of the prompt) the scores are the column sums of the prompt's attention
     matrix. Of this matrix, only a part (a block of queries and some of the keys) is in memory at a time.
@@ -40,12 +42,17 @@ class HeavyHitters(Policy):
     sinks: int = 4
     decay: float = 0.98
     group: Literal["mean", "max"] = "mean"
+    decode: Literal["evict", "keep"] = "evict"
 
     def __post_init__(self) -> None:
         count("h2o", sinks=self.sinks, **({} if self.recent is None else {"recent": self.recent}))
         literals(self)
         if not (isinstance(self.decay, float) and 0 < self.decay < 1):
             raise ValueError(f"h2o: decay must lie in (0, 1), got {self.decay!r}")
+
+    @property
+    def spares(self) -> Literal["nothing", "prompt", "answer"]:
+        return "answer" if self.decode == "keep" else "nothing"
 
     def protected_first(self) -> int:
         return self.sinks
