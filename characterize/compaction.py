@@ -1,0 +1,148 @@
+"""Compare compacting a finished context with evicting from it, on SmolLM2, in nats per predicted token.
+
+    python -m characterize.compaction [CONTEXT ...]
+
+A text's first tokens (the context) are taken in: under `compact`, which then shrinks all of them to a share, or under
+an eviction policy that keeps every token until the context ends and then as many tokens per kv head. The next 512
+tokens are predicted from the true ones before them, and compared with an exact cache's predictions. Each row gives the
+bytes held at the context's end, and the mean KL divergence in nats per token with its 95 % interval over blocks of 64
+tokens of all texts. Rows of `compact` also give, per text, the processor time of the compaction for 4,096 tokens, and
+two shares of the exact cache's bytes: what the state holds more than the exact one before the compaction, and the most
+that the process grew during it. Rows of the contexts that are not named stay. Five minutes on one core for 2,048
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from characterize.lib.table import Row, save
+from kvfloor.audit.measure import CHUNK_SLOTS
+from kvfloor.audit.nats import BLOCK_TOKENS, TokenFigures, figures
+from kvfloor.audit.texts import text_of
+from kvfloor.hf import CompressedCache, prepare
+from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.intake import Room, SharedPrompt
+from kvfloor.methods.grammar import parse
+from kvfloor.models import load
+from kvfloor.statistics import blocks, mean_interval
+
+TEXTS, CONTEXTS, CONTINUATION = ("speech", "facts"), (2048, 4096), 512
+SHARES = (0.05, 0.02)
+EVICTORS = ("snapkv", "h2o(prefill=dense)", "tova(prefill=dense)", "expected(prefill=dense)")
+FIELDS = ("context", "method", "share", "state_bytes", "exact_bytes", "kl", "low", "high", "same_top", "tokens")
+FIELDS += ("cpu_seconds_per_4k", "sample_share", "peak_share")
+FEW_TOKENS = 128  # predicted at a time
+
+
+class CompactionBench:
+    """Measure all settings on one text, whose exact cache is filled once.
+
+    context, continuation  token ids
+    """
+
+    def __init__(self, model, tokenizer, text: str, context: int) -> None:
+        ids = tokenizer(text_of(text, context + CONTINUATION)).input_ids[: context + CONTINUATION]
+        self.model, self.context, self.continuation = model, ids[:context], ids[context:]
+        methods = [parse(f"{evictor}@{self.tokens(share)}") for evictor in EVICTORS for share in SHARES]
+        self._prompt = SharedPrompt(model, [self.context], CHUNK_SLOTS, methods, Room())
+        exact = self._filled("exact")
+        self.exact_bytes = exact.cache.nbytes
+        self._exact = list(self._predicted(exact))
+
+    def tokens(self, share: float) -> int:
+        """Return the number of tokens per kv head that this share of the context is."""
+        return math.ceil(share * len(self.context))
+
+    def _filled(self, text: str) -> Dialogue:
+        dialogue = Dialogue.start(self.model, CompressedCache(self.model, text, seed=0), 1)
+        self._prompt.feed(dialogue)
+        dialogue.cache.seal()
+        return dialogue
+
+    def _predicted(self, dialogue: Dialogue) -> Iterator[tuple[Tensor, Tensor]]:
+        return dialogue.predict([self.continuation], FEW_TOKENS)
+
+    def _figures(self, dialogue: Dialogue) -> TokenFigures:
+        exact, tokens = [logits[0] for _, logits in self._exact], [ids[0] for ids, _ in self._exact]
+        return figures(exact, (logits[0] for _, logits in self._predicted(dialogue)), tokens)
+
+    def evicted(self, evictor: str, share: float) -> tuple[int, TokenFigures]:
+        """Return the bytes at the context's end, and the figures of the predictions, under an eviction policy."""
+        dialogue = self._filled(f"{evictor}@{self.tokens(share)}")
+        return dialogue.cache.nbytes, self._figures(dialogue)
+
+    def compacted(self) -> Iterator[tuple[float, int, TokenFigures, tuple[float, float, float]]]:
+        """Yield (share, bytes, figures, (processor seconds for 4,096 tokens, sample share, peak share)) per share."""
+        dialogue = Dialogue.start(self.model, CompressedCache(self.model, "compact"), 1)
+        dialogue.feed([self.context], CHUNK_SLOTS)
+        sample = dialogue.cache.nbytes / self.exact_bytes - 1
+        for share in SHARES:
+            cache = copy.deepcopy(dialogue.cache)
+            before, begin = peak_resident_bytes(anew=True), time.process_time()
+            cache.compact(to=share)
+            seconds = time.process_time() - begin
+            grown = (peak_resident_bytes() - before) / self.exact_bytes
+            held, fresh = cache.nbytes, Dialogue(self.model, cache, dialogue.mask.clone(), dialogue.logits)
+            yield share, held, self._figures(fresh), (seconds * 4096 / len(self.context), sample, grown)
+
+
+def peak_resident_bytes(anew: bool = False) -> int:
+    """Return the most memory that this process has had resident; with `anew`, begin from what it has now (Linux)."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measured(context: int) -> list[Row]:
+    """Return the rows of one context, the smallest divergence of each share first; columns as in FIELDS."""
+    torch.set_num_threads(1)
+    model, tokenizer = load("smollm2")
+    model = prepare(model)
+    found: dict[tuple[str, float], list[tuple[int, int, TokenFigures, tuple[float, ...]]]] = {}
+    for text in TEXTS:
+        bench = CompactionBench(model, tokenizer, text, context)
+        for share, held, told, cost in bench.compacted():
+            found.setdefault(("compact", share), []).append((held, bench.exact_bytes, told, cost))
+            print(text, "compact", share, sum(told.kl) / len(told.kl), held, cost, flush=True)
+        for evictor in EVICTORS:
+            for share in SHARES:
+                held, told = bench.evicted(evictor, share)
+                found.setdefault((evictor, share), []).append((held, bench.exact_bytes, told, ()))
+                print(text, evictor, share, sum(told.kl) / len(told.kl), held, flush=True)
+    rows: list[Row] = []
+    for (method, share), texts in found.items():
+        held, exact = (sum(one[i] for one in texts) // len(texts) for i in (0, 1))
+        interval = mean_interval([block for one in texts for block in blocks(one[2].kl, BLOCK_TOKENS)], 0.95)
+        same = [x for one in texts for x in one[2].same_top]
+        costs = [f"{max(column):.3g}" for column in zip(*(one[3] for one in texts), strict=True)] or ["", "", ""]
+        rows.append((context, method, share, held, exact, *interval, sum(same) / len(same), len(same), *costs))
+    return sorted(rows, key=lambda row: (-float(str(row[2])), float(str(row[5]))))
+
+
+def with_other_contexts(rows: list[Row]) -> list[Row]:
+    """Return the rows with those of contexts that were not measured, as they stand in the table."""
+    path, named = Path(__file__).with_suffix(".tsv"), {str(row[0]) for row in rows}
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+    kept: list[Row] = [tuple(line.split("\t")) for line in lines if line.split("\t")[0] not in named]
+    return sorted([*kept, *rows], key=lambda row: int(str(row[0])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("contexts", nargs="*", type=int, metavar="CONTEXT", help="lengths in tokens; 2048 and 4096")
+    for context in parser.parse_args().contexts or CONTEXTS:
+        save(__file__, FIELDS, with_other_contexts(measured(context)))
+
+
+if __name__ == "__main__":
+    main()
