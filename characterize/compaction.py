@@ -37,6 +37,7 @@ from kvfloor.statistics import blocks, mean_interval
 
 TEXTS, CONTEXTS, CONTINUATION = ("speech", "facts"), (2048, 4096), 512
 SHARES = (0.05, 0.02)
+COMPACTORS = ("compact", "compact(queries=512)")
 EVICTORS = ("snapkv", "h2o(prefill=dense)", "tova(prefill=dense)", "expected(prefill=dense)")
 FIELDS = ("context", "method", "share", "state_bytes", "exact_bytes", "kl", "low", "high", "same_top", "tokens")
 FIELDS += ("cpu_seconds_per_4k", "sample_share", "peak_share")
@@ -80,9 +81,9 @@ class CompactionBench:
         dialogue = self._filled(f"{evictor}@{self.tokens(share)}")
         return dialogue.cache.nbytes, self._figures(dialogue)
 
-    def compacted(self) -> Iterator[tuple[float, int, TokenFigures, tuple[float, float, float]]]:
+    def compacted(self, method: str) -> Iterator[tuple[float, int, TokenFigures, tuple[float, float, float]]]:
         """Yield (share, bytes, figures, (processor seconds for 4,096 tokens, sample share, peak share)) per share."""
-        dialogue = Dialogue.start(self.model, CompressedCache(self.model, "compact"), 1)
+        dialogue = Dialogue.start(self.model, CompressedCache(self.model, method), 1)
         dialogue.feed([self.context], CHUNK_SLOTS)
         sample = dialogue.cache.nbytes / self.exact_bytes - 1
         for share in SHARES:
@@ -111,9 +112,10 @@ def measured(context: int) -> list[Row]:
     found: dict[tuple[str, float], list[tuple[int, int, TokenFigures, tuple[float, ...]]]] = {}
     for text in TEXTS:
         bench = CompactionBench(model, tokenizer, text, context)
-        for share, held, told, cost in bench.compacted():
-            found.setdefault(("compact", share), []).append((held, bench.exact_bytes, told, cost))
-            print(text, "compact", share, sum(told.kl) / len(told.kl), held, cost, flush=True)
+        for method in COMPACTORS:
+            for share, held, told, cost in bench.compacted(method):
+                found.setdefault((method, share), []).append((held, bench.exact_bytes, told, cost))
+                print(text, method, share, sum(told.kl) / len(told.kl), held, cost, flush=True)
         for evictor in EVICTORS:
             for share in SHARES:
                 held, told = bench.evicted(evictor, share)

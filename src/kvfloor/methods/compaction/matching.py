@@ -19,7 +19,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.logits import cap_
 from kvfloor.methods.compaction.solvers import lift, nearest, nonnegative
 
-TILE_TOKENS = 512  # bounds the softmax weights that exist at once: reference queries x this many tokens
+TILE_TOKENS = 256  # bounds the softmax weights that exist at once: reference queries x this many tokens
 WEIGHT_RIDGE = 0.03
 VALUE_RIDGE = 0.01
 LEAST_WEIGHT = 1e-4  # a kept token of weight zero would have log-weight -inf
