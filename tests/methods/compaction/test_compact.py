@@ -72,6 +72,11 @@ def require_reads(state: CompactState) -> None:
         copy = state.clone()
         mass = copy.step_partial(q[:, :, :n], k[:, :n], v[:, :n]).log_mass[:, :, -1]
         assert torch.allclose(mass, literal(copy, q[:, :, n - 1]).log_mass)
+    copy = state.clone()
+    for i in range(4):  # the first one makes room for the others, which rows of one length answer without masks
+        at = slice(i, i + 1)
+        last = copy.step(q[:, :, at], k[:, at], v[:, at])[:, :, 0]
+        assert torch.allclose(last, literal(copy, q[:, :, i]).mean)
 
 
 @pytest.mark.parametrize("present", [None, PRESENT])
@@ -105,6 +110,16 @@ def test_each_row_keeps_its_share_of_the_span_and_all_other_tokens(span: Any, st
         was_k, was_v = before[row, position]
         assert torch.equal(k, was_k)  # keys stay as they came
         assert torch.equal(v, was_v) == (not start <= position < stop)
+
+
+def test_a_row_that_has_too_few_tokens_in_the_span_keeps_them_as_they_are() -> None:
+    state = filled()
+    before = sorted_tokens(state, 1)
+    state.compact((139, N), to=0.5)  # row 1 has one token there
+    assert state.held.tolist() == [139 + 51, 140, 139 + 11]
+    assert all(torch.equal(a, b) for a, b in zip(sorted_tokens(state, 1), before, strict=True))
+    state.forget(torch.tensor([1]), torch.tensor([139]))
+    assert state.held.tolist() == [139 + 51, 139, 139 + 11]
 
 
 def tokens(state: CompactState) -> list[tuple[int, int, Tensor, Tensor]]:
