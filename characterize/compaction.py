@@ -93,19 +93,20 @@ class CompactionBench:
         self.model, self.part, self.context, self.continuation = model, part, ids[: part.context], ids[part.context :]
         methods = [parse(f"{evictor}@{self.tokens(share)}") for evictor in part.evictors for share in part.shares]
         self._prompt = SharedPrompt(model, [self.context], CHUNK_SLOTS, methods, Room())
-        exact = self._filled("exact")
-        self.exact_bytes = exact.cache.nbytes
+        cache, exact = self._filled("exact")
+        self.exact_bytes = cache.nbytes
         self._exact = list(self._predicted(exact))
 
     def tokens(self, share: float) -> int:
         """Return the number of tokens per kv head that this share of the context is."""
         return math.ceil(share * len(self.context))
 
-    def _filled(self, text: str) -> Dialogue:
-        dialogue = Dialogue.start(self.model, CompressedCache(self.model, text, seed=0), 1)
+    def _filled(self, text: str) -> tuple[CompressedCache, Dialogue]:
+        cache = CompressedCache(self.model, text, seed=0)
+        dialogue = Dialogue.start(self.model, cache, 1)
         self._prompt.feed(dialogue)
-        dialogue.cache.seal()
-        return dialogue
+        cache.seal()
+        return cache, dialogue
 
     def _predicted(self, dialogue: Dialogue) -> Iterator[tuple[Tensor, Tensor]]:
         return dialogue.predict([self.continuation], FEW_TOKENS)
@@ -116,19 +117,20 @@ class CompactionBench:
 
     def evicted(self, evictor: str, share: float) -> tuple[int, TokenFigures]:
         """Return the bytes at the context's end, and the figures of the predictions, under an eviction policy."""
-        dialogue = self._filled(f"{evictor}@{self.tokens(share)}")
-        return dialogue.cache.nbytes, self._figures(dialogue)
+        cache, dialogue = self._filled(f"{evictor}@{self.tokens(share)}")
+        return cache.nbytes, self._figures(dialogue)
 
     def compacted(self, method: str) -> Iterator[tuple[float, int, TokenFigures, tuple[float, float, float]]]:
         """Yield (share, bytes, figures, (processor seconds for 4,096 tokens, sample share, peak share)) per share."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a configuration, which does not tell how queries can be turned
             source = self.model.config if method == UNTURNED else self.model
-            dialogue = Dialogue.start(self.model, CompressedCache(source, method.partition(",")[0]), 1)
+            filled = CompressedCache(source, method.partition(",")[0])
+        dialogue = Dialogue.start(self.model, filled, 1)
         dialogue.feed([self.context], CHUNK_SLOTS)
-        sample = dialogue.cache.nbytes / self.exact_bytes - 1
+        sample = filled.nbytes / self.exact_bytes - 1
         for share in self.part.shares:
-            cache = copy.deepcopy(dialogue.cache)
+            cache = copy.deepcopy(filled)
             before, begin = peak_resident_bytes(anew=True), time.process_time()
             cache.compact(to=share)
             seconds = time.process_time() - begin
@@ -164,7 +166,7 @@ def measured(part: CompactionPart) -> list[Row]:
                 print(text, evictor, share, sum(told.kl) / len(told.kl), held, flush=True)
     rows: list[Row] = []
     for (method, share), texts in found.items():
-        held, exact = (sum(one[i] for one in texts) // len(texts) for i in (0, 1))
+        held, exact = sum(one[0] for one in texts) // len(texts), texts[0][1]
         interval = mean_interval([block for one in texts for block in blocks(one[2].kl, BLOCK_TOKENS)], 0.95)
         same = [x for one in texts for x in one[2].same_top]
         costs = [f"{max(column):.3g}" for column in zip(*(one[3] for one in texts), strict=True)] or ["", "", ""]

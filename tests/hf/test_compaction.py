@@ -49,9 +49,8 @@ def test_every_layer_and_row_keeps_its_share_and_generate_goes_on(prepared: PreT
         assert entry["tokens"] == [50, 50, 70, 70] and entry["held"] == [5, 5, 7, 7]
     ids = torch.cat([prompt["input_ids"], more(3)], 1)
     mask = torch.cat([prompt["attention_mask"], torch.ones(2, 3, dtype=torch.int64)], 1)
-    told = prepared.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, do_sample=False
-    )
+    how: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    told = prepared.generate(ids, attention_mask=mask, past_key_values=cache, **how)
     assert told.shape == (2, 85)
     assert cache.report()[0]["held"] == [19, 19, 21, 21]
 
@@ -185,7 +184,7 @@ def test_a_model_given_as_a_configuration_warns_that_the_rotation_is_unknown(pre
 
 
 def test_other_dtypes_compact_as_well() -> None:
-    model = prepare(tiny().to(torch.bfloat16))
+    model = prepare(tiny().bfloat16())
     cache = CompressedCache(model, "compact")
     model(more(80), past_key_values=cache)
     cache.compact(to=0.1)
