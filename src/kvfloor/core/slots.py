@@ -83,6 +83,7 @@ class Slots(Arena):
     plain: ClassVar[bool] = True
     """True if `k` and `v` hold the keys and values as they were given; False for a store that codes them."""
     position_dtype: ClassVar[torch.dtype] = torch.int64
+    weighted = False
 
     def __init__(
         self,
@@ -92,7 +93,6 @@ class Slots(Arena):
         lose: bool = True,
     ) -> None:
         super().__init__(spec, torch.tensor(list(capacities), dtype=torch.int64))
-        self.weighted = False
         self.columns = Columns()
         self.position = torch.zeros(self._places, dtype=self.position_dtype, device=spec.device)
         for name, dtype in (columns or {}).items():
@@ -384,7 +384,8 @@ class Slots(Arena):
 
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt(fields)
-        self.weighted = LOG_WEIGHT in self._columns() and bool(fields["columns"][LOG_WEIGHT].any())
+        if LOG_WEIGHT in self._columns() and bool(fields["columns"][LOG_WEIGHT].any()):
+            self.weighted = True
         self._turn(None)
 
     def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:
