@@ -55,18 +55,20 @@ def attend(
     return mean, log_mass
 
 
-def attend_newest(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+def attend_newest(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, log_weight: Tensor | None = None
+) -> Tensor:
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs have k's dtype where
     torch's fused kernel applies, otherwise the compute dtype. The kernel is called through torch's
     `scaled_dot_product_attention` and not through `attend`, because with few keys the overhead of `attend` is a third
-    of the time.
+    of the time. log_weight (rows, s) is added to the logits; None: nothing is added.
     """
-    if fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+    if log_weight is None and fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
         return out.transpose(1, 2)
-    return attend(q.squeeze(2), k, v, scale, softcap)[0].unsqueeze(2)
+    return attend(q.squeeze(2), k, v, scale, softcap, log_weight)[0].unsqueeze(2)
 
 
 def attend_causal(

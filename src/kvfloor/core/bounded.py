@@ -116,6 +116,10 @@ class Bounded(Method):
         return Parts(self.policy, self.summary, self.selector, self.store)
 
     @property
+    def wants_rotation(self) -> bool:
+        return self.policy.wants_rotation
+
+    @property
     def answers_prompt_exactly(self) -> bool:
         """Return True if queries of the prompt attend to all its tokens: none is evicted before the prompt's end."""
         return self.prefill == "dense" and isinstance(self.selector, Everything) and self.store.plain

@@ -117,6 +117,7 @@ class Method(ABC):
     budget   tokens per row, a share ("25%") or bytes ("64MiB"); None: no budget, or none chosen yet
     block    number of a row's tokens between two evictions
     parts    the policy, summary and selector of a method that is composed of them
+    wants_rotation  True: a model's cache looks for the rotation of its keys (`Spec.applied`), which the method reads
     Subclasses are frozen dataclasses, and final. Each attribute is a field or a property of the subclass; all but
     `traits` have a default where the subclass declares none.
     """
@@ -127,6 +128,7 @@ class Method(ABC):
     budget: Budget | None = _Usual(None)  # type: ignore[assignment]
     block: int = _Usual(32)  # type: ignore[assignment]
     parts: Parts = _Usual(Parts())  # type: ignore[assignment]
+    wants_rotation: bool = _Usual(False)  # type: ignore[assignment]
 
     @abstractmethod
     def open(self, spec: Spec) -> State:

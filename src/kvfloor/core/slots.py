@@ -26,18 +26,22 @@ from kvfloor.core.method import Guarantee
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 
+LOG_WEIGHT = "log_weight"
+
 
 @dataclass(frozen=True)
 class View:
     """Hold the first s slots of r rows as batched tensors: k (r, s, d), v (r, s, dv), position (r, s), live (r, s).
 
-    live is True for slots that hold a token; None: all do. `fetch` is a function that returns position.
+    live is True for slots that hold a token; None: all do. `fetch` is a function that returns position. log_weight
+    (r, s) is added to the logits; None: nothing is added.
     """
 
     k: Tensor
     v: Tensor
     live: Tensor | None
     fetch: Callable[[], Tensor] = field(repr=False)
+    log_weight: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -54,11 +58,11 @@ class View:
 
         hide: bool (r or 1, m or 1, s), True for slots that a query does not see; None: it sees all
         """
-        return Partial.over(q, self.k, self.v, spec, hide=hide)
+        return Partial.over(q, self.k, self.v, spec, self.log_weight, hide)
 
     def newest(self, q: Tensor, spec: Spec) -> Tensor:
         """Return attention outputs (r, g, 1, dv) of one token's queries q (r, g, 1, d), which see all s slots."""
-        return attend_newest(q, self.k, self.v, spec.scale, spec.softcap)
+        return attend_newest(q, self.k, self.v, spec.scale, spec.softcap, self.log_weight)
 
 
 class Slots(Arena):
@@ -72,6 +76,9 @@ class Slots(Arena):
     ranks of the tokens that came after the evicted ones. Then `k` is computed anew from `bare`, the unrotated keys, so
     that rounding errors do not add up. `bare` is kept only if tokens can leave the slots (argument `lose`) or the
     values are the keys (`spec.tied`).
+
+    A column named "log_weight" (`LOG_WEIGHT`) has a number for each token that is added to its logits, so that a token
+    of log-weight log(c) counts as c equal tokens. New tokens have 0. `weighted` is True if some token has another one.
     """
 
     plain: ClassVar[bool] = True
@@ -79,6 +86,7 @@ class Slots(Arena):
     position_dtype: ClassVar[torch.dtype] = torch.int64
     group: int = 1
     """Number of a row's tokens that are coded together; 1 where none is coded."""
+    weighted = False
 
     def __init__(
         self,
@@ -139,7 +147,8 @@ class Slots(Arena):
     def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> View:
         """Return the first `width` slots of `rows` (None: all) as a `View` with the mask `live`."""
         k, v = (self.numbers(name, rows, width) for name in ("k", "v"))
-        return View(k, v, live, lambda: self.positions(rows, width))
+        log_weight = self.column(LOG_WEIGHT, rows, width) if self.weighted else None
+        return View(k, v, live, lambda: self.positions(rows, width), log_weight)
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         """Return the keys ("k"), values ("v") or unrotated keys ("bare") in the first `width` slots of each of `rows`.
@@ -390,6 +399,8 @@ class Slots(Arena):
 
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt(fields)
+        if LOG_WEIGHT in self._columns() and bool(fields["columns"][LOG_WEIGHT].any()):
+            self.weighted = True
         self._turn(None)
 
     def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:

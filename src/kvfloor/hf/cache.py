@@ -46,6 +46,7 @@ from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import MOST_BYTES, load, save
 from kvfloor.hf.whole import row_budgets, whole_entry
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
+from kvfloor.methods.compaction.compact import Compact, CompactState, Span
 from kvfloor.methods.grammar import parse
 
 
@@ -195,6 +196,35 @@ class CompressedCache(Cache):
             for layer in self.compressed:
                 if layer.state is not None:
                     layer.state.seal()
+
+    def compact(self, span: Span = None, to: float = 0.05) -> None:
+        """Shrink a finished span of tokens to a share of it in every layer and kv head; for the method `compact`.
+
+        span  positions (start, stop), or a slice of them, counted in a batch item's real tokens, pads excluded; None:
+              all tokens so far. An item with fewer tokens than `stop` compacts those that it has
+        to    share of the span's tokens that stays, above 0 and at most 1; 0.05: a twentieth. Of a span that was
+              compacted before, this share of its original tokens stays
+        Keys of the tokens that stay are their own; log-weights and values are fitted so that attention to them has the
+        mass and outputs of the whole span, for a sample of the queries since the last call. Later tokens are kept
+        exactly. On a sharded model every rank calls it with the same arguments. Raises ValueError, the cache unchanged,
+        for another method, for an empty cache, and for arguments out of their domain. Any other exception makes the
+        cache refuse further use.
+        """
+        states = [layer.state for layer in self.compressed]
+        if not isinstance(self.method, Compact):
+            raise ValueError(
+                f"{self.method} compacts no spans: make the cache with the method that does, "
+                f'CompressedCache(model, "compact")'
+            )
+        if not any(isinstance(state, CompactState) for state in states):
+            raise ValueError("this cache has no tokens that could be compacted: feed a prompt first")
+        self.check_whole()
+        for state in states:
+            if isinstance(state, CompactState):
+                state.require_compactable(span, to)
+        with self._passage.change("compact()"):
+            for layer in self.compressed:
+                layer.compact(span, to)
 
     def to(self, device: str | torch.device) -> Self:
         """Move all of the cache's tensors to `device`, for a model that has been moved there. Returns the cache.
@@ -532,7 +562,7 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
 def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
     """Return the rotary embedding that each layer's stored keys have, if the method needs to know it; else None.
 
-    Methods whose policy (rule which tokens to keep) predicts later queries need it. The tuple has one entry per
+    Methods that predict later queries need it. The tuple has one entry per
     compressed layer, None for a layer without a rotary embedding. The result is None
     - for a method that needs no embedding
     - for positions="cache", where keys are stored without their rotation
@@ -540,8 +570,7 @@ def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> t
     Warns if `model` is not given although the method needs it: the method then uses the rotated queries and keys, and
     chooses worse.
     """
-    policy = method.parts.policy
-    if positions != "stream" or policy is None or not policy.wants_rotation:
+    if positions != "stream" or not method.wants_rotation:
         return None
     if model is None:
         warnings.warn(

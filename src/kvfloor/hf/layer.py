@@ -30,6 +30,7 @@ from kvfloor.hf.passage import Passage
 from kvfloor.hf.presence import Presence
 from kvfloor.hf.replaced import refuse_other_attention
 from kvfloor.hf.rows import present_rows, step_rows
+from kvfloor.methods.compaction.compact import CompactState, Span
 
 
 class Meter:
@@ -238,6 +239,16 @@ class CompressedLayer(CacheLayerMixin):
         heads = self.state.spec.rows // self.batch
         first = self.opening.ranks.rank * heads
         self._on_evict(Eviction(self.index, row // heads, first + row % heads, position))
+
+    def compact(self, span: Span, to: float) -> None:
+        """Shrink a span of tokens to the share `to` of it in every row; only for the method `compact`.
+
+        Arguments and errors are those of `CompactState.compact`. An empty layer stays as it is.
+        """
+        if isinstance(self.state, CompactState):
+            self.state.compact(span, to)
+            held_bytes = self.state.nbytes
+            self._meter.measure(self.index, held_bytes, self.state.peak_nbytes - held_bytes)
 
     def clocks(self) -> dict[str, Any]:
         """Return the layer's counters, which are saved beside its state.

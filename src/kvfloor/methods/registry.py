@@ -17,6 +17,7 @@ from kvfloor.core.method import Method
 from kvfloor.core.policy import Policy
 from kvfloor.core.selector import Everything, Selector
 from kvfloor.core.summary import Drop, Summary
+from kvfloor.methods.compaction.compact import Compact
 from kvfloor.methods.policies.expected import Expected
 from kvfloor.methods.policies.farthest_key import FarthestKey
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
@@ -80,6 +81,7 @@ TABLE: dict[str, type] = {
         SubGen,
         Balance,
         WindowSample,
+        Compact,
     )
 }
 
@@ -106,6 +108,7 @@ ALIASES: dict[str, str] = {
     "clustergen": "subgen",
     "balance_kv": "balance",
     "kivi": "quant",
+    "attention_matching": "compact",
 }
 
 # Left out of the table because no model's cache can use them: methods of another attention law, and the method that
