@@ -43,6 +43,7 @@ METHODS = [
     "subgen@64",
     "balance@64",
     "quant(bits=4)",
+    "h2o:k4v3(first=2)@64",
     "exact|hip(k=16)",
     "h2o|pages(page=4,pages=3)@32",
     "window@128KiB",

@@ -70,6 +70,8 @@ class CostTable:
     rows: tuple[LayerCost, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, Mapping) or not isinstance(self.model.get("sha256"), str):
+            raise ValueError(f"it names no model by its digest, but {self.model!r}")
         next_layer = 0
         for (first, last), rows in self.units():
             if first != next_layer:
