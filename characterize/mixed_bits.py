@@ -59,9 +59,12 @@ class Contender:
 
 def best_uniform(target: float) -> str:
     """Return the setting of frontier.tsv that diverges least in at most 1.1 times the share `target` of the bytes."""
-    _, *lines = (line.split("\t") for line in Path(__file__).with_name("frontier.tsv").read_text("utf-8").splitlines())
-    fitting = [line for line in lines if float(line[2]) <= 1.1 * target]
-    return min(fitting, key=lambda line: float(line[4]))[1]
+    names, *lines = (
+        line.split("\t") for line in Path(__file__).with_name("frontier.tsv").read_text("utf-8").splitlines()
+    )
+    rows = [dict(zip(names, line, strict=True)) for line in lines]
+    fitting = [row for row in rows if row["source"] == "smollm2-2048" and float(row["share"]) <= 1.1 * target]
+    return min(fitting, key=lambda row: float(row["kl"]))["setting"]
 
 
 def contenders(table: CostTable, shapes: Sequence[LayerShape], target: float) -> tuple[Contender, Contender]:

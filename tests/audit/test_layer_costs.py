@@ -110,6 +110,12 @@ def test_an_audit_measures_the_layers_that_auto_chooses(table: CostTable, tmp_pa
         AuditRequest(methods=(asked,), prompts=tmp_path / "prompts.jsonl").check()
 
 
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
+    found = kvfloor("measure-layers", "--out", str(tmp_path / "costs.json"), "--methods", "h2o@1MiB")
+    assert found.returncode == 2 and "bytes are for a whole cache" in found.stderr and found.stderr.count("\n") == 1
+    assert not (tmp_path / "costs.json").exists()
+
+
 @pytest.mark.slow
 def test_measured_costs_become_a_row_of_an_audit(tmp_path: Path) -> None:
     """From the command that measures to the rows, the errors by head and the report of the setting."""
@@ -131,3 +137,4 @@ def test_measured_costs_become_a_row_of_an_audit(tmp_path: Path) -> None:
     (row,) = (row for row in answer.rows if row.name == "layers")
     assert text.method == row.method == str(parse(row.method)) and text.state_bytes <= 400 * 1024
     assert any(one.method == row.method for one in answer.closer.error_maps)
+    assert any(one.setting == row.method for one in answer.recommendation.judged)

@@ -691,6 +691,7 @@ def measure_layers(
     """
     from kvfloor.audit.layer_costs import METHODS, measure_layers
     from kvfloor.audit.texts import GENERATED
+    from kvfloor.files import open_folder
     from kvfloor.hf import prepare
     from kvfloor.methods.mixed.costs import write_costs
     from kvfloor.models import load
@@ -704,6 +705,7 @@ def measure_layers(
         done += 1
         print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
 
+    open_folder(out.absolute().parent)
     loaded, tokenizer = load(model, accept_terms)
     table = measure_layers(
         prepare(loaded),

@@ -29,6 +29,7 @@ from kvfloor.methods.mixed.auto import COMMAND, Auto
 from kvfloor.methods.mixed.choice import CacheOption, Choice, cheapest
 from kvfloor.methods.mixed.costs import CostTable, read_costs
 from kvfloor.methods.mixed.layered import Layered
+from kvfloor.validation import whole
 
 
 def choose_layers(model: PreTrainedModel, method: Auto | str, context: int) -> Layered:
@@ -44,6 +45,7 @@ def choose_layers(model: PreTrainedModel, method: Auto | str, context: int) -> L
     asked = parse(method) if isinstance(method, str) else method
     if not isinstance(asked, Auto) or not isinstance(asked.budget, str):
         raise ValueError(f"{asked} asks for no bytes to divide among the layers: give auto(rows='rows.json')@64MiB")
+    whole("context", context)
     table = _rows_for(model, asked)
     shapes, dtype = cache_shapes(model)
     if len(shapes) != table.layers:
