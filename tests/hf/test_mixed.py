@@ -141,10 +141,10 @@ def test_auto_refuses_what_it_cannot_choose_from(prepared: PreTrainedModel, tmp_
         CompressedCache(prepared, asked, context=CONTEXT)
     with pytest.raises(ValueError, match="asks for no bytes"):
         choose_layers(prepared, "h2o@64", CONTEXT)
-    with pytest.raises(ValueError, match="kvfloor.hf.prepare"):
+    with pytest.raises(ValueError, match=r"kvfloor\.hf\.prepare"):
         CompressedCache(tiny(), f"{asked}@1MiB", context=CONTEXT)
     other = prepare(tiny(num_hidden_layers=2))
-    with pytest.raises(ValueError, match="are of another model.*measure-layers"):
+    with pytest.raises(ValueError, match=r"are of another model.*measure-layers"):
         CompressedCache(other, f"{asked}@1MiB", context=CONTEXT)
     with pytest.raises(ValueError, match="is chosen for a model"):
         plan(context=64, methods=["auto@1MiB"])

@@ -26,7 +26,7 @@ from kvfloor.hf.weights import input_device
 from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.grammar import parse
 from kvfloor.methods.mixed.auto import COMMAND, Auto
-from kvfloor.methods.mixed.choice import CacheOption, Choice, cheapest
+from kvfloor.methods.mixed.choice import CacheOption, OptionChoice, cheapest
 from kvfloor.methods.mixed.costs import CostTable, read_costs
 from kvfloor.methods.mixed.layered import Layered
 from kvfloor.validation import whole
@@ -58,7 +58,7 @@ def choose_layers(model: PreTrainedModel, method: Auto | str, context: int) -> L
 
 def choose(
     table: CostTable, most_bytes: int, shapes: Sequence[LayerShape], context: int, dtype: torch.dtype
-) -> tuple[Layered, Choice]:
+) -> tuple[Layered, OptionChoice]:
     """Return the methods of all layers with the least sum of measured costs, and that sum with its bytes.
 
     most_bytes  bytes of one request's states after a prompt of `context` tokens, with keys and values of `dtype`

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfloor.methods.mixed.choice import CacheOption, Choice, by_price, cheapest
+from kvfloor.methods.mixed.choice import CacheOption, OptionChoice, by_price, cheapest
 
 Units = list[list[CacheOption]]
-Solver = Callable[[Sequence[Sequence[CacheOption]], int], Choice]
+Solver = Callable[[Sequence[Sequence[CacheOption]], int], OptionChoice]
 
 
 def option(nbytes: int, nats: float) -> CacheOption:
@@ -57,11 +57,11 @@ def test_the_choice_is_the_best_of_all(units: Units, most_bytes: int) -> None:
     assert is_best(cheapest, units, most_bytes)
 
 
-def one_byte_less(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> Choice:
+def one_byte_less(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> OptionChoice:
     return cheapest(units, most_bytes - 1)
 
 
-def by_the_first_unit(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> Choice:
+def by_the_first_unit(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> OptionChoice:
     """Give the units what they like best in turn."""
     picks: list[int] = []
     left = most_bytes
@@ -71,7 +71,7 @@ def by_the_first_unit(units: Sequence[Sequence[CacheOption]], most_bytes: int) -
         picks.append(min(fitting, key=lambda j: (unit[j].nats, unit[j].nbytes)))
         left -= unit[picks[-1]].nbytes
     chosen = [unit[j] for unit, j in zip(units, picks, strict=True)]
-    return Choice(tuple(picks), sum(one.nbytes for one in chosen), sum(one.nats for one in chosen), 0.0)
+    return OptionChoice(tuple(picks), sum(one.nbytes for one in chosen), sum(one.nats for one in chosen), 0.0)
 
 
 CASES: list[tuple[Units, int]] = [
@@ -126,7 +126,7 @@ def test_equal_nats_take_the_fewest_bytes() -> None:
 def test_too_few_bytes_are_refused_with_the_least_that_would_do() -> None:
     units = [[option(1000, 0.5), option(4000, 0.0)], [option(2500, 0.2)]]
     for solve in (cheapest, by_price):
-        with pytest.raises(ValueError, match="3,499 bytes are too few.*need 3,500 bytes"):
+        with pytest.raises(ValueError, match=r"3,499 bytes are too few.*need 3,500 bytes"):
             solve(units, 3499)
         assert solve(units, 3500).picks == (0, 0)
     with pytest.raises(ValueError, match="at least one unit"):

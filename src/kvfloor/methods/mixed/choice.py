@@ -40,7 +40,7 @@ class CacheOption:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OptionChoice:
     """Hold a choice: the index of each unit's option, the total bytes and nats, and a lower bound on the least nats.
 
     bound: the least nats of the linear relaxation; no choice within the limit of bytes costs less.
@@ -52,7 +52,7 @@ class Choice:
     bound: float
 
 
-def cheapest(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> Choice:
+def cheapest(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> OptionChoice:
     """Return the choice of one option per unit with the least total nats, among those of at most `most_bytes` bytes.
 
     Among choices of equal nats it is one of the fewest bytes. Raises ValueError if there is no unit, if a unit has no
@@ -74,7 +74,7 @@ def cheapest(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> Choice:
     return _choice(units, _picks(labels[-1]), relaxed[0].bound(most_bytes))
 
 
-def by_price(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> Choice:
+def by_price(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> OptionChoice:
     """Return the choice that buys bytes where a byte saves most nats, along each unit's lower convex hull.
 
     It starts from each unit's smallest option, and takes the steps of all hulls in the order of nats saved per byte. A
@@ -217,9 +217,9 @@ def _picks(label: _Label | None) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def _choice(units: Sequence[Sequence[CacheOption]], picks: tuple[int, ...], bound: int) -> Choice:
+def _choice(units: Sequence[Sequence[CacheOption]], picks: tuple[int, ...], bound: int) -> OptionChoice:
     chosen = [unit[index] for unit, index in zip(units, picks, strict=True)]
-    return Choice(
+    return OptionChoice(
         picks,
         sum(one.nbytes for one in chosen),
         math.fsum(one.nats for one in chosen),
