@@ -100,7 +100,7 @@ def test_evictions_are_told_of_the_layers_that_evict(prepared: PreTrainedModel) 
 def test_auto_chooses_the_least_cost_in_the_bytes(prepared: PreTrainedModel, tmp_path: Path) -> None:
     """The real cache keeps to the bytes; more bytes cost no more; all choices together are the oracle."""
     asked = costs(prepared, tmp_path / "costs.json")
-    every = {
+    every: dict[tuple[str, ...], float] = {
         (a, b, c): sum(COSTS[i][METHODS.index(m)] for i, m in enumerate((a, b, c)))
         for a in METHODS
         for b in METHODS

@@ -36,7 +36,8 @@ UNITS = st.lists(
 def best(units: Units, most_bytes: int) -> tuple[Fraction, int] | None:
     """Return the least total nats, and the fewest bytes with which it is reached, of all choices; None if none fits."""
     totals = [
-        (sum(Fraction(one.nats) for one in picked), sum(one.nbytes for one in picked)) for picked in product(*units)
+        (sum((Fraction(one.nats) for one in picked), Fraction(0)), sum(one.nbytes for one in picked))
+        for picked in product(*units)
     ]
     return min((total for total in totals if total[1] <= most_bytes), default=None)
 

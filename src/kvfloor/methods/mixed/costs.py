@@ -110,6 +110,8 @@ def read_costs(path: str | Path) -> CostTable:
         if plain.keys() != {field.name for field in fields(CostTable)}:
             raise ValueError(f"it has the fields {', '.join(plain)}")
         rows = tuple(LayerCost(**row) for row in plain.pop("rows"))
-        return CostTable(rows=rows, **plain | {"texts": tuple(plain["texts"])})
+        return CostTable(
+            plain["model"], plain["layers"], tuple(plain["texts"]), plain["context"], plain["scored"], rows
+        )
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
         raise ValueError(f"{str(path)!r} is no file of costs that kvfloor measure-layers wrote: {cause}") from cause
