@@ -24,7 +24,7 @@ VLLM   := .venv-vllm
 DOCS   := .venv-docs
 FAST   := .venv-fast
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier mixed-bits clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -112,6 +112,10 @@ bench: $(VENV)/.development
 peers: $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python bench/peers/kvpress_beside.py
 	$(PEERS)/bin/python bench/peers/parity.py
+
+# One method per layer of SmolLM2 against one for all layers, in equal bytes; its costs by layer are measured if missing.
+mixed-bits: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.mixed_bits
 
 # Bytes against nats on SmolLM2, for fewer tokens, fewer bits and both: table and charts. Gemma has terms to accept:
 # python -m characterize.frontier gemma3-270m-2048 --accept-terms

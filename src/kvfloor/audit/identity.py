@@ -91,9 +91,10 @@ def _sources(part: Any) -> Iterator[Path]:
         yield Path(source)
     for field in fields(part):
         value = getattr(part, field.name)
-        if is_dataclass(value) and not isinstance(value, type):
-            yield from _sources(value)
-        elif isinstance(value, str) and Path(value).is_file():
+        for one in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(one) and not isinstance(one, type):
+                yield from _sources(one)
+        if isinstance(value, str) and Path(value).is_file():
             yield Path(value)
 
 

@@ -10,6 +10,8 @@ from kvfloor.audit.chat import Wish, check_wish
 from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_protocols
 from kvfloor.audit.recommend import KL_LIMIT, WEAK_EXACT_SCORE
 from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts
+from kvfloor.methods.grammar import parse
+from kvfloor.methods.mixed.auto import Auto
 from kvfloor.models.load import BUILTIN
 from kvfloor.statistics import MIN_SAMPLES
 
@@ -150,7 +152,15 @@ class AuditRequest:
         if not (self.task_names or self.prompts or self.text_names):
             raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
         check_texts(self.text_names)
+        self._check_auto()
         check_scored(len(self.text_names), self.scored, self.minutes is not None)
+
+    def _check_auto(self) -> None:
+        asked = [text for text in self.methods if isinstance(parse(text), Auto)]
+        if asked and (self.prompts is not None or self.tp is not None):
+            raise ValueError(
+                f"{asked[0]}: with --prompts or --tp, choose first (kvfloor.hf.choose_layers) and give the layers(...)"
+            )
 
     def _check_shard(self) -> None:
         if self.shard is None:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfloor.audit.chosen import with_chosen
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
 from kvfloor.audit.grid import Grid
@@ -113,6 +114,7 @@ def run(question: AuditRequest, track: Track, announce: Announce = _silent) -> A
     Rows that are in the folder `question.out` already, of an audit that was stopped, are not measured again. Raises
     ValueError with one line for anything in `question` that cannot be done.
     """
+    question = with_chosen(question, lambda text: track(0, text), announce)
     plan, required = _checked(question)
     with Journal(open_folder(question.out)) as journal:
         _measure(question, plan, journal, track, announce)
@@ -126,6 +128,7 @@ def measure_part(question: AuditRequest, track: Track, announce: Announce = _sil
     `track(total, text)` is called before each of `total` measurements, `announce` with lines of text that tell the
     expected time and what was measured before. Raises ValueError as `run` does.
     """
+    question = with_chosen(question, lambda text: track(0, text), announce)
     plan, _ = _checked(question)
     with Journal(open_folder(question.out)) as journal:
         return _measure(question, plan, journal, track, announce)
@@ -172,7 +175,6 @@ def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condit
 
     Raises ValueError if something in `question`, the arguments of the audit, cannot be measured.
     """
-    question.check()
     plan = settings(question.methods, question.budget_texts)
     if question.prompts is not None:
         read_prompts(question.prompts, question.n)

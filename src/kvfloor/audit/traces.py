@@ -128,8 +128,8 @@ def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:
     query heads of the GQA group, the tokens of question and answer, and the width of a value.
     """
     table = []
-    for trace in traces:
-        answers = replay(trace, method)
+    for place, trace in enumerate(traces):
+        answers = replay(trace, method.of_layer(place))
         real = trace.present[:, -trace.asked :, None].unsqueeze(1)
         shape = (-1, trace.kv_heads, *answers.shape[1:])
         wrong = ((answers - trace.exact) * real).view(shape).square().sum((0, 2, 3, 4))

@@ -660,6 +660,72 @@ def plan_(
     print_plan(planned, Console())
 
 
+@app.command("measure-layers")
+def measure_layers(
+    out: Annotated[Path, typer.Option(help="File for the costs (.json), which auto(rows='FILE')@64MiB reads.")],
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join((BUILTIN, *PACKAGED))}, a .gguf file, or a model's folder.")
+    ] = BUILTIN,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods with their budgets: exact:k5v4, snapkv:k4v3@25%.")
+    ] = None,
+    texts: Annotated[str, typer.Option(help="Comma-separated texts: names or files.")] = "",
+    context: Annotated[int, typer.Option(help="Tokens taken in of each text.", **whole(1, _MOST_CONTEXT))] = 1024,
+    continuation: Annotated[
+        int, typer.Option(help="Tokens predicted after each text's context.", **whole(1, _MOST_CONTEXT))
+    ] = 512,
+    together: Annotated[
+        int, typer.Option(help="Adjacent layers that get one method together.", **whole(1, 100_000))
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seeds the methods.", **whole())] = 0,
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the terms of use of a published model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what each method costs in each layer of a model, in nats, while all other layers keep every token.
+
+    The cost is the KL divergence of the model's next-token predictions from exact ones. `auto(rows='FILE')@64MiB` then
+    is a method for `kvfloor audit --methods` and `CompressedCache`: it chooses one of these methods for each layer, so
+    that the sum of the costs is least in 64 MiB per request.
+    """
+    from kvfloor.audit.layer_costs import METHODS, measure_layers
+    from kvfloor.audit.texts import GENERATED
+    from kvfloor.files import open_folder
+    from kvfloor.hf import prepare
+    from kvfloor.methods.mixed.costs import write_costs
+    from kvfloor.models import load
+    from kvfloor.report.layer_costs import cost_lines
+
+    _quiet_transformers()
+    done = 0
+
+    def say(total: int, text: str) -> None:
+        nonlocal done
+        done += 1
+        print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+
+    open_folder(out.absolute().parent)
+    loaded, tokenizer = load(model, accept_terms)
+    table = measure_layers(
+        prepare(loaded),
+        lambda text: tokenizer(text, verbose=False).input_ids,
+        METHODS if methods is None else tuple(split_list(methods)),
+        texts=tuple(split_list(texts)) or (GENERATED[:1] if model == BUILTIN else ("novel",)),
+        context=context,
+        scored=continuation,
+        together=together,
+        seed=seed,
+        track=say,
+    )
+    write_costs(out, table)
+    if as_json:
+        _print_json({"schema": 1, "out": str(out), **table.as_dict()})
+    else:
+        print("\n".join(cost_lines(table)))
+        print(f"\ncosts: {out}; then, for example: kvfloor audit --model {model} --methods \"auto(rows='{out}')@2MiB\"")
+
+
 @app.command("train-less")
 def train_less(
     policy: Annotated[str, typer.Option(help="Eviction policy and budget in tokens, such as 'sinks(4)@64'.")],

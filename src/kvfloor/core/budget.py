@@ -80,6 +80,8 @@ def resolve(method: Method, spec: Spec, *, layers: int = 1, length: int | None =
     scores, positions and spare slots too. Raises ValueError for a method that no budget bounds, for a share without a
     length, and for bytes too few for the smallest budget.
     """
+    if method.kinds != (method,):
+        return method.each(lambda one: resolve(one, spec, layers=layers, length=length, g=g))
     budget = method.budget
     if not isinstance(budget, str):
         return method

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import keyword
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -147,6 +148,23 @@ class Method(ABC):
         A method whose capacity follows from its budget raises ValueError if the budget is a share or bytes: convert it
         to tokens first (`kvfloor.resolve`).
         """
+
+    @property
+    def kinds(self) -> tuple[Method, ...]:
+        """Return the methods of a model's layers, each once: this one alone, unless it has one per layer."""
+        return (self,)
+
+    def of_layer(self, place: int) -> Method:
+        """Return the method of the layer with index `place` among the compressed layers of a model.
+
+        It is this method, unless this method has one per layer.
+        """
+        del place
+        return self
+
+    def each(self, change: Callable[[Method], Method]) -> Method:
+        """Return this method with `change` applied to the method of every layer: to this one, unless it has several."""
+        return change(self)
 
     def with_budget(self, budget: Budget) -> Method | None:
         """Return a copy of this method with another budget; None if no budget can bound the method."""

@@ -3,6 +3,7 @@
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import Eviction
+from kvfloor.hf.mixed import choose_layers
 from kvfloor.hf.prepare import prepare, restore
 from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongModel
 
@@ -13,6 +14,7 @@ __all__ = [
     "OlderVersion",
     "UnknownMethod",
     "WrongModel",
+    "choose_layers",
     "floor_shares",
     "prepare",
     "restore",

@@ -36,6 +36,7 @@ from kvfloor.hf.families import key_readers
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.layers import cache_layers, layers_served
 from kvfloor.hf.lent import LentKeys
+from kvfloor.hf.mixed import choose_layers
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.positions import Memo, TurnBack, rotations
@@ -48,6 +49,8 @@ from kvfloor.hf.whole import row_budgets, whole_entry
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
 from kvfloor.methods.compaction.compact import Compact, CompactState, Span
 from kvfloor.methods.grammar import parse
+from kvfloor.methods.mixed.auto import Auto
+from kvfloor.methods.mixed.layered import Layered
 
 
 class CompressedCache(Cache):
@@ -58,7 +61,9 @@ class CompressedCache(Cache):
     config     the model's configuration, or the model. Give the prepared model for a method that predicts later queries
                (such as the policy `expected`): it then works on keys without their rotary embedding, as in its paper
     method     a Method or its text, e.g. "h2o(recent=64)@512": the policy H2O, with a budget of 512 tokens per kv head
-               after the '@'. A budget in bytes, such as "@64MiB", is for the whole cache
+               after the '@'. A budget in bytes, such as "@64MiB", is for the whole cache. "layers(2*exact:k5v4,exact)"
+               has one method per compressed layer; "auto(rows='rows.json')@64MiB" chooses them, for the model and
+               `context`, from costs that `kvfloor measure-layers` wrote. `self.method` then has the chosen methods
     context    length in tokens; a budget such as "@25%" is a share of this length
     seed       seeds the method's own randomness
     requests   one id per batch item, which seeds that item's randomness together with `seed`; 0, 1, 2, ... unless given
@@ -104,6 +109,8 @@ class CompressedCache(Cache):
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a kvfloor Method or its text, got {type(method).__name__}")
         standard_law(self.method, "a model's cache")
+        if isinstance(self.method, Auto):
+            self.method = _chosen(self.method, model, context)
         served = layers_served(config)
         opening = Opening(
             self.method,
@@ -142,7 +149,7 @@ class CompressedCache(Cache):
 
         Raises ValueError for a method that does not evict whole tokens.
         """
-        if not isinstance(self.method, Bounded):
+        if not any(isinstance(one, Bounded) for one in self.method.kinds):
             raise ValueError(f"on_evict is told of whole tokens that leave; {self.method} evicts none")
         for layer in self.compressed:
             layer.call_on_evict(on_evict)
@@ -501,7 +508,13 @@ def _entry(layer: CompressedLayer) -> dict[str, Any]:
     state = layer.state
     if state is None:
         empty: dict[str, Any] = {name: [] for name in ("tokens", "held", "evicted", "row_bytes")}
-        told = {"method": str(layer.opening.method), "heads": 0, **empty, "state_bytes": 0, "guarantee": None}
+        told = {
+            "method": str(layer.opening.method.of_layer(layer.place)),
+            "heads": 0,
+            **empty,
+            "state_bytes": 0,
+            "guarantee": None,
+        }
     else:
         stated = state.guarantee()
         told = {
@@ -532,6 +545,14 @@ def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...]
                 f"{name} are positive {'numbers' if kind is float else 'whole numbers of tokens'}, got {x!r}"
             )
     return table
+
+
+def _chosen(method: Auto, model: PreTrainedModel | None, context: int | None) -> Layered:
+    if model is None:
+        raise ValueError(f"{method} is chosen for a model's weights: give the prepared model, not its configuration")
+    if context is None:
+        raise ValueError(f"{method} is for one request of a stated length: give context=, its number of tokens")
+    return choose_layers(model, method, context)
 
 
 def _rotations(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
@@ -570,7 +591,7 @@ def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> t
     Warns if `model` is not given although the method needs it: the method then uses the rotated queries and keys, and
     chooses worse.
     """
-    if positions != "stream" or not method.wants_rotation:
+    if positions != "stream" or not any(one.wants_rotation for one in method.kinds):
         return None
     if model is None:
         warnings.warn(

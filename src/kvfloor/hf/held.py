@@ -20,7 +20,7 @@ from kvfloor.core.budget import resolve
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
-from kvfloor.hf.shapes import LayerShape
+from kvfloor.hf.layer_shape import LayerShape
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,21 @@ def held_bytes(
 
     The bytes are those at the end of a prompt of `tokens` tokens per batch item, fed in one forward. A budget given in
     bytes is for the states of all layers and the whole batch together. If layers have different shapes, such a budget
-    can mean different numbers of tokens in them; the returned method has the number of the first layer. Raises
-    ValueError for a budget that is too small.
+    can mean different numbers of tokens in them; the returned method has the number of the first layer. A method that
+    has one per layer is returned as it is. Raises ValueError for a budget that is too small.
     """
-    known: dict[tuple[int | bool, ...], tuple[Method, StateBytes]] = {}
+    known: dict[tuple[object, ...], tuple[Method, StateBytes]] = {}
     found = []
-    for layer in layers:
-        sizes = (layer.heads, layer.d, layer.dv, layer.g, layer.tied)
+    for place, layer in enumerate(layers):
+        own = method.of_layer(place)
+        sizes = (own, layer.heads, layer.d, layer.dv, layer.g, layer.tied)
         if sizes not in known:
             rows = batch * layer.heads
-            sized = resolve(method, _spec(layer, dtype, rows), layers=len(layers), length=tokens, g=layer.g)
+            sized = resolve(own, _spec(layer, dtype, rows), layers=len(layers), length=tokens, g=layer.g)
             known[sizes] = (sized, _held(sized, layer, tokens, dtype, rows))
         found.append(known[sizes])
-    return found[0][0], StateBytes(sum(held.before for _, held in found), sum(held.after for _, held in found))
+    sized = found[0][0] if method.of_layer(0) == method else method
+    return sized, StateBytes(sum(held.before for _, held in found), sum(held.after for _, held in found))
 
 
 def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, rows: int) -> StateBytes:

@@ -21,6 +21,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.hf.allocate import Shares, per_head, spread
 from kvfloor.hf.ranks import ALONE, Ranks
+from kvfloor.methods.mixed.layered import Layered
 
 Budgets = tuple[
     tuple[int, ...], ...
@@ -66,6 +67,8 @@ class Opening:
             if table is not None and len(table) != self.layers:
                 raise ValueError(f"{name} has {len(table)} layers; this model has {self.layers} compressed ones")
         own = self.method.budget
+        if isinstance(self.method, Layered):
+            self._check_layers(self.method)
         if self.budgets is not None and (own is not None or self.shares is not None):
             raise ValueError(
                 f"budgets= says every head's tokens, so {self.method} takes no '@' and there is no allocate="
@@ -77,6 +80,15 @@ class Opening:
         for span in self.pinned:
             if len(span) != 2 or not 0 <= span[0] < span[1]:
                 raise ValueError(f"a pinned span is [from, to) with 0 <= from < to, got {list(span)}")
+
+    def _check_layers(self, method: Layered) -> None:
+        """Raise ValueError if a method with one method per layer has another number of them than this model's."""
+        if len(method.methods) != self.layers:
+            raise ValueError(
+                f"{method} is for {len(method.methods)} layers; this model has {self.layers} compressed ones"
+            )
+        if self.budgets is not None or self.shares is not None:
+            raise ValueError(f"{method} has the budget of every layer: leave budgets= and allocate= out")
 
     def open(
         self,
@@ -140,7 +152,7 @@ class Opening:
         """
         if self.budgets is not None:
             return _with(self.method, per_head(self.budgets[place], kv_heads, place), batch)
-        method = resolve(self.method, spec, layers=self.layers, length=self.context, g=g)
+        method = resolve(self.method.of_layer(place), spec, layers=self.layers, length=self.context, g=g)
         if self.shares is None:
             return method
         budget = method.budget

@@ -46,7 +46,8 @@ MOST_BYTES = 1 << 35  # largest file that `load` reads by default
 _MODE = 0o600  # a cache reveals its text
 _WHAT = "saved cache"
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
-_FOREIGN = re.compile(r"[\w.]+:[A-Za-z_]\w*")  # module:Class; a budget per row has digits after its colon
+_STORE = r"(?:full|k[0-9]+v[0-9]+)(?:\([^()]*\))?\s*(?:[@,)]|$)"  # at the end of a method's text, before its budget
+_FOREIGN = re.compile(rf"[\w.]+:(?!{_STORE})[A-Za-z_]\w*")  # module:Class; a budget per row has digits after its colon
 
 
 class WrongModel(ValueError):

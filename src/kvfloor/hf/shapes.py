@@ -23,29 +23,10 @@ from kvfloor.core.exact import Exact
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.families import layer_roles, layer_types
 from kvfloor.hf.layer import CompressedLayer
+from kvfloor.hf.layer_shape import LayerShape
 from kvfloor.hf.prepare import prepare
 
 _TOKENS = 2  # of the forward; more would change no shape but the number of tokens
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Hold the sizes of one layer that attends to all tokens, or to those of a sliding window.
-
-    layer   index in the model
-    heads   kv heads; g: query heads per kv head
-    d, dv   widths of a key and of a value
-    tied    True if each token's value is its key, given as one tensor (latent attention)
-    window  tokens of the sliding window; None: all
-    """
-
-    layer: int
-    heads: int
-    d: int
-    dv: int
-    g: int = 1
-    tied: bool = False
-    window: int | None = None
 
 
 @dataclass(frozen=True)

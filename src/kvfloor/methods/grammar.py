@@ -2,6 +2,7 @@
 
 METHOD  =  policy(args) + summary(args) | selector(args) : store(args) @ budget
     or     method(args) | selector(args) : store(args) @ budget
+    or     layers(METHOD, N*METHOD, ...)
 
 The characters + | : @ are part of the text. (args), + summary, | selector, : store and @ budget may each be left out.
 The store may also follow the budget, as in h2o@512:k4v4. The budget
@@ -9,7 +10,8 @@ is the number of tokens that a row, i.e. one (batch item, kv head) stream, may h
 context (25%) or a number of bytes (64MiB).
 A policy chooses the tokens to evict, a summary keeps a compressed form of evicted tokens, a selector chooses the held
 tokens that a query reads. A method of the second form, such as `exact` (keeps every token), takes neither policy nor
-summary. The table of names is `TABLE` in `registry.py`.
+summary. The third form has one method for each layer of a model, N*METHOD for N adjacent layers. The table of names is
+`TABLE` in `registry.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from kvfloor.core.policy import Policy
 from kvfloor.core.selector import Everything
 from kvfloor.core.store import Full
 from kvfloor.core.summary import Drop
+from kvfloor.methods.mixed.layered import Layered
 from kvfloor.methods.registry import kind, lookup
 from kvfloor.methods.stores.coded import Coded
 from kvfloor.methods.stores.kivi import Kivi
-from kvfloor.splitting import outline, split_once
+from kvfloor.splitting import outline, shortened, split_list, split_once
 
+_LAYERS = r"layers\s*\("
 _OPTIONS = ("block", "prefill")  # of Bounded, written among the policy's arguments
 
 
@@ -44,6 +48,8 @@ def parse(text: str) -> Method:
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a method is text such as 'h2o(recent=64)@512', got {text!r}")
+    if re.match(_LAYERS, text.strip()):
+        return _layered(text.strip())
     body, at, budget_text = split_once(text.strip(), "@")
     body, store_text = without_store(body)
     if at and store_text is None:
@@ -68,6 +74,21 @@ def parse(text: str) -> Method:
     if bounded is None:
         raise ValueError(f"{method} keeps every token, so '@{budget_text}' cannot bound it: leave the budget out")
     return bounded
+
+
+def _layered(text: str) -> Layered:
+    """Return the method of a text such as "layers(2*exact:k5v4,snapkv@25%)", with one method per layer."""
+    if re.fullmatch(r"[^(]*\(_*\)", outline(text)) is None:
+        raise ValueError(f"in {shortened(text)}: nothing follows layers(...); each layer's method has its own budget")
+    methods: list[Method] = []
+    for part in split_list(text[text.index("(") + 1 : -1]):
+        found = re.fullmatch(r"(?:([0-9]{1,4})\s*\*)?(.*)", part, re.DOTALL)
+        assert found is not None
+        count = 1 if found[1] is None else int(found[1])
+        if not count or re.match(_LAYERS, found[2]):
+            raise ValueError(f"in {shortened(text)}: {shortened(part)} is no method of layers: write N*METHOD, N >= 1")
+        methods += [parse(found[2])] * count
+    return Layered(tuple(methods))
 
 
 def without_store(text: str) -> tuple[str, str | None]:

@@ -119,6 +119,9 @@ VARIANTS: dict[str, str] = {
     "public_bits": "kvfloor.game.engine.public_bits:PublicBits",
 }
 
+# Left out of the table because it is no method of one layer: it chooses one for each layer of a model.
+CHOOSERS: dict[str, str] = {"auto": "kvfloor.methods.mixed.auto:Auto"}
+
 
 def kind(part: type) -> str:
     """Return the kind of a part's class: "method", "policy", "summary" or "selector".
@@ -138,8 +141,9 @@ def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
     Raises ValueError if the name is unknown (the error lists the known names), if the class cannot be imported, is of
     another kind, or is no dataclass.
     """
-    if ":" in name or name in VARIANTS:
-        part = _imported(VARIANTS.get(name, name))
+    imported = VARIANTS | CHOOSERS
+    if ":" in name or name in imported:
+        part = _imported(imported.get(name, name))
     else:
         found = TABLE.get(ALIASES.get(name, name))
         if found is None:

@@ -21,7 +21,8 @@ from kvfloor.core.budget import parse_budget, size_bytes
 from kvfloor.core.method import Method, standard_law
 from kvfloor.core.spec import DTYPES
 from kvfloor.hf.held import held_bytes
-from kvfloor.hf.shapes import LayerShape, ModelShape, model_shape
+from kvfloor.hf.layer_shape import LayerShape
+from kvfloor.hf.shapes import ModelShape, model_shape
 from kvfloor.methods.grammar import parse
 from kvfloor.models.configuration import configuration
 from kvfloor.models.load import BUILTIN
