@@ -2,17 +2,21 @@
 
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares
+from kvfloor.hf.coding_basis import CodingBasis, coding_basis
 from kvfloor.hf.layer import Eviction
 from kvfloor.hf.prepare import prepare, restore
-from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongModel
+from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongBasis, WrongModel
 
 __all__ = [
+    "CodingBasis",
     "CompressedCache",
     "Eviction",
     "NewerVersion",
     "OlderVersion",
     "UnknownMethod",
+    "WrongBasis",
     "WrongModel",
+    "coding_basis",
     "floor_shares",
     "prepare",
     "restore",
