@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from kvfloor import CorruptState
 from kvfloor.core import message
 from kvfloor.hf import CodingBasis, CompressedCache, WrongBasis, coded, coding_basis, prepare
-from kvfloor.hf import coding_basis as make_basis
+from kvfloor.hf.bases import FIRST, CalibrationText
 from kvfloor.methods.transform import integers
+from kvfloor.methods.transform.transform import NEWEST
 from tests.corruption import (
     require_edits_are_noticed,
     require_every_flip_is_noticed,
@@ -37,7 +38,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def basis(model: PreTrainedModel) -> CodingBasis:
-    return make_basis(model, ids(5, 300)[0], predicted=60)
+    return coding_basis(model, ids(5, 300)[0], predicted=60)
 
 
 def heard(model: PreTrainedModel, method: str = "exact", n: int = 300, **options: Any) -> Talk:
@@ -105,12 +106,14 @@ def test_the_error_of_own_axes_is_the_one_aimed_at(model: PreTrainedModel, tmp_p
     assert spent > 0
 
 
-def test_the_first_and_newest_tokens_err_less(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_the_newest_tokens_err_less_and_the_first_not_at_all(model: PreTrainedModel, tmp_path: Path) -> None:
     talk = heard(model, n=500)
     loaded = reloaded(talk, tmp_path / "cache", 0.03)
     off = (held(loaded, "v") - held(talk, "v")).square().mean(1).view(-1, 500).mean(0)
-    assert float(off[4:-128].mean()) > 6 * float(off[-128:].mean())
-    assert float(off[4:-128].mean()) > 6 * float(off[:4].mean())
+    assert float(off[FIRST:-NEWEST].mean()) > 8 * float(off[-NEWEST:].mean())
+    for name in ("k", "v"):
+        one, other = (held(each, name).unflatten(0, (-1, 500))[:, :FIRST] for each in (talk, loaded))
+        assert torch.equal(one, other)
 
 
 def test_a_loaded_cache_goes_on_as_a_plain_copy_of_it(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -192,13 +195,13 @@ def test_keys_take_fewer_bytes_without_their_rotation(
 
 
 def test_the_metric_predicts_the_divergence(model: PreTrainedModel) -> None:
-    """The oracle: the measured divergence after small random errors, in float64, of the size that the metric expects."""
+    """The oracle: the measured divergence after small random errors, in float64, of the metric's expected size."""
     double = prepare(tiny().double())
     tokens = ids(6, 260)[:1]
-    text = make_basis.__globals__["_Text"](double, tokens[:, :200], tokens[:, 200:], [0, 1, 2])
+    text = CalibrationText(double, tokens[:, :200], tokens[:, 200:], [0, 1, 2])
     axes = text.axes(draws=200)
     draw = torch.Generator().manual_seed(0)
-    size, body = 1e-7, ~coded.sharp(200)
+    size, body = 1e-7, text.body
     measured, expected = [], 0.0
     exact = text.predict({}).detach()
     for _ in range(12):
@@ -244,7 +247,7 @@ def test_a_basis_goes_through_its_file(basis: CodingBasis, tmp_path: Path) -> No
 def test_another_basis_is_refused(model: PreTrainedModel, basis: CodingBasis, tmp_path: Path) -> None:
     talk = heard(model)
     talk.cache.save(tmp_path / "cache", coded=0.01, basis=basis)
-    other = make_basis(model, ids(8, 300)[0], predicted=60)
+    other = coding_basis(model, ids(8, 300)[0], predicted=60)
     with pytest.raises(WrongBasis, match=f"coded in the basis {basis.digest[:12]}, and none was given"):
         CompressedCache.load(tmp_path / "cache", model)
     with pytest.raises(WrongBasis, match=f"and this one is {other.digest[:12]}: pass basis="):
@@ -260,9 +263,9 @@ def test_another_basis_is_refused(model: PreTrainedModel, basis: CodingBasis, tm
 
 def test_a_calibration_text_that_is_too_short_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"at least 194 token ids, of which 60 are predicted; got shape \(1, 150\)"):
-        make_basis(model, ids(0, 150)[0], predicted=60)
+        coding_basis(model, ids(0, 150)[0], predicted=60)
     with pytest.raises(ValueError, match="prepare"):
-        make_basis(tiny(), ids(0, 300)[0], predicted=60)
+        coding_basis(tiny(), ids(0, 300)[0], predicted=60)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

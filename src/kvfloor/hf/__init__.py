@@ -1,8 +1,8 @@
 """Provide compressed KV caches for transformers' `generate()`, and `prepare`, which makes a model able to use them."""
 
+from kvfloor.hf.bases import CodingBasis, coding_basis
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares
-from kvfloor.hf.coding_basis import CodingBasis, coding_basis
 from kvfloor.hf.layer import Eviction
 from kvfloor.hf.prepare import prepare, restore
 from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongBasis, WrongModel

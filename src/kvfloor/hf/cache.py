@@ -31,8 +31,8 @@ from kvfloor.core.method import Method, standard_law
 from kvfloor.core.rotation import Rotation
 from kvfloor.hf import other_layers as stock
 from kvfloor.hf.allocate import Shares, pyramid
+from kvfloor.hf.bases import CodingBasis
 from kvfloor.hf.calibrate import floor_shares
-from kvfloor.hf.coding_basis import CodingBasis
 from kvfloor.hf.families import key_readers
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
 from kvfloor.hf.layers import cache_layers, layers_served

@@ -21,7 +21,7 @@ from kvfloor.core.exact import Exact
 from kvfloor.core.rotation import Rotation
 from kvfloor.core.selector import Indexed
 from kvfloor.core.spec import DTYPES
-from kvfloor.hf.coding_basis import CodingBasis, measured_turns, require_basis
+from kvfloor.hf.bases import FIRST, CodingBasis, measured_turns, require_basis
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.methods.transform.basis import Basis
 from kvfloor.methods.transform.integers import compressed, restored, zstandard
@@ -85,19 +85,22 @@ def code(
     """
     turns = measured_turns(model)
     vectors: dict[int, dict[str, Tensor]] = {}
+    tokens: dict[int, dict[str, Tensor]] = {}
     items: dict[int, list[Tensor]] = {}
     for i, (plain, fields) in enumerate(layers):
         if "method" in plain:
             items[i] = _items(plain, fields)
-            vectors[i] = _vectors(plain, fields, items[i], turns.get(i))
-    bases = _own(vectors) if basis is None else _of(basis, vectors, model)
+            tokens[i] = _tokens(plain, fields)
+            rest = ~_first(items[i])
+            vectors[i] = {name: x[rest] for name, x in _vectors(tokens[i], items[i], turns.get(i)).items()}
+    bases = relative(vectors) if basis is None else _of(basis, vectors, model)
     variances = torch.cat([one.variances for kinds in bases.values() for one in kinds.values()])
     step, level = step_for(variances, aim), water_level(variances, aim)
     distinct = list(dict.fromkeys(turn for turn in turns.values() if turn is not None))
     coded = list(layers)
     for i in vectors:
         plain, fields = layers[i]
-        smaller = torch.cat([sharp(len(item)) for item in items[i]])
+        first, smaller = _first(items[i]), _sharp(items[i])
         parts, axes = [compressed(_gaps(items[i]).unsqueeze(1))], {}
         for name, x in vectors[i].items():
             one = bases[i][name]
@@ -106,11 +109,15 @@ def code(
                 size = float(one.backward.norm(dim=1).max()) if len(one.backward) else 1.0
                 axes[name] = {"mean": one.mean, "backward": (one.backward / size).to(AXES), "size": size}
                 one = replace(one, backward=axes[name]["backward"].float() * size)
-            parts += encode(x, smaller, one, step)
+            parts += encode(x, smaller[~first], one, step)
         slots = {name: x for name, x in fields["state"]["slots"].items() if name not in ("k", "v", "position")}
         turn = turns.get(i)
         told = {"sizes": [len(part) for part in parts], "turn": None if turn is None else distinct.index(turn)}
-        more = {"codes": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8), "axes": axes}
+        more = {
+            "codes": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8),
+            "axes": axes,
+            "first": {name: x[first] for name, x in tokens[i].items()},
+        }
         coded[i] = plain | {"coded": told}, fields | {"state": fields["state"] | {"slots": slots}, "coded": more}
     header = {
         "aim": aim,
@@ -160,7 +167,7 @@ class Decoder:
         counts = held[:, 0].tolist()
         gaps = restored(parts[0], sum(counts), 1).squeeze(1)
         items = [torch.cumsum(part, 0) - 1 for part in gaps.split(counts)]
-        smaller = torch.cat([sharp(len(item)) for item in items])
+        first, smaller = _first(items), _sharp(items)
         turn = None if told["turn"] is None else self.rotations[told["turn"]]
         found = {"position": torch.cat([item.repeat(heads) for item in items])}
         for at, name in enumerate(("k", "v")):
@@ -168,12 +175,15 @@ class Decoder:
             wide = heads * spec["d" if name == "k" else "dv"]
             if mean.shape != (wide,) or backward.shape[1:] != (wide,):
                 raise ValueError(f"the axes of {name} have shape {tuple(backward.shape)}, for a width of {wide}")
-            x = decode(parts[1 + 2 * at : 3 + 2 * at], smaller, mean, backward, self.step)
+            x = torch.empty(len(first), wide)
+            x[~first] = decode(parts[1 + 2 * at : 3 + 2 * at], smaller[~first], mean, backward, self.step)
             x = x.unflatten(1, (heads, -1))
             if name == "k" and turn is not None:
                 x = turn.turned(x, _circle(items, turn))
+            x = x.to(DTYPES[spec["dtype"]])
+            x[first] = more["first"][name]
             split = [part.transpose(0, 1).flatten(0, 1) for part in x.split(counts)]
-            found[name] = torch.cat(split).to(DTYPES[spec["dtype"]])
+            found[name] = torch.cat(split)
         return fields | {"state": fields["state"] | {"slots": slots | found}}
 
     def _axes(self, index: int, name: str, saved: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -203,12 +213,10 @@ def _items(plain: dict[str, Any], fields: dict[str, Any]) -> list[Tensor]:
     return rows[::heads]
 
 
-def _vectors(
-    plain: dict[str, Any], fields: dict[str, Any], items: list[Tensor], turn: Rotation | None
-) -> dict[str, Tensor]:
-    """Return the keys "k" (n, heads * d) and values "v" (n, heads * dv) of all items' tokens, float32 on the CPU.
+def _tokens(plain: dict[str, Any], fields: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the keys "k" (n, heads, d) and values "v" (n, heads, dv) of all items' tokens, as given, on the CPU.
 
-    Tokens come item by item, by their positions; keys are without the rotation `turn`.
+    Tokens come item by item, by their positions.
     """
     slots = fields["state"]["slots"]
     heads = plain["spec"]["rows"] // plain["clocks"]["batch"]
@@ -216,12 +224,30 @@ def _vectors(
     order = [row.argsort() for row in slots["position"].cpu().split(held)]
     found = {}
     for name in ("k", "v"):
-        rows = [x[at] for x, at in zip(slots[name].cpu().float().split(held), order, strict=True)]
-        x = torch.cat([torch.stack(rows[at : at + heads], 1) for at in range(0, len(rows), heads)])
-        if name == "k" and turn is not None:
-            x = turn.turned(x, _circle(items, turn), back=True)
-        found[name] = x.flatten(1)
+        rows = [x[at] for x, at in zip(slots[name].cpu().split(held), order, strict=True)]
+        found[name] = torch.cat([torch.stack(rows[at : at + heads], 1) for at in range(0, len(rows), heads)])
     return found
+
+
+def _vectors(tokens: dict[str, Tensor], items: list[Tensor], turn: Rotation | None) -> dict[str, Tensor]:
+    """Return all heads' keys "k" (n, heads * d) and values "v" (n, heads * dv) as float32 vectors.
+
+    tokens: what `_tokens` returns. Keys are without the rotation `turn`.
+    """
+    found = {name: x.float() for name, x in tokens.items()}
+    if turn is not None:
+        found["k"] = turn.turned(found["k"], _circle(items, turn), back=True)
+    return {name: x.flatten(1) for name, x in found.items()}
+
+
+def _first(items: list[Tensor]) -> Tensor:
+    """Return a mask (n,) of all items' tokens: those that are saved as they are, the first of each item."""
+    return torch.cat([torch.arange(len(item)) < FIRST for item in items])
+
+
+def _sharp(items: list[Tensor]) -> Tensor:
+    """Return a mask (n,) of all items' tokens: those that are coded in smaller steps, the newest of each item."""
+    return torch.cat([sharp(len(item)) for item in items])
 
 
 def _circle(items: list[Tensor], turn: Rotation) -> Any:
@@ -245,7 +271,7 @@ def _of(basis: CodingBasis, vectors: dict[int, dict[str, Tensor]], model: Any) -
     return {i: {name: basis.one(i, name) for name in kinds} for i, kinds in vectors.items()}
 
 
-def _own(vectors: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Basis]]:
+def relative(vectors: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Basis]]:
     """Return the principal axes of each layer's own keys and values, scaled so that squared errors count in nats."""
     found: dict[int, dict[str, Basis]] = {}
     for i, kinds in vectors.items():

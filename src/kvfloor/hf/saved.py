@@ -24,8 +24,8 @@ from kvfloor.core.method import Method, rebuilt
 from kvfloor.core.state import State
 from kvfloor.files import named, replace_file
 from kvfloor.hf import other_layers as stock
+from kvfloor.hf.bases import CodingBasis, require_basis
 from kvfloor.hf.coded import Decoder, WrongBasis, check, code
-from kvfloor.hf.coding_basis import CodingBasis, require_basis
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner

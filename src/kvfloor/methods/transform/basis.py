@@ -34,7 +34,7 @@ class Basis:
         its squared length in coordinates, up to RIDGE. None: the squared length of e itself.
         """
         x = x.detach().double()
-        mean = x.mean(0)
+        mean = x.sum(0) / max(1, len(x))
         covariance = (x - mean).T @ (x - mean) / max(1, len(x))
         root = inverse = torch.eye(x.shape[1], dtype=torch.float64)
         if metric is not None:

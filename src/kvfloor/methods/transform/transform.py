@@ -2,7 +2,7 @@
 
 The step is the same for all axes. So an axis of variance v takes about log2(v / step^2) / 2 bits after the entropy
 coder, and an axis whose variance is far below step^2 none: this is reverse water-filling, with the level step^2 / 12.
-Some vectors are sharp, i.e. coded in steps that are SHARPER times smaller.
+The newest vectors of a stream are sharp, i.e. coded in steps that are SHARPER times smaller.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from kvfloor.methods.transform.basis import Basis
 from kvfloor.methods.transform.integers import compressed, restored
 from kvfloor.methods.transform.water import water_level
 
-SHARPER = 4.0
-"""How many times smaller the steps of sharp vectors are: 2 bits more per number."""
+SHARPER = 8.0
+"""How many times smaller the steps of sharp vectors are: 3 bits more per number."""
 
-FIRST, NEWEST = 4, 128
-"""The first and the newest vectors of a stream are sharp, these many of them."""
+NEWEST = 128
+"""How many of a stream's newest vectors are sharp."""
 
 
 def sharp(n: int) -> Tensor:
     """Return a mask (n,), True for those of a stream's n vectors that are coded in smaller steps."""
-    index = torch.arange(n)
-    return (index < FIRST) | (index >= n - NEWEST)
+    return torch.arange(n) >= n - NEWEST
 
 
 def step_for(variances: Tensor, error: float) -> float:
@@ -35,7 +34,7 @@ def step_for(variances: Tensor, error: float) -> float:
     variances: the variance of the coordinate along each axis, any shape. The relation is that of small steps (step^2 /
     12 each) for axes above the level, and all of the variance for the others.
     """
-    return (12 * water_level(variances, error)) ** 0.5
+    return (12 * water_level(variances, error)) ** 0.5 or 1.0  # any step does where nothing varies
 
 
 def quantised(x: Tensor, smaller: Tensor, basis: Basis, step: float) -> list[Tensor]:

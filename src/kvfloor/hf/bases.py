@@ -30,10 +30,11 @@ from kvfloor.hf.prepare import is_prepared
 from kvfloor.hf.weights import input_device
 from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.transform.basis import Basis
-from kvfloor.methods.transform.transform import FIRST, NEWEST, dequantised, quantised, sharp, step_for
+from kvfloor.methods.transform.transform import NEWEST, dequantised, quantised, sharp, step_for
 from kvfloor.validation import whole
 
 AIM = 0.01  # nats per token, at which the scale is measured
+FIRST = 4  # tokens of each stream that are saved as they are: much attention rests on them
 DRAWS = 4  # sets of tokens drawn from the model's predictions; gradients of more sets make the metric less noisy
 MOST_BYTES = 1 << 33
 _WHAT = "coding basis"
@@ -139,14 +140,14 @@ def coding_basis(model: PreTrainedModel, tokens: Sequence[int] | Tensor, *, pred
     context, rest = ids[:, :-predicted], ids[:, -predicted:]
     _, layers = watched_cache(model.config)
     served = [layer.index for layer in layers]
-    text = _Text(model, context.to(input_device(model)), rest.to(input_device(model)), served)
+    text = CalibrationText(model, context.to(input_device(model)), rest.to(input_device(model)), served)
     axes = text.axes()
     gain = (text.divergence(axes) / AIM) ** 0.5
     scaled = {i: {name: one.scaled(gain) for name, one in kinds.items()} for i, kinds in axes.items()}
     return CodingBasis(fingerprint(model), scaled)
 
 
-class _Text:
+class CalibrationText:
     """Hold a calibration text's context as the keys and values that a model makes of it, and predict the rest.
 
     Keys and values of all kv heads of a token are vectors of width w = heads * d or heads * dv, keys without RoPE.
@@ -158,6 +159,13 @@ class _Text:
         with torch.no_grad():
             model(context, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.turns = measured_turns(model)
+
+    @property
+    def body(self) -> Tensor:
+        """Return a mask (n,) of the tokens whose errors count: neither the first, which have none, nor the newest."""
+        body = ~sharp(self.n)
+        body[:FIRST] = False
+        return body
 
     def given(self, index: int) -> dict[str, Tensor]:
         """Return the keys and values (1, heads, n, .) of a layer, as the cache holds them."""
@@ -195,7 +203,7 @@ class _Text:
         leaves = {i: {name: x.clone().requires_grad_() for name, x in self.given(i).items()} for i in self.served}
         flat = [(i, name, leaf) for i, kinds in leaves.items() for name, leaf in kinds.items()]
         metric = {(i, name): torch.zeros((), dtype=torch.float64) for i, name, _ in flat}
-        body, draw = ~sharp(self.n), torch.Generator().manual_seed(0)
+        body, draw = self.body, torch.Generator().manual_seed(0)
         with torch.enable_grad():
             found = self.predict(leaves)
             for left in range(draws - 1, -1, -1):
@@ -220,6 +228,7 @@ class _Text:
             for name, one in kinds.items():
                 tables = quantised(self.wide(self.given(i)[name], i, name), smaller, one, step)
                 coded[i][name] = self.heads(dequantised(tables, smaller, one.mean, one.backward, step), i, name)
+                coded[i][name][:, :, :FIRST] = self.given(i)[name][:, :, :FIRST]
         with torch.no_grad():
             exact, found = self.predict({}).double(), self.predict(coded).double()
         return float((exact.exp() * (exact - found)).sum(-1).mean())
