@@ -2,9 +2,10 @@
 
 A basis has one set of axes for the keys and one for the values of each compressed layer, of all kv heads together. The
 axes are principal axes under a metric: a squared error along an axis counts as the divergence that it causes in the
-model's predictions, in nats per token. To second order, the divergence of two distributions whose parameter differs by
-e is e F e / 2, where F is the Fisher information. F is the mean of g g^T, where g is the gradient of the
-log-probability of a token that the model itself draws (Kullback, "Information Theory and Statistics", 1959, chapter 2).
+model's predictions, in nats per token, as long as the errors of tokens are independent. To second order, the divergence
+of two distributions whose parameter differs by e is e F e / 2, where F is the Fisher information. F is the mean of
+g g^T, where g is the gradient of the log-probability of a token that the model itself draws (Kullback, "Information
+Theory and Statistics", 1959, chapter 2).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,48 +32,81 @@ from kvfloor.hf.prepare import is_prepared
 from kvfloor.hf.weights import input_device
 from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.transform.basis import Basis
-from kvfloor.methods.transform.transform import NEWEST, dequantised, quantised, sharp, step_for
+from kvfloor.methods.transform.fineness import features, fit, predicted
+from kvfloor.methods.transform.transform import dequantised, quantised, step_for
 from kvfloor.validation import whole
 
 AIM = 0.01  # nats per token, at which the scale is measured
+ROUNDS = 3  # of measuring and correcting the scale
+LEAST = 64  # tokens of context that axes can be fitted to
 FIRST = 4  # tokens of each stream that are saved as they are: much attention rests on them
 DRAWS = 4  # sets of tokens drawn from the model's predictions; gradients of more sets make the metric less noisy
 MOST_BYTES = 1 << 33
 _WHAT = "coding basis"
 
 
+@dataclass(frozen=True)
+class LayerAxes:
+    """Hold how one layer's keys and values are coded: "k" and "v" in each dict.
+
+    axes      their axes, whose squared errors sum to nats per token
+    weights   (features,) of the fineness of each token's codes (`kvfloor.methods.transform.fineness`)
+    """
+
+    axes: dict[str, Basis]
+    weights: dict[str, Tensor]
+
+    def fineness(self, keys: Tensor, distance: Tensor) -> dict[str, Tensor]:
+        """Return the fineness (n,) of the codes of tokens with these keys (n, w), unrotated.
+
+        distance: (n,) of each token to its stream's end, 1 for the newest.
+        """
+        found = features(keys, distance, self.axes["k"])
+        return {name: predicted(found, weights) for name, weights in self.weights.items()}
+
+    def scaled(self, factor: float) -> LayerAxes:
+        """Return the same with coordinates `factor` times these."""
+        return LayerAxes({name: one.scaled(factor) for name, one in self.axes.items()}, self.weights)
+
+
 class CodingBasis:
     """Hold the axes of every compressed layer of one model, and save and load them.
 
     model    fingerprint of the model that the axes were calibrated for
-    axes     {index of the layer in the model: {"k": basis of its keys, "v": of its values}}
+    layers   {index of the layer in the model: its axes}
     digest   SHA-256 of all numbers, in hex digits; a saved cache names the basis that it was coded in by it
     """
 
-    def __init__(self, model: dict[str, Any], axes: Mapping[int, Mapping[str, Basis]]) -> None:
+    def __init__(self, model: dict[str, Any], layers: Mapping[int, LayerAxes]) -> None:
         self.model = model
-        self.axes = {i: dict(kinds) for i, kinds in axes.items()}
+        self.layers = dict(layers)
         content = hashlib.sha256()
-        for i, kinds in self.axes.items():
-            for name, one in kinds.items():
+        for i, layer in self.layers.items():
+            for name, one in layer.axes.items():
                 content.update(f"{i} {name} {tuple(one.forward.shape)}".encode())
-                for numbers in (one.mean, one.forward, one.variances):
+                for numbers in (one.mean, one.forward, one.variances, layer.weights[name]):
                     content.update(message.raw_bytes(numbers))
         self.digest = content.hexdigest()
 
-    def one(self, index: int, name: str) -> Basis:
-        """Return the basis of the keys ("k") or values ("v") of a layer. Raises ValueError if there is none."""
-        if index not in self.axes or name not in self.axes[index]:
-            raise ValueError(f"the basis has no axes for {name} of layer {index}")
-        return self.axes[index][name]
+    def of(self, index: int) -> LayerAxes:
+        """Return the axes of a layer. Raises ValueError if there are none."""
+        if index not in self.layers:
+            raise ValueError(f"the basis has no axes for layer {index}")
+        return self.layers[index]
 
     def save(self, path: str | Path) -> None:
         """Write the basis to the file `path`, whole or not at all. Raises ValueError if it cannot be written."""
         fields = {
             str(i): {
-                name: {"mean": one.mean, "forward": one.forward, "variances": one.variances} for name, one in x.items()
+                name: {
+                    "mean": one.mean,
+                    "forward": one.forward,
+                    "variances": one.variances,
+                    "weights": layer.weights[name],
+                }
+                for name, one in layer.axes.items()
             }
-            for i, x in self.axes.items()
+            for i, layer in self.layers.items()
         }
         replace_file(named(path, _WHAT), message.pack({"coding_basis": self.digest, "model": self.model}, fields))
 
@@ -83,11 +118,12 @@ class CodingBasis:
         """
         header, fields = message.unpack(message.read(named(path, _WHAT), MOST_BYTES, _WHAT))
         try:
-            axes = {
-                int(i): {name: Basis.from_forward(**numbers) for name, numbers in kinds.items()}
-                for i, kinds in sorted(fields.items(), key=lambda item: int(item[0]))
-            }
-            found = cls(header["model"], axes)
+            layers = {}
+            for i, kinds in sorted(fields.items(), key=lambda item: int(item[0])):
+                weights = {name: numbers.pop("weights") for name, numbers in kinds.items()}
+                axes = {name: Basis.from_forward(**numbers) for name, numbers in kinds.items()}
+                layers[int(i)] = LayerAxes(axes, weights)
+            found = cls(header["model"], layers)
             if header["coding_basis"] != found.digest:
                 raise ValueError("its numbers are not those that it names")
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
@@ -120,8 +156,8 @@ def coding_basis(model: PreTrainedModel, tokens: Sequence[int] | Tensor, *, pred
     predicted   number of the text's last tokens whose predictions show which errors matter; those before are the
                 context whose keys and values the axes are fitted to
     The model reads the context, then predicts the rest, and the gradients of DRAWS drawn tokens per prediction are
-    propagated back to the context's keys and values. Then the context is coded once, and the measured divergence at
-    0.01 nats sets the scale. Takes about as long as reading the predicted tokens 15 times.
+    propagated back to the context's keys and values. Then the context is coded, and the measured divergence sets the
+    scale: on this text, an aim of 0.01 nats is reached. Takes about as long as reading the predicted tokens 15 times.
     Raises ValueError for too few tokens, and TypeError where `model` is no model.
     """
     if not isinstance(model, torch.nn.Module):
@@ -129,7 +165,7 @@ def coding_basis(model: PreTrainedModel, tokens: Sequence[int] | Tensor, *, pred
     model = unwrapped(model)
     ids = torch.as_tensor(tokens)
     ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
-    least = whole("predicted", predicted) + FIRST + NEWEST + 2
+    least = whole("predicted", predicted) + FIRST + LEAST
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < least:
         raise ValueError(
             f"a calibration text is one row of at least {least} token ids, of which {predicted} are predicted; got "
@@ -141,10 +177,11 @@ def coding_basis(model: PreTrainedModel, tokens: Sequence[int] | Tensor, *, pred
     _, layers = watched_cache(model.config)
     served = [layer.index for layer in layers]
     text = CalibrationText(model, context.to(input_device(model)), rest.to(input_device(model)), served)
-    axes = text.axes()
-    gain = (text.divergence(axes) / AIM) ** 0.5
-    scaled = {i: {name: one.scaled(gain) for name, one in kinds.items()} for i, kinds in axes.items()}
-    return CodingBasis(fingerprint(model), scaled)
+    layers = text.axes()
+    for _ in range(ROUNDS):
+        gain = (text.divergence(layers) / AIM) ** 0.5
+        layers = {i: layer.scaled(gain) for i, layer in layers.items()}
+    return CodingBasis(fingerprint(model), layers)
 
 
 class CalibrationText:
@@ -159,13 +196,6 @@ class CalibrationText:
         with torch.no_grad():
             model(context, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.turns = measured_turns(model)
-
-    @property
-    def body(self) -> Tensor:
-        """Return a mask (n,) of the tokens whose errors count: neither the first, which have none, nor the newest."""
-        body = ~sharp(self.n)
-        body[:FIRST] = False
-        return body
 
     def given(self, index: int) -> dict[str, Tensor]:
         """Return the keys and values (1, heads, n, .) of a layer, as the cache holds them."""
@@ -198,36 +228,59 @@ class CalibrationText:
             x = turn.turned(x, turn.circle(torch.arange(self.n).unsqueeze(1), torch.float32))
         return x.transpose(0, 1).unsqueeze(0).to(like)
 
-    def axes(self, draws: int = DRAWS) -> dict[int, dict[str, Basis]]:
-        """Return each layer's principal axes under the metric of the predictions' divergence, in nats per token."""
+    def axes(self, draws: int = DRAWS) -> dict[int, LayerAxes]:
+        """Return each layer's principal axes under the metric of the predictions' divergence, in nats per token.
+
+        A token's energy is its mean squared gradient. The metric is that of a token of geometric mean energy: the
+        gradients of each token are first scaled to this energy. The fineness of codes makes up for the differences.
+        """
         leaves = {i: {name: x.clone().requires_grad_() for name, x in self.given(i).items()} for i in self.served}
         flat = [(i, name, leaf) for i, kinds in leaves.items() for name, leaf in kinds.items()]
-        metric = {(i, name): torch.zeros((), dtype=torch.float64) for i, name, _ in flat}
-        body, draw = self.body, torch.Generator().manual_seed(0)
+        gradients: dict[tuple[int, str], list[Tensor]] = {(i, name): [] for i, name, _ in flat}
+        draw = torch.Generator().manual_seed(0)
         with torch.enable_grad():
             found = self.predict(leaves)
             for left in range(draws - 1, -1, -1):
                 drawn = torch.multinomial(found.detach().exp().cpu(), 1, generator=draw).to(found.device)
                 total = found.gather(1, drawn).sum()
-                gradients = torch.autograd.grad(total, [leaf for *_, leaf in flat], retain_graph=left > 0)
-                for (i, name, _), gradient in zip(flat, gradients, strict=True):
-                    g = self.wide(gradient, i, name)[body]
-                    metric[i, name] = metric[i, name] + (g.T @ g).double() / (2 * draws * len(found))
-        return {
-            i: {name: Basis.fitted(self.wide(x, i, name)[body], metric[i, name]) for name, x in self.given(i).items()}
-            for i in self.served
-        }
+                for (i, name, _), one in zip(
+                    flat,
+                    torch.autograd.grad(total, [leaf for *_, leaf in flat], retain_graph=left > 0),
+                    strict=True,
+                ):
+                    gradients[i, name].append(self.wide(one, i, name)[FIRST:] / (2 * len(found)) ** 0.5)
+        return {i: self._layer(i, {name: torch.stack(gradients[i, name]) for name in ("k", "v")}) for i in self.served}
 
-    def divergence(self, basis: Mapping[int, Mapping[str, Basis]], aim: float = AIM) -> float:
+    def _layer(self, index: int, gradients: Mapping[str, Tensor]) -> LayerAxes:
+        """Return a layer's axes from the gradients (draws, n - FIRST, w) of its keys and values."""
+        axes, weights = {}, {}
+        vectors = {name: self.wide(x, index, name)[FIRST:] for name, x in self.given(index).items()}
+        for name, g in gradients.items():
+            energy = g.square().sum(-1).mean(0).clamp_min(torch.finfo(torch.float32).tiny)
+            typical = energy.log().mean().exp()
+            g = (g * (typical / energy).sqrt().unsqueeze(1)).flatten(0, 1)
+            axes[name] = Basis.fitted(vectors[name], (g.T @ g).double() / len(gradients[name]))
+            weights[name] = fit(features(vectors["k"], self.distance, axes["k"]), energy)
+        return LayerAxes(axes, weights)
+
+    @property
+    def distance(self) -> Tensor:
+        """Return the distance to the context's end (n - FIRST,) of its tokens after the first ones."""
+        return self.n - torch.arange(FIRST, self.n)
+
+    def divergence(self, layers: Mapping[int, LayerAxes], aim: float = AIM) -> float:
         """Return the divergence of the predictions from exact ones, nats per token, with a context coded at `aim`."""
-        step = step_for(torch.cat([one.variances for kinds in basis.values() for one in kinds.values()]), aim)
-        smaller = sharp(self.n)
+        step = step_for(torch.cat([one.variances for layer in layers.values() for one in layer.axes.values()]), aim)
         coded: dict[int, dict[str, Tensor]] = {}
-        for i, kinds in basis.items():
+        for i, layer in layers.items():
             coded[i] = {}
-            for name, one in kinds.items():
-                tables = quantised(self.wide(self.given(i)[name], i, name), smaller, one, step)
-                coded[i][name] = self.heads(dequantised(tables, smaller, one.mean, one.backward, step), i, name)
+            vectors = {name: self.wide(x, i, name) for name, x in self.given(i).items()}
+            finer = layer.fineness(vectors["k"][FIRST:], self.distance)
+            for name, one in layer.axes.items():
+                x = vectors[name]
+                table = quantised(x[FIRST:], finer[name], one, step)
+                x[FIRST:] = dequantised(table, finer[name], one.mean, one.backward, step)
+                coded[i][name] = self.heads(x, i, name)
                 coded[i][name][:, :, :FIRST] = self.given(i)[name][:, :, :FIRST]
         with torch.no_grad():
             exact, found = self.predict({}).double(), self.predict(coded).double()

@@ -21,11 +21,12 @@ from kvfloor.core.exact import Exact
 from kvfloor.core.rotation import Rotation
 from kvfloor.core.selector import Indexed
 from kvfloor.core.spec import DTYPES
-from kvfloor.hf.bases import FIRST, CodingBasis, measured_turns, require_basis
+from kvfloor.hf.bases import FIRST, CodingBasis, LayerAxes, measured_turns, require_basis
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.methods.transform.basis import Basis
+from kvfloor.methods.transform.fineness import MOST
 from kvfloor.methods.transform.integers import compressed, restored, zstandard
-from kvfloor.methods.transform.transform import decode, encode, sharp, step_for
+from kvfloor.methods.transform.transform import decode, encode, step_for
 from kvfloor.methods.transform.water import water_level
 from kvfloor.validation import positive
 
@@ -36,6 +37,9 @@ NATS = {"k": 0.3, "v": 0.3}
 """Divergence in nats per unit of mean relative squared error of the keys, and of the values, of all layers.
 
 Measured on SmolLM2 (`characterize/coded_saves.py`), and used where no basis was calibrated for the model."""
+
+NEWEST, FINER = 128, 4
+"""Fineness of the codes of the newest tokens, and how many these are, where no basis was calibrated for the model."""
 
 AXES = torch.float16  # of a basis that is saved with the codes
 
@@ -93,15 +97,17 @@ def code(
             tokens[i] = _tokens(plain, fields)
             rest = ~_first(items[i])
             vectors[i] = {name: x[rest] for name, x in _vectors(tokens[i], items[i], turns.get(i)).items()}
-    bases = relative(vectors) if basis is None else _of(basis, vectors, model)
+    bases = relative(vectors) if basis is None else {i: x.axes for i, x in _of(basis, vectors, model).items()}
     variances = torch.cat([one.variances for kinds in bases.values() for one in kinds.values()])
     step, level = step_for(variances, aim), water_level(variances, aim)
     distinct = list(dict.fromkeys(turn for turn in turns.values() if turn is not None))
     coded = list(layers)
     for i in vectors:
         plain, fields = layers[i]
-        first, smaller = _first(items[i]), _sharp(items[i])
-        parts, axes = [compressed(_gaps(items[i]).unsqueeze(1))], {}
+        first, distance = _first(items[i]), _distance(items[i])
+        finer = _newest(distance[~first]) if basis is None else basis.of(i).fineness(vectors[i]["k"], distance[~first])
+        parts = [compressed(_gaps(items[i]).unsqueeze(1)), compressed(torch.stack([finer["k"], finer["v"]], 1))]
+        axes = {}
         for name, x in vectors[i].items():
             one = bases[i][name]
             if basis is None:
@@ -109,7 +115,7 @@ def code(
                 size = float(one.backward.norm(dim=1).max()) if len(one.backward) else 1.0
                 axes[name] = {"mean": one.mean, "backward": (one.backward / size).to(AXES), "size": size}
                 one = replace(one, backward=axes[name]["backward"].float() * size)
-            parts += encode(x, smaller[~first], one, step)
+            parts.append(encode(x, finer[name], one, step))
         slots = {name: x for name, x in fields["state"]["slots"].items() if name not in ("k", "v", "position")}
         turn = turns.get(i)
         told = {"sizes": [len(part) for part in parts], "turn": None if turn is None else distinct.index(turn)}
@@ -167,7 +173,10 @@ class Decoder:
         counts = held[:, 0].tolist()
         gaps = restored(parts[0], sum(counts), 1).squeeze(1)
         items = [torch.cumsum(part, 0) - 1 for part in gaps.split(counts)]
-        first, smaller = _first(items), _sharp(items)
+        first = _first(items)
+        finer = restored(parts[1], int((~first).sum()), 2)
+        if len(parts) != 4 or bool((finer.abs() > MOST).any()):
+            raise ValueError("the fineness of codes is out of range, or parts are missing")
         turn = None if told["turn"] is None else self.rotations[told["turn"]]
         found = {"position": torch.cat([item.repeat(heads) for item in items])}
         for at, name in enumerate(("k", "v")):
@@ -176,7 +185,7 @@ class Decoder:
             if mean.shape != (wide,) or backward.shape[1:] != (wide,):
                 raise ValueError(f"the axes of {name} have shape {tuple(backward.shape)}, for a width of {wide}")
             x = torch.empty(len(first), wide)
-            x[~first] = decode(parts[1 + 2 * at : 3 + 2 * at], smaller[~first], mean, backward, self.step)
+            x[~first] = decode(parts[2 + at], finer[:, at], mean, backward, self.step)
             x = x.unflatten(1, (heads, -1))
             if name == "k" and turn is not None:
                 x = turn.turned(x, _circle(items, turn))
@@ -195,7 +204,7 @@ class Decoder:
             one = saved[name]
             return one["mean"].float(), one["backward"].float() * positive("size", one["size"])
         assert self.basis is not None
-        basis = self.basis.one(index, name)
+        basis = self.basis.of(index).axes[name]
         return basis.mean, basis.backward
 
 
@@ -245,9 +254,15 @@ def _first(items: list[Tensor]) -> Tensor:
     return torch.cat([torch.arange(len(item)) < FIRST for item in items])
 
 
-def _sharp(items: list[Tensor]) -> Tensor:
-    """Return a mask (n,) of all items' tokens: those that are coded in smaller steps, the newest of each item."""
-    return torch.cat([sharp(len(item)) for item in items])
+def _distance(items: list[Tensor]) -> Tensor:
+    """Return the distance of each token to the end of its item's stream, 1 for the newest, all items' in one (n,)."""
+    return torch.cat([len(item) - torch.arange(len(item)) for item in items])
+
+
+def _newest(distance: Tensor) -> dict[str, Tensor]:
+    """Return the fineness of codes in axes of the cache's own tokens: more for the newest, on which more rests."""
+    finer = torch.where(distance <= NEWEST, FINER, 0)
+    return {"k": finer, "v": finer}
 
 
 def _circle(items: list[Tensor], turn: Rotation) -> Any:
@@ -260,7 +275,7 @@ def _gaps(items: list[Tensor]) -> Tensor:
     return torch.cat([torch.diff(item, prepend=torch.tensor([-1])) for item in items])
 
 
-def _of(basis: CodingBasis, vectors: dict[int, dict[str, Tensor]], model: Any) -> dict[int, dict[str, Basis]]:
+def _of(basis: CodingBasis, vectors: dict[int, dict[str, Tensor]], model: Any) -> dict[int, LayerAxes]:
     """Return the axes of a calibrated basis for these layers. Raises WrongBasis if it is another model's."""
     here = fingerprint(model)
     if basis.model != here:
@@ -268,7 +283,7 @@ def _of(basis: CodingBasis, vectors: dict[int, dict[str, Tensor]], model: Any) -
             f"the basis was calibrated for a {basis.model['model']} with other weights or another configuration "
             f"(digest {basis.model['sha256'][:12]}, this model's {here['sha256'][:12]}): calibrate one for this model"
         )
-    return {i: {name: basis.one(i, name) for name in kinds} for i, kinds in vectors.items()}
+    return {i: basis.of(i) for i in vectors}
 
 
 def relative(vectors: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Basis]]:
