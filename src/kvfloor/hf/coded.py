@@ -106,7 +106,7 @@ def code(
         plain, fields = layers[i]
         first, distance = _first(items[i]), _distance(items[i])
         finer = _newest(distance[~first]) if basis is None else basis.of(i).fineness(vectors[i]["k"], distance[~first])
-        parts = [compressed(_gaps(items[i]).unsqueeze(1)), compressed(torch.stack([finer["k"], finer["v"]], 1))]
+        parts = [_packed(_gaps(items[i])), _packed(torch.cat([finer["k"], finer["v"]]))]
         axes = {}
         for name, x in vectors[i].items():
             one = bases[i][name]
@@ -115,7 +115,7 @@ def code(
                 size = float(one.backward.norm(dim=1).max()) if len(one.backward) else 1.0
                 axes[name] = {"mean": one.mean, "backward": (one.backward / size).to(AXES), "size": size}
                 one = replace(one, backward=axes[name]["backward"].float() * size)
-            parts.append(encode(x, finer[name], one, step))
+            parts += encode(x, finer[name], one, step)
         slots = {name: x for name, x in fields["state"]["slots"].items() if name not in ("k", "v", "position")}
         turn = turns.get(i)
         told = {"sizes": [len(part) for part in parts], "turn": None if turn is None else distinct.index(turn)}
@@ -171,11 +171,11 @@ class Decoder:
             raise ValueError(f"codes of {sizes} bytes do not fill {len(more['codes'])}")
         parts = [part.numpy().tobytes() for part in more["codes"].split(sizes)]
         counts = held[:, 0].tolist()
-        gaps = restored(parts[0], sum(counts), 1).squeeze(1)
+        gaps = _unpacked(parts[0], sum(counts))
         items = [torch.cumsum(part, 0) - 1 for part in gaps.split(counts)]
         first = _first(items)
-        finer = restored(parts[1], int((~first).sum()), 2)
-        if len(parts) != 4 or bool((finer.abs() > MOST).any()):
+        finer = _unpacked(parts[1], 2 * int((~first).sum())).view(2, -1)
+        if len(parts) != 6 or bool((finer.abs() > MOST).any()):
             raise ValueError("the fineness of codes is out of range, or parts are missing")
         turn = None if told["turn"] is None else self.rotations[told["turn"]]
         found = {"position": torch.cat([item.repeat(heads) for item in items])}
@@ -185,7 +185,7 @@ class Decoder:
             if mean.shape != (wide,) or backward.shape[1:] != (wide,):
                 raise ValueError(f"the axes of {name} have shape {tuple(backward.shape)}, for a width of {wide}")
             x = torch.empty(len(first), wide)
-            x[~first] = decode(parts[2 + at], finer[:, at], mean, backward, self.step)
+            x[~first] = decode(parts[2 + 2 * at : 4 + 2 * at], finer[at], mean, backward, self.step)
             x = x.unflatten(1, (heads, -1))
             if name == "k" and turn is not None:
                 x = turn.turned(x, _circle(items, turn))
@@ -268,6 +268,17 @@ def _newest(distance: Tensor) -> dict[str, Tensor]:
 def _circle(items: list[Tensor], turn: Rotation) -> Any:
     position = torch.cat(items)
     return turn.circle(position.unsqueeze(1), torch.float32)
+
+
+def _packed(numbers: Tensor) -> bytes:
+    """Compress whole numbers (n,), int64."""
+    return compressed(numbers.unsqueeze(1), torch.zeros_like(numbers), torch.zeros(1, dtype=torch.int64))
+
+
+def _unpacked(data: bytes, n: int) -> Tensor:
+    """Undo `_packed`: return n whole numbers. Raises DamagedCode for other bytes."""
+    none = torch.zeros(n, dtype=torch.int64)
+    return restored(data, none, torch.zeros(1, dtype=torch.int64)).squeeze(1)
 
 
 def _gaps(items: list[Tensor]) -> Tensor:

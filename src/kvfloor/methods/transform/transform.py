@@ -9,12 +9,16 @@ unequally.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvfloor.methods.transform.basis import Basis
 from kvfloor.methods.transform.integers import compressed, restored
 from kvfloor.methods.transform.water import water_level
+
+SMALLEST = 40  # axes whose mean square in steps is below 2^-40 count as alike
 
 
 def step_for(variances: Tensor, error: float) -> float:
@@ -43,27 +47,28 @@ def dequantised(table: Tensor, fineness: Tensor, mean: Tensor, backward: Tensor,
     return table.float() * _steps(fineness, step) @ backward + mean
 
 
-def encode(x: Tensor, fineness: Tensor, basis: Basis, step: float) -> bytes:
-    """Return vectors x (n, w) as bytes, the table of `quantised` entropy-coded.
+def encode(x: Tensor, fineness: Tensor, basis: Basis, step: float) -> tuple[bytes, bytes]:
+    """Return vectors x (n, w) as bytes: the size of the numbers of each axis, and the numbers of `quantised`.
 
-    Vectors of equal fineness come together, so that neighbouring numbers are alike in size. Raises ValueError if a
-    number of steps exceeds 2^30, and if zstandard is not installed.
+    Raises ValueError if a number of steps exceeds 2^30, and if zstandard is not installed.
     """
-    order = fineness.argsort(stable=True)
-    return compressed(quantised(x[order], fineness[order], basis, step))
+    table = quantised(x, fineness, basis, step)
+    spread = (table * 2.0 ** (-0.5 * fineness.double()).unsqueeze(1)).square().sum(0) / max(1, len(x))
+    size = torch.log2(spread.clamp_min(2.0**-SMALLEST)).round().long()
+    one = torch.zeros(1, dtype=torch.int64)
+    return compressed(size.unsqueeze(0), one, torch.zeros_like(size)), compressed(table, fineness, size)
 
 
-def decode(data: bytes, fineness: Tensor, mean: Tensor, backward: Tensor, step: float) -> Tensor:
+def decode(codes: Sequence[bytes], fineness: Tensor, mean: Tensor, backward: Tensor, step: float) -> Tensor:
     """Return the vectors (n, w), float32, that `encode` coded with the same fineness and step.
 
     mean (w,), backward (axes, w): those of the basis that it coded with. Raises DamagedCode (a ValueError) for bytes
     that are no such codes.
     """
-    order = fineness.argsort(stable=True)
-    table = restored(data, len(fineness), backward.shape[0])
-    x = torch.empty(len(fineness), backward.shape[1])
-    x[order] = dequantised(table, fineness[order], mean, backward, step)
-    return x
+    sizes, numbers = codes
+    one, none = torch.zeros(1, dtype=torch.int64), torch.zeros(backward.shape[0], dtype=torch.int64)
+    size = restored(sizes, one, none).squeeze(0)
+    return dequantised(restored(numbers, fineness, size), fineness, mean, backward, step)
 
 
 def _steps(fineness: Tensor, step: float) -> Tensor:
