@@ -1,14 +1,17 @@
-"""Measure the frontier of bytes against nats on SmolLM2: tokens dropped, bits dropped, and both.
+"""Measure the frontier of bytes against nats on real models: tokens dropped, bits dropped, and both.
 
     make frontier
-    python -m characterize.frontier [--out DIR] [--chart-only]
+    python -m characterize.frontier [SOURCE ...] [--out DIR] [--chart-only]
 
-The script runs `kvfloor audit` on texts alone: a context is taken in under the method and sealed, then the continuation
-is predicted token by token while the method keeps running. Each row of the table gives the share of a 16-bit exact
-cache's bytes that the setting holds at the context's end in a 16-bit model, and the mean KL divergence from exact
-predictions in nats per token, with its 95 % interval over blocks of 64 tokens. A row is on the frontier if no other
-setting diverges less in no more bytes, give or take 1 %. The chart is docs/images/frontier.svg. About an hour on one
-core; with --out, rows that are in the folder are not measured again.
+A source is a model with the number of tokens of a text that it takes in: smollm2-2048, smollm2-4096, gemma3-270m-2048;
+the others' rows stay in the table. The script runs `kvfloor audit` on texts alone: a context is taken in under the
+method and sealed, then the continuation is predicted token by token while the method keeps running. Each row of the
+table gives the share of a 16-bit exact cache's bytes that the setting holds at the context's end in a 16-bit model, and
+the mean KL divergence from exact predictions in nats per token, with its 95 % interval over blocks of 64 tokens. A row
+is on the frontier if no other setting of its source diverges less in no more bytes, give or take 1 %. The charts are
+docs/images/frontier.svg (smollm2-2048), frontier-smollm2-4096.svg and frontier-gemma3-270m-2048.svg. An hour and more
+on one core for the first source, half of it for another; with --out, rows that are in the folder are not measured
+again. Gemma is under Google's terms (docs/audit.md).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from characterize.lib.table import Row, save
+from characterize.lib.table import ResultTable, Row
 from kvfloor.audit.nats import TextSummary, summaries
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.run import run
@@ -34,9 +37,15 @@ METHODS = (
     *(f"sinks{store}" for store in (":k5v4", ":k4v3")),
 )
 BUDGETS = ("50%", "25%", "12.5%")
+BRIEF = (
+    *(f"exact:{store}" for store in ("k8v8", "k5v4", "k4v4", "k4v3", "k3v3", "k2v2")),
+    "quant(bits=4)",
+    *(f"{policy}{store}" for policy in ("snapkv", "h2o") for store in ("", ":k5v4", ":k4v3")),
+)
 TEXTS = ("speech", "facts")
-CONTEXT, CONTINUATION = 2048, 512
+CONTINUATION = 512
 FIELDS = (
+    "source",
     "axis",
     "setting",
     "share",
@@ -49,9 +58,37 @@ FIELDS = (
     "floor_share",
     "frontier",
 )
-CHART = Path(__file__).resolve().parent.parent / "docs/images/frontier.svg"
+IMAGES = Path(__file__).resolve().parent.parent / "docs/images"
 COLOURS = {"tokens": "#c2571a", "bits": "#2a6fb0", "both": "#1f8a4c"}
 NAMES = {"tokens": "fewer tokens", "bits": "fewer bits", "both": "both"}
+
+
+@dataclass(frozen=True)
+class FrontierSource:
+    """Describe a source: the model, its name in charts, tokens of context, methods, their budgets, the chart's file."""
+
+    model: str
+    title: str
+    context: int
+    methods: Sequence[str]
+    budgets: Sequence[str]
+    chart: str
+
+    @property
+    def image(self) -> Path:
+        """Return the path of the chart."""
+        return IMAGES / self.chart
+
+
+SOURCES = {
+    "smollm2-2048": FrontierSource("smollm2", "SmolLM2-135M", 2048, METHODS, BUDGETS, "frontier.svg"),
+    "smollm2-4096": FrontierSource(
+        "smollm2", "SmolLM2-135M", 4096, BRIEF, (*BUDGETS, "6.25%", "3.125%"), "frontier-smollm2-4096.svg"
+    ),
+    "gemma3-270m-2048": FrontierSource(
+        "gemma3-270m", "Gemma 3 270M", 2048, BRIEF, (*BUDGETS, "6.25%"), "frontier-gemma3-270m-2048.svg"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -76,15 +113,15 @@ def axis(setting: str) -> str:
     return "both" if bits and "@" in setting else "bits" if bits else "tokens"
 
 
-def measured(folder: Path) -> list[TextSummary]:
-    """Run the audit in `folder`; return one summary per setting, without `exact`."""
+def measured(source: FrontierSource, folder: Path) -> list[TextSummary]:
+    """Run the audit of a source in `folder`; return one summary per setting, without `exact`."""
     request = AuditRequest(
-        model="smollm2",
-        methods=METHODS,
-        budgets=BUDGETS,
+        model=source.model,
+        methods=source.methods,
+        budgets=source.budgets,
         tasks=(),
         texts=TEXTS,
-        contexts=(CONTEXT,),
+        contexts=(source.context,),
         continuation=CONTINUATION,
         out=folder,
     )
@@ -98,34 +135,41 @@ def point(one: TextSummary) -> FrontierPoint:
     return FrontierPoint(axis(one.setting), one.setting, share, found.kl, found.kl_low, found.kl_high)
 
 
-def table(found: Sequence[TextSummary]) -> list[Row]:
-    """Return one row per setting, the most bytes first; columns as in FIELDS."""
+def table(name: str, found: Sequence[TextSummary]) -> list[Row]:
+    """Return one row per setting of the source `name`, the most bytes first; columns as in FIELDS."""
     points = [point(one) for one in found]
     rows: list[Row] = []
     for one, at in sorted(zip(found, points, strict=True), key=lambda pair: -pair[1].share):
         floor = one.floor_bytes / one.exact_16_bit_bytes
         rows.append(
-            (at.axis, at.setting, at.share, 1 / at.share, at.kl, at.low, at.high)
+            (name, at.axis, at.setting, at.share, 1 / at.share, at.kl, at.low, at.high)
             + (one.figures.same_top, one.figures.tokens, floor, "" if at.beaten(points) else "yes")
         )
     return rows
 
 
-def read() -> tuple[list[FrontierPoint], float]:
-    """Return the points of the saved table, and the floor as a share of the bytes of a 16-bit exact cache."""
+def read(name: str) -> tuple[list[FrontierPoint], float]:
+    """Return the points of a source in the saved table, and the floor as a share of a 16-bit exact cache's bytes.
+
+    The list is empty, and the share 0, if the table has no rows of this source.
+    """
     _, *lines = (line.split("\t") for line in Path(__file__).with_suffix(".tsv").read_text("utf-8").splitlines())
-    points = [FrontierPoint(x[0], x[1], *(float(x[i]) for i in (2, 4, 5, 6))) for x in lines]
-    return points, float(lines[0][FIELDS.index("floor_share")])
+    mine = [dict(zip(FIELDS, line, strict=True)) for line in lines if line[0] == name]
+    figures = ("share", "kl", "low", "high")
+    points = [FrontierPoint(row["axis"], row["setting"], *(float(row[x]) for x in figures)) for row in mine]
+    return points, float(mine[0]["floor_share"]) if mine else 0.0
 
 
-def chart(points: Sequence[FrontierPoint], floor: float, width: int = 900, height: int = 540) -> str:
+def chart(points: Sequence[FrontierPoint], floor: float, title: str, width: int = 900, height: int = 540) -> str:
     """Return the chart as SVG: divergence against share of bytes, both on log scales, the frontier as a line.
 
-    floor: lower bound on the bytes that any method needs for worst-case keys and values, as a share like the others
+    title  the model and the number of tokens
+    floor  lower bound on the bytes that any method needs for worst-case keys and values, as a share like the others
     """
     left, right, top, bottom = 76, width - 24, 46, height - 56
-    shares = [2.0**-k for k in range(7) if 2.0**-k >= floor]
-    low, high = math.log2(floor / 1.1), math.log2(1.0)
+    least_share = min(floor, *(p.share for p in points))
+    shares = [2.0**-k for k in range(9) if 2.0**-k >= least_share]
+    low, high = math.log2(least_share / 1.1), math.log2(1.0)
     decades = [10.0**k for k in range(-5, 2)]
     least, most = -5.2, math.log10(max(p.kl for p in points) * 1.6)
 
@@ -139,8 +183,7 @@ def chart(points: Sequence[FrontierPoint], floor: float, width: int = 900, heigh
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         f'font-size="13">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{left}" y="24" font-size="16" fill="#222222">SmolLM2-135M, {CONTEXT:,} tokens: nats against bytes'
-        f"</text>",
+        f'<text x="{left}" y="24" font-size="16" fill="#222222">{escape(title)}: nats against bytes</text>',
     ]
     for share in shares:
         at = f"{x(share):.1f}"
@@ -190,13 +233,26 @@ def chart(points: Sequence[FrontierPoint], floor: float, width: int = 900, heigh
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder that keeps the measured rows")
-    parser.add_argument("--chart-only", action="store_true", help="draw the chart from the saved table")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help=f"of {', '.join(SOURCES)}; all unless given")
+    parser.add_argument("--out", type=Path, help="folder that keeps the measured rows, one folder in it per source")
+    parser.add_argument("--chart-only", action="store_true", help="draw the charts from the saved table")
     given = parser.parse_args()
+    names = given.sources or list(SOURCES)
+    if unknown := [name for name in names if name not in SOURCES]:
+        parser.error(f"no source {', '.join(unknown)}: they are {', '.join(SOURCES)}")
     if not given.chart_only:
-        with tempfile.TemporaryDirectory() as scratch:
-            save(__file__, FIELDS, table(measured(given.out or Path(scratch))))
-    CHART.write_text(chart(*read()), encoding="utf-8")
+        rows = ResultTable(__file__, FIELDS, names, list(SOURCES))
+        for name in names:
+            with tempfile.TemporaryDirectory() as scratch:
+                for row in table(name, measured(SOURCES[name], (given.out or Path(scratch)) / name)):
+                    rows.add(*row)
+        rows.save()
+    for name in names:
+        points, floor = read(name)
+        if points:
+            source = SOURCES[name]
+            text = chart(points, floor, f"{source.title}, {source.context:,} tokens")
+            source.image.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

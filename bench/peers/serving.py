@@ -44,11 +44,11 @@ sys.path.insert(0, str(ROOT / "bench"))
 from gate import green  # noqa: E402
 
 TABLE = Path(__file__).with_suffix(".tsv")
-TIMED = (
-    "tests/core/test_pool.py",
-    "tests/vllm/test_batch.py",
+TIMED = (  # the engine first: vLLM's start fails in a process that has loaded numba, which the tests of pools may do
     "tests/vllm/test_engine.py::test_prompts_of_many_lengths_in_one_batch[sinks(4)@64]",
     "tests/vllm/test_engine.py::test_prompts_of_many_lengths_in_one_batch[h2o@64]",
+    "tests/vllm/test_batch.py",
+    "tests/core/test_pool.py",
 )
 FIELDS = (
     "setting",
