@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from tests.corruption import (
     require_every_flip_is_noticed,
     require_every_truncation_is_noticed,
 )
-from tests.hf.conftest import Talk, tiny
+from tests.hf.conftest import Talk, served, tiny
 
 pytestmark = pytest.mark.skipif(not integers.installed(), reason="zstandard is not installed")
 
@@ -308,6 +309,20 @@ def test_what_cannot_be_coded_is_refused_by_name(
         talk.cache.save(tmp_path / "cache", coded=0.01)
     assert (tmp_path / "cache").read_bytes() == b"older" and len(list(tmp_path.iterdir())) == 1
     talk.cache.save(tmp_path / "cache")
+
+
+def test_values_that_are_the_keys_are_refused(tmp_path: Path) -> None:
+    model = prepare(served("deepseek_v3"))
+    talk = Talk(model, CompressedCache(model.config, "exact"))
+    talk.hear(ids(0, 40) % 50 + 2)
+    with pytest.raises(ValueError, match="has values that are its keys"):
+        talk.cache.save(tmp_path / "cache", coded=0.01)
+
+
+def test_a_sharded_model_is_refused() -> None:
+    cache: Any = SimpleNamespace(ranks=SimpleNamespace(count=2), compressed=[])
+    with pytest.raises(ValueError, match="all kv heads in one process"):
+        coded.check(cache, 0.01, None)
 
 
 @pytest.mark.parametrize("aim", [0, -1.0, float("nan"), float("inf"), "0.01", True])
