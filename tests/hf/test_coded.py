@@ -226,6 +226,25 @@ def test_the_metric_predicts_the_divergence() -> None:
     assert sum(measured) / len(measured) == pytest.approx(expected, rel=0.6)
 
 
+def test_the_metric_is_that_of_a_typical_token_and_fineness_has_the_rest(model: PreTrainedModel) -> None:
+    """Tokens whose gradients are longer by factors, of geometric mean 1, change no axis, and are coded finer."""
+    tokens = ids(6, 260)[:1]
+    text = CalibrationText(model, tokens[:, :200], tokens[:, 200:], [0])
+    draw = torch.Generator().manual_seed(0)
+    even, uneven = {}, {}
+    for name in ("k", "v"):
+        g = torch.randn(3, 196, 32, generator=draw) * torch.linspace(1, 0.1, 32)
+        even[name] = g / g.square().sum(-1).mean(0).sqrt().unsqueeze(1)
+        factor = torch.linspace(-3, 3, 196).exp2()
+        uneven[name] = even[name] * factor.unsqueeze(1)
+    one, other = text.layer_axes(0, even), text.layer_axes(0, uneven)
+    found = other.fineness(text.wide(text.given(0)["k"], 0, "k")[FIRST:], text.distance)
+    for name in ("k", "v"):
+        metrics = [each.axes[name].forward.double() @ each.axes[name].forward.double().T for each in (one, other)]
+        assert torch.allclose(*metrics, rtol=1e-3, atol=1e-6)
+        assert found[name][-20:].float().mean() > found[name][:20].float().mean() + 3
+
+
 def test_the_aim_is_reached_on_the_calibration_text(builtin: tuple[Any, Any]) -> None:
     model, _ = builtin
     tokens = torch.randint(5, 200, (1, 400), generator=torch.Generator().manual_seed(0))

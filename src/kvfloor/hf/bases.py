@@ -249,9 +249,11 @@ class CalibrationText:
                     strict=True,
                 ):
                     gradients[i, name].append(self.wide(one, i, name)[FIRST:] / (2 * len(found)) ** 0.5)
-        return {i: self._layer(i, {name: torch.stack(gradients[i, name]) for name in ("k", "v")}) for i in self.served}
+        return {
+            i: self.layer_axes(i, {name: torch.stack(gradients[i, name]) for name in ("k", "v")}) for i in self.served
+        }
 
-    def _layer(self, index: int, gradients: Mapping[str, Tensor]) -> LayerAxes:
+    def layer_axes(self, index: int, gradients: Mapping[str, Tensor]) -> LayerAxes:
         """Return a layer's axes from the gradients (draws, n - FIRST, w) of its keys and values."""
         axes, weights = {}, {}
         vectors = {name: self.wide(x, index, name)[FIRST:] for name, x in self.given(index).items()}
