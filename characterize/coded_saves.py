@@ -25,7 +25,7 @@ from torch import Tensor
 
 from characterize.lib.table import Row, save
 from kvfloor.audit.nats import BLOCK_TOKENS, TokenFigures, figures
-from kvfloor.audit.texts import Excerpt, excerpts
+from kvfloor.audit.texts import Excerpt, excerpts, text_of
 from kvfloor.hf import CodingBasis, CompressedCache, coding_basis, prepare
 from kvfloor.hf.bases import FIRST, CalibrationText, LayerAxes
 from kvfloor.hf.coded import relative
@@ -55,9 +55,9 @@ FIELDS = (
 def principal(model: Any, tokens: list[int]) -> CodingBasis:
     """Return the principal axes of a text's keys and values, without a metric, and with equal steps for all tokens."""
     ids = torch.tensor([tokens])
-    served = list(range(model.config.num_hidden_layers))
-    text = CalibrationText(model, ids[:, :-1], ids[:, -1:], served)
-    axes = relative({i: {name: text.wide(x, i, name)[FIRST:] for name, x in text.given(i).items()} for i in served})
+    text = CalibrationText(model, ids[:, :-1], ids[:, -1:])
+    vectors = {i: {name: text.wide(x, i, name)[FIRST:] for name, x in text.given(i).items()} for i in text.served}
+    axes = relative(vectors)
     count = features(torch.zeros(1, len(axes[0]["k"].mean)), torch.ones(1), axes[0]["k"]).shape[1]
     none = {name: torch.zeros(count, dtype=torch.float64) for name in ("k", "v")}
     return CodingBasis(fingerprint(model), {i: LayerAxes(kinds, none) for i, kinds in axes.items()})
@@ -134,10 +134,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        (other,) = excerpts((CALIBRATION,), (CONTEXT,), CONTINUATION, encode)
-        tokens = other.context + other.continuation
+        book = encode(text_of(CALIBRATION, 0))
+        tokens, held_out = (book[at : at + CONTEXT + CONTINUATION] for at in (0, CONTEXT + CONTINUATION))
         kinds = {
-            "calibrated": basis_in(folder, "calibrated", lambda: coding_basis(model, tokens)),
+            "calibrated": basis_in(folder, "calibrated", lambda: coding_basis(model, tokens, held_out)),
             "own": None,
             "principal": basis_in(folder, "principal", lambda: principal(model, tokens)),
         }

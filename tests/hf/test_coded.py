@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kvfloor import CorruptState
 from kvfloor.core import message
 from kvfloor.hf import CodingBasis, CompressedCache, WrongBasis, coded, coding_basis, prepare
-from kvfloor.hf.bases import FIRST, CalibrationText
+from kvfloor.hf.bases import FIRST, CalibrationText, aim_for
 from kvfloor.hf.coded import FINER, NEWEST
 from kvfloor.methods.transform import integers
 from tests.corruption import (
@@ -39,7 +39,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def basis(model: PreTrainedModel) -> CodingBasis:
-    return coding_basis(model, ids(5, 300)[0], predicted=60)
+    return coding_basis(model, ids(5, 300)[0], ids(9, 300)[0], predicted=60)
 
 
 def heard(model: PreTrainedModel, method: str = "exact", n: int = 300, **options: Any) -> Talk:
@@ -202,7 +202,7 @@ def test_the_metric_predicts_the_divergence() -> None:
     """
     double = prepare(tiny().double())
     tokens = ids(6, 260)[:1]
-    text = CalibrationText(double, tokens[:, :200], tokens[:, 200:], [0, 1, 2])
+    text = CalibrationText(double, tokens[:, :200], tokens[:, 200:])
     layers = text.axes(draws=120)
     draw, size = torch.Generator().manual_seed(0), 1e-7
     exact = text.predict({}).detach()
@@ -229,7 +229,7 @@ def test_the_metric_predicts_the_divergence() -> None:
 def test_the_metric_is_that_of_a_typical_token_and_fineness_has_the_rest(model: PreTrainedModel) -> None:
     """Tokens whose gradients are longer by factors, of geometric mean 1, change no axis, and are coded finer."""
     tokens = ids(6, 260)[:1]
-    text = CalibrationText(model, tokens[:, :200], tokens[:, 200:], [0])
+    text = CalibrationText(model, tokens[:, :200], tokens[:, 200:])
     draw = torch.Generator().manual_seed(0)
     even, uneven = {}, {}
     for name in ("k", "v"):
@@ -245,13 +245,20 @@ def test_the_metric_is_that_of_a_typical_token_and_fineness_has_the_rest(model: 
         assert found[name][-20:].float().mean() > found[name][:20].float().mean() + 3
 
 
-def test_the_aim_is_reached_on_the_calibration_text(builtin: tuple[Any, Any]) -> None:
+def test_the_aim_is_reached_on_the_held_out_text(builtin: tuple[Any, Any]) -> None:
     model, _ = builtin
-    tokens = torch.randint(5, 200, (1, 400), generator=torch.Generator().manual_seed(0))
-    found = coding_basis(model, tokens, predicted=100)
-    text = CalibrationText(model, tokens[:, :300], tokens[:, 300:], list(found.layers))
-    for aim in (0.01, 0.03):
-        assert aim / 3 < text.divergence(found.layers, aim) < 3 * aim
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randint(5, 200, (1, 400), generator=draw) for _ in range(2))
+    found = coding_basis(model, one, other, predicted=100)
+    text = CalibrationText(model, other[:, :300], other[:, 300:])
+    assert 0.002 < text.divergence(found.layers, 0.01) < 0.03
+
+
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.7])
+def test_the_aim_of_a_power_is_found(power: float) -> None:
+    found = aim_for(lambda aim: 40 * aim**power)
+    assert 40 * found**power == pytest.approx(0.01, rel=0.05)
+    assert aim_for(lambda aim: 0.0) > 0  # a divergence that is never reached
 
 
 def test_a_basis_needs_no_bytes_in_the_saved_cache(model: PreTrainedModel, basis: CodingBasis, tmp_path: Path) -> None:
@@ -284,7 +291,7 @@ def test_a_basis_goes_through_its_file(basis: CodingBasis, tmp_path: Path) -> No
 def test_another_basis_is_refused(model: PreTrainedModel, basis: CodingBasis, tmp_path: Path) -> None:
     talk = heard(model)
     talk.cache.save(tmp_path / "cache", coded=0.01, basis=basis)
-    other = coding_basis(model, ids(8, 300)[0], predicted=60)
+    other = coding_basis(model, ids(8, 300)[0], ids(9, 300)[0], predicted=60)
     with pytest.raises(WrongBasis, match=f"coded in the basis {basis.digest[:12]}, and none was given"):
         CompressedCache.load(tmp_path / "cache", model)
     with pytest.raises(WrongBasis, match=f"and this one is {other.digest[:12]}: pass basis="):
@@ -300,9 +307,9 @@ def test_another_basis_is_refused(model: PreTrainedModel, basis: CodingBasis, tm
 
 def test_a_calibration_text_that_is_too_short_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"at least 128 token ids, of which 60 are predicted; got shape \(1, 110\)"):
-        coding_basis(model, ids(0, 110)[0], predicted=60)
+        coding_basis(model, ids(0, 300)[0], ids(0, 110)[0], predicted=60)
     with pytest.raises(ValueError, match="prepare"):
-        coding_basis(tiny(), ids(0, 300)[0], predicted=60)
+        coding_basis(tiny(), ids(0, 300)[0], ids(1, 300)[0], predicted=60)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

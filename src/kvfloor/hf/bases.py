@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from kvfloor.methods.transform.transform import dequantised, quantised, step_for
 from kvfloor.validation import whole
 
 AIM = 0.01  # nats per token, at which the scale is measured
-ROUNDS = 3  # of measuring and correcting the scale
+ROUNDS = 4  # of measuring the divergence, to find the scale
+SLOPE = 1.5  # of log divergence over log aim, about
 LEAST = 64  # tokens of context that axes can be fitted to
 FIRST = 4  # tokens of each stream that are saved as they are: much attention rests on them
 DRAWS = 4  # sets of tokens drawn from the model's predictions; gradients of more sets make the metric less noisy
@@ -149,21 +151,50 @@ def measured_turns(model: PreTrainedModel) -> dict[int, Rotation | None]:
         return {}
 
 
-def coding_basis(model: PreTrainedModel, tokens: Sequence[int] | Tensor, *, predicted: int = 512) -> CodingBasis:
-    """Calibrate a basis for coded saves of caches of `model`, a prepared model, on a typical text.
+def coding_basis(
+    model: PreTrainedModel, tokens: Sequence[int] | Tensor, held_out: Sequence[int] | Tensor, *, predicted: int = 512
+) -> CodingBasis:
+    """Calibrate a basis for coded saves of caches of `model`, a prepared model, on two typical texts.
 
-    tokens      token ids (n,) or (1, n) of the text, about as long as the caches to save
-    predicted   number of the text's last tokens whose predictions show which errors matter; those before are the
-                context whose keys and values the axes are fitted to
+    tokens      token ids (n,) or (1, n) of the text that the axes are fitted to, about as long as the caches to save
+    held_out    token ids of another text, on which the scale is measured
+    predicted   number of a text's last tokens whose predictions show which errors matter; those before are the context
+                whose keys and values are coded
     The model reads the context, then predicts the rest, and the gradients of DRAWS drawn tokens per prediction are
-    propagated back to the context's keys and values. Then the context is coded, and the measured divergence sets the
-    scale: on this text, an aim of 0.01 nats is reached. Takes about as long as reading the predicted tokens 15 times.
-    Raises ValueError for too few tokens, and TypeError where `model` is no model.
+    propagated back to the context's keys and values. Then the held-out context is coded with several steps, until the
+    divergence of its predictions is known to be 0.01 nats. Takes about as long as reading the predicted tokens 20
+    times. Raises ValueError for too few tokens and for a model that is not prepared, TypeError where it is no model.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be the model to calibrate for, got {model!r}")
     model = unwrapped(model)
-    ids = torch.as_tensor(tokens)
+    texts = [_split(text, predicted) for text in (tokens, held_out)]
+    if not is_prepared(model):
+        raise ValueError(f"{type(model).__name__} does not use kvfloor's attention: call kvfloor.hf.prepare(model)")
+    fitted, other = (CalibrationText(model, *text) for text in texts)
+    layers = fitted.axes()
+    factor = (AIM / aim_for(lambda aim: other.divergence(layers, aim))) ** 0.5
+    return CodingBasis(fingerprint(model), {i: layer.scaled(factor) for i, layer in layers.items()})
+
+
+def aim_for(divergence: Callable[[float], float], wanted: float = AIM, rounds: int = ROUNDS) -> float:
+    """Return the aim at which `divergence` is about `wanted`, both in nats per token, by secants between logarithms.
+
+    divergence: a rising function of the aim, close to a power; called `rounds` times.
+    """
+    aim, slope, last = wanted, SLOPE, None
+    for _ in range(rounds):
+        x, y = math.log(aim), math.log(max(divergence(aim), 1e-30) / wanted)
+        if last is not None and x != last[0]:
+            slope = min(max((y - last[1]) / (x - last[0]), SLOPE / 4), SLOPE * 4)
+        last = (x, y)
+        aim = math.exp(x - min(max(y / slope, -10.0), 10.0))
+    return aim
+
+
+def _split(text: Sequence[int] | Tensor, predicted: int) -> tuple[Tensor, Tensor]:
+    """Return the context and the predicted tokens of a text, (1, .) each. Raises ValueError for too few tokens."""
+    ids = torch.as_tensor(text)
     ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
     least = whole("predicted", predicted) + FIRST + LEAST
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < least:
@@ -171,17 +202,7 @@ def coding_basis(model: PreTrainedModel, tokens: Sequence[int] | Tensor, *, pred
             f"a calibration text is one row of at least {least} token ids, of which {predicted} are predicted; got "
             f"shape {tuple(ids.shape)}: give a longer text, or a smaller predicted="
         )
-    if not is_prepared(model):
-        raise ValueError(f"{type(model).__name__} does not use kvfloor's attention: call kvfloor.hf.prepare(model)")
-    context, rest = ids[:, :-predicted], ids[:, -predicted:]
-    _, layers = watched_cache(model.config)
-    served = [layer.index for layer in layers]
-    text = CalibrationText(model, context.to(input_device(model)), rest.to(input_device(model)), served)
-    layers = text.axes()
-    for _ in range(ROUNDS):
-        gain = (text.divergence(layers) / AIM) ** 0.5
-        layers = {i: layer.scaled(gain) for i, layer in layers.items()}
-    return CodingBasis(fingerprint(model), layers)
+    return ids[:, :-predicted], ids[:, -predicted:]
 
 
 class CalibrationText:
@@ -190,8 +211,10 @@ class CalibrationText:
     Keys and values of all kv heads of a token are vectors of width w = heads * d or heads * dv, keys without RoPE.
     """
 
-    def __init__(self, model: PreTrainedModel, context: Tensor, rest: Tensor, served: Sequence[int]) -> None:
-        self.model, self.rest, self.served, self.n = model, rest, served, context.shape[1]
+    def __init__(self, model: PreTrainedModel, context: Tensor, rest: Tensor) -> None:
+        context, self.rest = (x.to(input_device(model)) for x in (context, rest))
+        self.model, self.n = model, context.shape[1]
+        self.served = [layer.index for layer in watched_cache(model.config)[1]]
         self.cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(context, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
