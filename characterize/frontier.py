@@ -58,9 +58,11 @@ FIELDS = (
     "floor_share",
     "frontier",
 )
+FIGURES = ("kl", "low", "high")
+SAVED = "smollm2-2048"  # the source whose caches `coded_saves.py` saves
 IMAGES = Path(__file__).resolve().parent.parent / "docs/images"
-COLOURS = {"tokens": "#c2571a", "bits": "#2a6fb0", "both": "#1f8a4c"}
-NAMES = {"tokens": "fewer tokens", "bits": "fewer bits", "both": "both"}
+COLOURS = {"tokens": "#c2571a", "bits": "#2a6fb0", "both": "#1f8a4c", "saved": "#8a3f9e"}
+NAMES = {"tokens": "fewer tokens", "bits": "fewer bits", "both": "both", "saved": "saved files"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,10 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """Hold one setting: what it drops ("tokens", "bits" or "both"), its share of the bytes, and its divergence."""
+    """Hold one setting: what it drops ("tokens", "bits" or "both"), its share of the bytes, and its divergence.
+
+    For a saved file instead of a cache in memory, `axis` is "saved".
+    """
 
     axis: str
     setting: str
@@ -156,9 +161,22 @@ def read(name: str) -> tuple[list[FrontierPoint], float]:
     """
     _, *lines = (line.split("\t") for line in Path(__file__).with_suffix(".tsv").read_text("utf-8").splitlines())
     mine = [dict(zip(FIELDS, line, strict=True)) for line in lines if line[0] == name]
-    figures = ("share", "kl", "low", "high")
-    points = [FrontierPoint(row["axis"], row["setting"], *(float(row[x]) for x in figures)) for row in mine]
+    points = [FrontierPoint(row["axis"], row["setting"], *(float(row[x]) for x in ("share", *FIGURES))) for row in mine]
     return points, float(mine[0]["floor_share"]) if mine else 0.0
+
+
+def saved() -> list[FrontierPoint]:
+    """Return the points of coded saves of SmolLM2's caches after 2,048 tokens, measured by `coded_saves.py`."""
+    path = Path(__file__).with_name("coded_saves.tsv")
+    fields, *lines = (line.split("\t") for line in path.read_text("utf-8").splitlines())
+    rows = [dict(zip(fields, line, strict=True)) for line in lines]
+    return [
+        FrontierPoint(
+            "saved", f"coded={row['aim']}", 1 / float(row["times_smaller"]), *(float(row[x]) for x in FIGURES)
+        )
+        for row in rows
+        if row["axes"] == "calibrated"
+    ]
 
 
 def chart(points: Sequence[FrontierPoint], floor: float, title: str, width: int = 900, height: int = 540) -> str:
@@ -196,9 +214,12 @@ def chart(points: Sequence[FrontierPoint], floor: float, title: str, width: int 
             at = f"{y(kl):.1f}"
             parts.append(f'<path d="M{left} {at}H{right}" stroke="#e4e4e4"/>')
             parts.append(f'<text x="{left - 8}" y="{at}" dy="4" text-anchor="end" fill="#444444">{kl:g}</text>')
-    best = sorted((p for p in points if not p.beaten(points)), key=lambda p: p.share)
-    line = " ".join(f"{x(p.share):.1f},{y(p.kl):.1f}" for p in best)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="#888888" stroke-dasharray="5 4"/>')
+    held = [p for p in points if p.axis != "saved"]
+    best = sorted((p for p in held if not p.beaten(held)), key=lambda p: p.share)
+    files = sorted((p for p in points if p.axis == "saved"), key=lambda p: p.share)
+    for some, stroke in ((best, "#888888"), (files, COLOURS["saved"])):
+        line = " ".join(f"{x(p.share):.1f},{y(p.kl):.1f}" for p in some)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-dasharray="5 4"/>')
     for p in points:
         colour = COLOURS[p.axis]
         parts.append(
@@ -218,7 +239,7 @@ def chart(points: Sequence[FrontierPoint], floor: float, title: str, width: int 
     parts.append(f'<path d="M{x(floor):.1f} {top}V{bottom}" stroke="#222222" stroke-dasharray="2 3"/>')
     parts.append(f'<text x="{x(floor) + 6:.1f}" y="{bottom - 8}" fill="#222222">floor, worst case</text>')
     for i, (name, words) in enumerate(NAMES.items()):
-        at = right - 330 + 120 * i
+        at = right - 400 + 108 * i
         parts.append(f'<circle cx="{at}" cy="20" r="4.5" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{at + 10}" y="24" fill="#222222">{words}</text>')
     parts.append(
@@ -255,6 +276,7 @@ def main() -> None:
         points, floor = read(name)
         if points:
             source = SOURCES[name]
+            points += saved() if name == SAVED else []
             text = chart(points, floor, f"{source.title}, {source.context:,} tokens")
             source.image.write_text(text, encoding="utf-8")
 

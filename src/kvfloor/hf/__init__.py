@@ -1,20 +1,24 @@
 """Provide compressed KV caches for transformers' `generate()`, and `prepare`, which makes a model able to use them."""
 
+from kvfloor.hf.bases import CodingBasis, coding_basis
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import Eviction
 from kvfloor.hf.mixed import choose_layers
 from kvfloor.hf.prepare import prepare, restore
-from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongModel
+from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongBasis, WrongModel
 
 __all__ = [
+    "CodingBasis",
     "CompressedCache",
     "Eviction",
     "NewerVersion",
     "OlderVersion",
     "UnknownMethod",
+    "WrongBasis",
     "WrongModel",
     "choose_layers",
+    "coding_basis",
     "floor_shares",
     "prepare",
     "restore",

@@ -31,6 +31,7 @@ from kvfloor.core.method import Method, standard_law
 from kvfloor.core.rotation import Rotation
 from kvfloor.hf import other_layers as stock
 from kvfloor.hf.allocate import Shares, pyramid
+from kvfloor.hf.bases import CodingBasis
 from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.families import key_readers
 from kvfloor.hf.layer import CompressedLayer, Eviction, Meter
@@ -366,33 +367,47 @@ class CompressedCache(Cache):
 
     # ---- saving and bytes ----------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, coded: float | None = None, basis: CodingBasis | None = None) -> None:
         """Write the cache to the file `path`, which only its owner may read (format: `kvfloor.hf.saved`).
 
+        coded   None: the loaded cache continues bit for bit. A number, such as 0.01: keys and values are coded with an
+                error, in a fraction of the bytes, and the number is the divergence of later predictions to aim at, in
+                nats per token. It is an aim, not a promise (docs/saved-caches.md). Needs `pip install "kvfloor[coded]"`
+        basis   what `kvfloor.hf.coding_basis` calibrated for the model; `load` needs the same one. None: the axes of
+                the cache's own tokens are saved with the codes, which takes many bytes unless the cache is long
         If writing fails, an existing file stays as it was. If `path` is a symbolic link, the file that it leads to is
         replaced. Collective on a sharded model: rank 0 writes one file with the kv heads of all ranks. Any number of
         ranks can load it later, also a single one. Raises ValueError while the cache is empty or in the middle of a
-        forward, and where `path` cannot be written. Raises TypeError where `path` is no path, and BrokenState if a
-        forward broke off halfway.
+        forward, where `path` cannot be written, and with `coded` for a cache that cannot be coded, such as one whose kv
+        heads hold different tokens. Raises TypeError where `path` is no path, and BrokenState if a forward broke off
+        halfway.
         """
-        save(self, path)
+        save(self, path, coded, basis)
 
     @classmethod
     def load(
-        cls, path: str | Path, model: PreTrainedModel, *, method: Method | None = None, most_bytes: int = MOST_BYTES
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        *,
+        method: Method | None = None,
+        most_bytes: int = MOST_BYTES,
+        basis: CodingBasis | None = None,
     ) -> Self:
         """Return the cache saved at `path`, to continue on `model`.
 
         model       a prepared model with the weights that filled the cache
         method      the method that the cache was made with; needed only if a class from outside kvfloor is part of it
         most_bytes  a larger file raises ValueError, and is not read in full; 32 GiB unless given. Loading takes three
-                    times the file's size in memory
+                    times the file's size in memory, and as much as the cache itself
+        basis       the basis that the cache was coded in, if it was saved with one
         Collective on a sharded model: every rank reads the file, and keeps only its own kv heads.
         Raises CorruptState (damaged file), WrongModel (another model filled the cache), NewerVersion or OlderVersion
-        (of the file's format), or UnknownMethod (the saved method cannot be built); all are ValueErrors. Raises
-        ValueError for a path that cannot be read, or is a folder, a pipe or a device.
+        (of the file's format), UnknownMethod (the saved method cannot be built), or WrongBasis (the cache was coded in
+        another basis); all are ValueErrors. Raises ValueError for a path that cannot be read, or is a folder, a pipe
+        or a device.
         """
-        return outside_inference(load, cls, path, model, method, most_bytes)
+        return outside_inference(load, cls, path, model, method, most_bytes, basis)
 
     def resume(self, peak_bytes: int) -> None:
         """Raise `peak_nbytes` to `peak_bytes`, the peak of the saved cache that this one continues, if it is lower now.

@@ -24,6 +24,8 @@ from kvfloor.core.method import Method, rebuilt
 from kvfloor.core.state import State
 from kvfloor.files import named, replace_file
 from kvfloor.hf import other_layers as stock
+from kvfloor.hf.bases import CodingBasis, require_basis
+from kvfloor.hf.coded import Decoder, WrongBasis, check, code
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.layer import CompressedLayer
 from kvfloor.hf.prepare import is_prepared, owner
@@ -32,13 +34,14 @@ from kvfloor.hf.weights import device_of, input_device
 from kvfloor.hf.whole import own_part, own_stock, part_of, whole_layers
 from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.grammar import parse, without_store
+from kvfloor.methods.transform.integers import zstandard
 from kvfloor.splitting import split_once
 from kvfloor.version import __version__
 
 if TYPE_CHECKING:
     from kvfloor.hf.cache import CompressedCache
 
-__all__ = ["MOST_BYTES", "NewerVersion", "OlderVersion", "UnknownMethod", "WrongModel", "load", "save"]
+__all__ = ["MOST_BYTES", "NewerVersion", "OlderVersion", "UnknownMethod", "WrongBasis", "WrongModel", "load", "save"]
 
 Held = TypeVar("Held", bound="CompressedCache")
 
@@ -58,20 +61,30 @@ class UnknownMethod(ValueError):
     """Report that the method named in a saved cache cannot be built: it is unknown here, or a third party's class."""
 
 
-def save(cache: CompressedCache, path: str | Path) -> None:
+def save(
+    cache: CompressedCache, path: str | Path, coded: float | None = None, basis: CodingBasis | None = None
+) -> None:
     """Write `cache` to the file `path`, readable by its owner only (mode 0600).
 
+    coded   None: everything is saved as it is. A number: keys and values are coded (`kvfloor.hf.coded`), and this is
+            the divergence of the predictions to aim at, in nats per token
+    basis   the axes to code along, calibrated for the model; None: those of the cache's own tokens, which are saved too
     If saving fails, `path` holds what it held before. Where `path` is a symbolic link, the file that it leads to is
     replaced and the link stays. While saving, about twice the saved bytes are needed in memory.
     On a sharded model every rank must call this. Rank 0 gathers the kv heads of all ranks, and writes the same file as
     for the unsharded model. For this it needs three times the saved bytes in memory.
     Raises ValueError for an empty cache, for one in the middle of a forward, for one whose model was deleted, and for a
     path that cannot be written. Raises TypeError where `path` is no path, and BrokenState if a forward broke off after
-    only some layers of the cache had stored its tokens.
+    only some layers of the cache had stored its tokens. Raises ValueError if the cache cannot be coded, and WrongBasis
+    for the basis of another model.
     """
     path = named(path, _WHAT)
     ranks = cache.ranks
     model = ranks.agree("cache.save()", lambda: _checked(cache))
+    if coded is not None:
+        ranks.agree("cache.save()", lambda: check(cache, coded, basis))
+    elif basis is not None:
+        raise ValueError("a basis is to code along, and nothing is coded: give coded= too, such as coded=0.01")
     digest, peak_bytes = fingerprint(model), cache.peak_nbytes
     mine = ranks.agree("cache.save()", lambda: [_described(layer) for layer in cache.layers])
     states = [getattr(layer, "state", None) for layer in cache.layers]
@@ -86,6 +99,10 @@ def save(cache: CompressedCache, path: str | Path) -> None:
         described = mine
         if parts is not None:
             described = whole_layers(parts, [None if state is None else state.method for state in states])
+        told = {}
+        if coded is not None:
+            entry, described = code(model, described, coded, basis)
+            told = {"coded": entry}
         header = {
             "kvfloor": __version__,
             "transformers": transformers.__version__,
@@ -94,6 +111,7 @@ def save(cache: CompressedCache, path: str | Path) -> None:
             "model": digest,
             "peak_bytes": peak_bytes,
             "layers": [plain for plain, _ in described],
+            **told,
         }
         fields = {str(i): held for i, (_, held) in enumerate(described)} | {"masks": cache.presence.export()}
         replace_file(path, message.pack(header, fields), _MODE)
@@ -117,51 +135,59 @@ def load(
     model: PreTrainedModel,
     method: Method | None = None,
     most_bytes: int = MOST_BYTES,
+    basis: CodingBasis | None = None,
 ) -> Held:
     """Load the cache saved at `path`, as an object of class `kind`, to continue on `model`.
 
     method       the method of the cache, needed only if a third party's class is part of it
     most_bytes   a larger file raises ValueError, and is not read in full
+    basis        the basis that the cache was coded in, if it was saved with one
     Raises CorruptState for a file that is damaged, truncated or no saved cache; OlderVersion or NewerVersion for a file
-    whose format an older or newer release wrote; WrongModel if another model filled the cache; UnknownMethod if the
-    method named in the file cannot be built. Raises ValueError for a file that cannot be read or has more than
-    `most_bytes`, and for a model that is not prepared. Raises TypeError where path, model or method has another type.
+    whose format an older or newer release wrote; WrongModel if another model filled the cache; WrongBasis if the cache
+    was coded in another basis; UnknownMethod if the method named in the file cannot be built. Raises ValueError for a
+    file that cannot be read or has more than `most_bytes`, for a model that is not prepared, and for a coded cache if
+    zstandard is not installed. Raises TypeError where path, model, method or basis has another type.
     On a sharded model every rank must call this, on a file that it can read, and its cache keeps only its own kv heads.
     It makes no difference how many ranks the model was sharded over when the file was written.
     """
     path = named(path, _WHAT)
     model = unwrapped(model) if isinstance(model, torch.nn.Module) else model
-    _check_arguments(model, method, most_bytes)
+    _check_arguments(model, method, most_bytes, basis)
     ranks = ranks_of(model)
     header, fields = ranks.agree(
         "CompressedCache.load()", lambda: message.unpack(message.read(path, most_bytes, _WHAT))
     )
+    if "coded" in header:
+        zstandard()
     here = fingerprint(model)  # outside the try: an unreadable model is no fault of the file
     try:
         _check_model(header["model"], here)
         own = _method(header["method"], method)
         cache = kind(model, own, **header["arguments"])
-        devices = _devices(model)
+        devices, decoder = _devices(model), Decoder(header.get("coded"), basis)
         for i, (layer, plain) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            _restored(layer, plain, fields[str(i)], devices.get(i, input_device(model)), own, model, ranks)
+            held = decoder.decoded(i, plain, fields[str(i)])
+            _restored(layer, plain, held, devices.get(i, input_device(model)), own, model, ranks)
         if len({layer.seen for layer in cache.compressed if layer.state is not None}) > 1:
             raise ValueError("its layers saw different numbers of tokens")
         cache.presence.adopt(fields["masks"], max((layer.seen for layer in cache.compressed), default=0))
         Field(int, least=0, most=2.0**63).require(header["peak_bytes"], "peak_bytes", {})
         cache.resume(header["peak_bytes"])
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as cause:
-        if isinstance(cause, (UnknownMethod, WrongModel)):
+        if isinstance(cause, (UnknownMethod, WrongBasis, WrongModel)):
             raise
         saved, now = (f"transformers {v}" for v in (header.get("transformers"), transformers.__version__))
         raise CorruptState(f"{str(path)!r} was saved with {saved} and does not fit {now}: {cause}") from cause
     return cache
 
 
-def _check_arguments(model: Any, method: Any, most_bytes: Any) -> None:
+def _check_arguments(model: Any, method: Any, most_bytes: Any, basis: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be the model to continue with, got {model!r}")
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method must be a kvfloor Method or None, got {method!r}")
+    if basis is not None:
+        require_basis(basis)
     if not isinstance(most_bytes, int) or isinstance(most_bytes, bool) or most_bytes < 0:
         raise TypeError(f"most_bytes must be a whole number of bytes, got {most_bytes!r}")
     if not is_prepared(model):
