@@ -230,6 +230,11 @@ class ChannelCodes(SlotCodes):
         numbers = torch.arange(2**self.bits, dtype=self.spec.compute_dtype, device=packed.device)
         return looked_up(packed, self.width, self.bits, numbers)
 
+    def steps(self, rows: Tensor | None) -> Tensor:
+        """Return the steps of each channel, (r, groups, w), for all groups of `rows` (None: all rows)."""
+        shared = (x if rows is None else x[rows.to(x.device)] for x in (self.low, self.high, self.range))
+        return self._steps(*shared)[1]
+
     def _steps(self, low: Tensor, high: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
         """Return (offset, step), each (..., w): a code of a channel stands for the number offset + step code.
 
