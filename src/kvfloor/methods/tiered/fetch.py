@@ -61,7 +61,7 @@ class Reader:
             fetched[at] = torch.where(unsure[at].any(1), (picked >= 0).sum(-1), fetched[at])
             unsure = unsure & ~found.within(self.epsilon).unflatten(1, (g, m)) & (known > count).unsqueeze(1)
             count *= 2
-        return _shaped(found, rows, g, m), fetched
+        return shaped(found, rows, g, m), fetched
 
     def _with(self, seen: Glimpse, q: Tensor, decoded: Tensor, index: Tensor, real: Tensor, at: Tensor) -> Glimpse:
         """Return what q (r, g, m, d) see once the tokens `index` (r, m, c) of the rows `at` are fetched."""
@@ -95,6 +95,7 @@ def _replaced(old: Certified, new: Certified, at: Tensor, where: Tensor) -> Cert
     )
 
 
-def _shaped(x: Certified, *shape: int) -> Certified:
+def shaped(x: Certified, *shape: int) -> Certified:
+    """Return the results x as views whose batch axes (all but dv) have the shape `shape`."""
     rest = (getattr(x, name).view(shape) for name in ("error", "spread", "largest"))
     return Certified(x.partial.shaped(*shape), *rest)

@@ -21,7 +21,7 @@ from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import whole
-from kvfloor.methods.tiered.fetch import Reader
+from kvfloor.methods.tiered.fetch import Reader, shaped
 from kvfloor.methods.tiered.hot import Hot, logit_rounding
 from kvfloor.methods.tiered.tally import Tally
 from kvfloor.validation import count, within
@@ -49,7 +49,7 @@ class Tiered(Method):
         "Bounds: docs/certificates.md"
     )
     epsilon: float = 0.02
-    page: int = 128
+    page: int = 64
     first: int = 4
 
     def __post_init__(self) -> None:
@@ -100,24 +100,30 @@ class TieredState(Blocked[Tiered]):
 
     @whole
     def read_certified(self, q: Tensor, epsilon: float | None = None) -> Certified:
-        """Return attention of q (rows, m, d) over the remembered tokens, with a bound on each answer's error: (rows, m).
+        """Return attention of q over the remembered tokens, with a bound on each answer's error; change nothing.
 
+        q is (rows, m, d), and the result (rows, m). Or q is (rows, g, m, d), and the result (rows, g, m): then the g
+        queries of a token share the exact tokens that one of them fetches.
         epsilon is the largest `relative` bound allowed, by default that of the method. A larger bound is returned only
         for a query that has read every token exactly, and then comes from rounding alone. With epsilon 0, every token
         is read exactly and the answer has the bits of `exact`. Raises ValueError for an epsilon that is negative, not
         finite or no number.
         """
-        q = self._checked(q, "q", self.spec.d, finite=True)
+        grouped = isinstance(q, Tensor) and q.ndim == 4
+        q = self._checked(q, "q", self.spec.d, axes=4 if grouped else 3, finite=True)
         epsilon = self.method.epsilon if epsilon is None else require_epsilon(epsilon)
+        shape = q.shape[:-1]
         if self.hot is None or epsilon == 0:
-            return self._read_exactly(q)
-        found = self._certified(self.hot, q.unsqueeze(1), None, None, epsilon)
-        return _squeezed(found)
+            found = self._read_exactly(q.flatten(1, -2))
+        else:
+            found = self._certified(self.hot, q if grouped else q.unsqueeze(1), None, None, epsilon)
+        return shaped(found, *shape)
 
     def _read(self, q: Tensor) -> Partial:
         if self.hot is None:
             return super()._read(q)
-        return _squeezed(self._certified(self.hot, q.unsqueeze(1), None, None, self.method.epsilon)).partial
+        found = self._certified(self.hot, q.unsqueeze(1), None, None, self.method.epsilon)
+        return found.partial.shaped(*q.shape[:-1])
 
     def _read_exactly(self, q: Tensor) -> Certified:
         view = self.slots.view()
@@ -228,11 +234,6 @@ class TieredState(Blocked[Tiered]):
 def require_epsilon(epsilon: Any) -> float:
     """Return epsilon; raise ValueError unless it is a finite number of at least 0."""
     return within("epsilon", epsilon, 0.0, math.inf, high_open=True)
-
-
-def _squeezed(x: Certified) -> Certified:
-    part = Partial(x.partial.mean.squeeze(1), x.partial.log_mass.squeeze(1))
-    return Certified(part, x.error.squeeze(1), x.spread.squeeze(1), x.largest.squeeze(1))
 
 
 def _joined(parts: list[Certified]) -> Certified:
