@@ -45,7 +45,13 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def drawn(seed: int, s: int, dv: int, peak: float, off: float, moved: float) -> Inputs:
     draw = seeded(seed)
     coded = (draw(ROWS, 1, s) > -0.7).expand(-1, QUERIES, -1)
-    return draw(ROWS, QUERIES, s) * peak, draw(ROWS, QUERIES, s) * off, draw(ROWS, s, dv), draw(ROWS, s, dv) * moved, coded
+    return (
+        draw(ROWS, QUERIES, s) * peak,
+        draw(ROWS, QUERIES, s) * off,
+        draw(ROWS, s, dv),
+        draw(ROWS, s, dv) * moved,
+        coded,
+    )
 
 
 def excess(inputs: Inputs) -> float:
@@ -64,9 +70,7 @@ def excess(inputs: Inputs) -> float:
     off=st.sampled_from([0.0, 1e-3, 0.05, 0.5, 3.0]),
     moved=st.sampled_from([0.0, 1e-3, 0.3]),
 )
-def test_the_error_never_exceeds_the_bound(
-    seed: int, s: int, dv: int, peak: float, off: float, moved: float
-) -> None:
+def test_the_error_never_exceeds_the_bound(seed: int, s: int, dv: int, peak: float, off: float, moved: float) -> None:
     assert excess(drawn(seed, s, dv, peak, off, moved)) <= 1
 
 

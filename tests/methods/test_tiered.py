@@ -14,7 +14,7 @@ from kvfloor import CorruptState, Spec, parse
 from kvfloor.core import message
 from kvfloor.methods.tiered.hot import Hot
 from kvfloor.methods.tiered.tally import Tally
-from kvfloor.methods.tiered.tiered import TieredState
+from kvfloor.methods.tiered.tiered import Tiered, TieredState
 from tests.support import Draw, opened, seeded
 
 ROWS, N, D, DV, M = 2, 150, 16, 12, 24
@@ -107,7 +107,7 @@ def test_queries_that_climb_towards_the_bound_do_not_reach_it(seed: int) -> None
     state.append(k, v)
     q = starts.clone().requires_grad_()
     climb, best, first = torch.optim.Adam([q], lr=0.1), 0.0, 0.0
-    for step in range(60):
+    for _ in range(60):
         found, _ = state.hot.glimpse(q, None)[0].answer()
         error = (found.partial.mean - truth(q, k, v, state.spec)).norm(dim=-1)
         ratio = error / found.bound
@@ -125,7 +125,8 @@ def test_epsilon_zero_reads_what_exact_reads_to_the_bit() -> None:
         k, v = draw(ROWS, 600, D, dtype=dtype), draw(ROWS, 600, D, dtype=dtype)
         q = draw(ROWS, 3, 600, D, dtype=dtype)
         spec = Spec(ROWS, D, D, D**-0.5, dtype=dtype)
-        exact, zero, some = (parse(text).open(spec) for text in ("exact", "tiered(epsilon=0)", "tiered(page=16)"))
+        exact = parse("exact").open(spec)
+        zero, some = (Tiered(**how).open(spec) for how in ({"epsilon": 0}, {"page": 16}))
         for cut in (slice(0, 500), slice(500, 501), slice(501, 600)):
             tokens = q[:, :, cut], k[:, cut], v[:, cut]
             assert torch.equal(exact.step(*tokens), zero.step(*tokens))
@@ -163,7 +164,7 @@ def test_a_group_shares_what_it_fetches_and_the_tally_counts_it() -> None:
     assert alone.bound.shape == (ROWS, M) and together.bound.shape == (ROWS, 4, M // 4)
     assert single.queries == ROWS * M and state.tally.queries == ROWS * M // 4
     assert single.tokens / 4 <= state.tally.tokens <= single.tokens
-    assert state.tally.bytes == state.tally.tokens * (D + DV) * 8 and 0 < state.tally.unfetched + state.tally.tokens
+    assert state.tally.bytes == state.tally.tokens * (D + DV) * 8 and state.tally.tokens > 0
     state.tally = Tally()
     state.read_certified(q, 1e6)
     assert state.tally == Tally(ROWS * M, ROWS * M, 0, 0)
@@ -191,7 +192,7 @@ def test_a_state_that_forgot_tokens_still_bounds_its_error() -> None:
 def test_values_that_are_the_keys_are_bounded_too() -> None:
     draw = seeded(8)
     k, q = draw(ROWS, N, D) * 2, draw(ROWS, M, D)
-    state = parse("tiered(page=16)").open(Spec(ROWS, D, D, dtype=torch.float64, tied=True))
+    state = Tiered(page=16).open(Spec(ROWS, D, D, dtype=torch.float64, tied=True))
     state.append(k, k)
     assert violations(state, q, k, k, 1e6, 0.01, 1e-6) == 0
 
@@ -293,6 +294,6 @@ def test_a_planted_fault_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_long_stream_stays_within_its_bounds() -> None:
     draw = seeded(9)
     k, v, q = (draw(1, n, 32, dtype=torch.float32) for n in (5000, 5000, 16))
-    state = parse("tiered").open(Spec(1, 32, 32, 32**-0.5))
+    state = Tiered().open(Spec(1, 32, 32, 32**-0.5))
     state.append(k * 3, v)
     assert violations(state, q * 3, k * 3, v, 1e6, 0.02, 0.002) == 0

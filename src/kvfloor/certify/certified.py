@@ -77,9 +77,8 @@ class Certified:
             error = error + share * (side.error + side.spread * moved)
             spread = spread + share * side.spread
             length = length + share * side.partial.mean.norm(dim=-1)
-        empty = size == -torch.inf
-        rounding = eps * (_MERGING + 4 * size.abs().masked_fill(empty, 0.0))
-        rounding = torch.where((self.partial.log_mass == -torch.inf) | (other.partial.log_mass == -torch.inf), 0, rounding)
+        alone = torch.minimum(self.partial.log_mass, other.partial.log_mass) == -torch.inf
+        rounding = (eps * (_MERGING + 4 * size.abs())).masked_fill(alone, 0.0)
         return Certified(
             partial,
             error * (1 + rounding) + rounding * length,

@@ -110,9 +110,7 @@ class Glimpse:
 
         grown = weight * (1 + growth) * coded
         radius = self.radius.unsqueeze(1)
-        values = torch.minimum(
-            grown.square().sum(-1).sqrt() * self.operator.unsqueeze(1), (grown * radius).sum(-1)
-        )
+        values = torch.minimum(grown.square().sum(-1).sqrt() * self.operator.unsqueeze(1), (grown * radius).sum(-1))
         lengths = (weight * (self.length + self.radius).unsqueeze(1)).sum(-1) / share
         floor = seen.sum(-1) * torch.exp(torch.tensor(least, dtype=dtype)).item()
         terms = eps * (_PAGE + -(-s // _PAGE) + 2 * self.v.shape[-1] + 32)
@@ -122,9 +120,7 @@ class Glimpse:
         error = (deviation(about_mean) + values + floor * widest) / share + terms * lengths * torch.exp(most)
         spread = (deviation(weight) + floor) / share + told
         nothing = mass == 0
-        error, spread = (
-            torch.where(away, torch.inf, x * loose).masked_fill(nothing, 0.0) for x in (error, spread)
-        )
+        error, spread = (torch.where(away, torch.inf, x * loose).masked_fill(nothing, 0.0) for x in (error, spread))
         contribution = ((about_mean * growth + grown * radius) / share.unsqueeze(-1)).masked_fill(~coded, -1.0)
         return Certified(Partial(mean, log_mass), error, spread, self._largest(seen, eps)), contribution
 

@@ -23,7 +23,7 @@ _FIRST = 8  # tokens of the first fetch; with each further one twice as many are
 
 
 @dataclass(frozen=True)
-class Reader:
+class CertifiedReader:
     """Answer queries from codes and, where these are unsure, exact tokens.
 
     hot      the coded tokens

@@ -113,7 +113,7 @@ class Hot(Memory):
         hide: bool (r, m, s), True for tokens that a query does not see; None: it sees all.
         """
         spec, dtype = self.spec, self.spec.compute_dtype
-        view = self.codes.view()
+        view: Any = self.codes.view()  # a `CodedView`
         k, v = self.codes.decoded(view, turn=False)
         position = view.position
         coded = self.codes.has_code(position, None)

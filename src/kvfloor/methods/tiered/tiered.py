@@ -21,7 +21,7 @@ from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import whole
-from kvfloor.methods.tiered.fetch import Reader, shaped
+from kvfloor.methods.tiered.fetch import CertifiedReader, shaped
 from kvfloor.methods.tiered.hot import Hot, logit_rounding
 from kvfloor.methods.tiered.tally import Tally
 from kvfloor.validation import count, within
@@ -164,7 +164,7 @@ class TieredState(Blocked[Tiered]):
         if live is not None:
             gone = ~live.unsqueeze(1)
             hide = gone.expand(-1, m, -1) if hide is None else hide | gone
-        reader = Reader(self.spec, hot, self.slots, epsilon)
+        reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
         piece = max(1, _NUMBERS // max(1, rows * width * max(g, d)))
         found = []
         for start in range(0, max(1, m), piece):
