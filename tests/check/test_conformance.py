@@ -78,6 +78,7 @@ STORED = (
     "h2o(block=16)|pages(pages=4):k3v2@48",
     "tova(block=16)+value_sum:k4v3@48",
     "snapkv(window=4,block=16):k2v5@40",
+    "tiered(epsilon=0.05,page=16)",
 )
 """Methods that keep their tokens in few bits, with streams long enough that several groups of tokens are coded."""
 REGISTERED = tuple(dict.fromkeys(str(default_method(name, budget=32)) for name in TABLE))

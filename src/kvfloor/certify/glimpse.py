@@ -7,6 +7,7 @@ the widths of a key and a value. The bounds and their proofs are in docs/certifi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,10 +113,11 @@ class Glimpse:
         radius = self.radius.unsqueeze(1)
         values = torch.minimum(grown.square().sum(-1).sqrt() * self.operator.unsqueeze(1), (grown * radius).sum(-1))
         lengths = (weight * (self.length + self.radius).unsqueeze(1)).sum(-1) / share
-        floor = seen.sum(-1) * torch.exp(torch.tensor(least, dtype=dtype)).item()
-        terms = eps * (_PAGE + -(-s // _PAGE) + 2 * self.v.shape[-1] + 32)
+        count = seen.sum(-1)
+        floor = count * math.exp(least)
+        terms = eps * (_PAGE + (count / _PAGE).ceil() + 2 * self.v.shape[-1] + 32)
         told = terms + 4 * eps * (log_mass.abs().nan_to_num(posinf=0.0) + 1)  # of the log-mass as a number
-        loose = (1 + eps * (s + 4 * self.v.shape[-1] + 64)) * (1 + told)
+        loose = (1 + eps * (count + 4 * self.v.shape[-1] + 64)) * (1 + told)
         widest = far.amax(-1) if s else torch.zeros_like(top)
         error = (deviation(about_mean) + values + floor * widest) / share + terms * lengths * torch.exp(most)
         spread = (deviation(weight) + floor) / share + told

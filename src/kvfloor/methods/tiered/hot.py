@@ -88,6 +88,7 @@ class Hot(Memory):
         terms = unit(dtype) * (self.codes.group + self._pages + 8)
         self.operator[here] = operator_norm(self.value_gram[here], terms).to(dtype) * (1 + unit(dtype))
         radius = length(residual)[row, from_page] * (1 + 2.0**-7)  # bfloat16 rounds by at most 2^-8
+        radius = torch.where(radius > 0, radius.clamp_min(torch.finfo(_RADIUS).tiny), radius)
         self.codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
 
     def _bound_keys(self, here: Tensor, given: Tensor, residual: Tensor, page: Tensor) -> None:

@@ -28,7 +28,7 @@ from kvfloor.validation import count, within
 
 _SLOTS = 64
 _AT_ONCE = 256  # queries of an exact read at once, as in `exact`
-_NUMBERS = 1 << 22  # entries of a matrix of queries and tokens at once
+_NUMBERS = 1 << 25  # entries of a matrix of queries and tokens at once
 
 
 @dataclass(frozen=True)
