@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src/kvfloor"
 FLOORS = (
     {"version", "validation", "files", "splitting", "logits"},
     {"core", "floors", "tasks", "models", "statistics"},
+    {"certify"},
     {"methods"},
     {"game", "hf"},
     {"audit", "check", "planning", "vllm"},

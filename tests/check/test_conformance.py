@@ -87,6 +87,7 @@ STORED = (
     "tova(block=16)+value_sum:k4v3@48",
     "window(block=1):k4v4(first=1)@8",
     "snapkv(window=4,block=16):k2v5@40",
+    "tiered(epsilon=0.05,page=16)",
 )
 """Methods that keep their tokens in few bits, with streams long enough that several groups of tokens are coded."""
 PLAYED = (

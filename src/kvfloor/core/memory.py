@@ -21,8 +21,8 @@ from torch import Tensor
 from kvfloor.core.fields import Field
 
 # Not memory: values fixed before the stream, so known to any reader of a message; the record of past sizes; the
-# callback; and the name of the running call.
-PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "_underway"})
+# callback; the count of what was read; and the name of the running call.
+PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "tally", "_underway"})
 SCALAR_BYTES = 8
 
 

@@ -82,7 +82,7 @@ class Slots(Arena):
     """
 
     plain: ClassVar[bool] = True
-    """True if `k` and `v` hold the keys and values as they were given; False for a store that codes them."""
+    """True if queries read `k` and `v`, the keys and values as they were given; False if they read codes of them."""
     position_dtype: ClassVar[torch.dtype] = torch.int64
     group: int = 1
     """Number of a row's tokens that are coded together; 1 where none is coded."""

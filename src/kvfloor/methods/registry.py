@@ -45,6 +45,7 @@ from kvfloor.methods.summaries.moments import Moments
 from kvfloor.methods.summaries.taylor import Taylor
 from kvfloor.methods.summaries.value_sample import ValueSample
 from kvfloor.methods.summaries.value_sum import ValueSum
+from kvfloor.methods.tiered.tiered import Tiered
 
 KINDS: dict[str, type] = {"method": Method, "policy": Policy, "summary": Summary, "selector": Selector}
 
@@ -52,6 +53,7 @@ TABLE: dict[str, type] = {
     part.name: part
     for part in (
         Exact,
+        Tiered,
         Window,
         Sinks,
         Random,

@@ -389,6 +389,11 @@ class CodedSlots(Slots):
         x[i, slot] = fresh[row, self._fresh_index(position[i, slot])]
         return x
 
+    def has_code(self, position: Tensor, rows: Tensor | None) -> Tensor:
+        """Return a mask (r, s), True for the tokens at the positions (r, s) of `rows` (None: all) that are coded."""
+        coded = (self.coded if rows is None else self.coded[rows]).to(position.device).unsqueeze(1)
+        return ~self._uncoded(position, coded)
+
     def _uncoded(self, position: Tensor, coded: Tensor) -> Tensor:
         return (position >= coded) | (position < self.first)
 

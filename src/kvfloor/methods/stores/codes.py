@@ -277,6 +277,11 @@ class GroupCodes(SlotCodes):
         """Return the number of groups per row for which there is room in the attributes in `shared`."""
         return getattr(self, self.shared[0]).shape[1]
 
+    def steps(self, rows: Tensor | None) -> Tensor:
+        """Return the steps of each channel, (r, groups, w), for all groups of `rows` (None: all rows)."""
+        shared = (getattr(self, name) for name in self.shared)
+        return self._steps(*(x if rows is None else x[rows.to(x.device)] for x in shared))[1]
+
     def sent(self, groups: int) -> dict[str, Any]:
         shared = {name: getattr(self, name)[:, :groups] for name in self.shared}
         return super().sent(groups) | shared

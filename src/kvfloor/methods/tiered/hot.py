@@ -1,0 +1,187 @@
+"""Keep all tokens in 8-bit codes, and beside them the numbers that bound what the codes make of an answer.
+
+A row is one (batch item, kv head) stream, a slot the place of one held token, a page a number of consecutive tokens of
+a row that are coded together. A residual is a token's key, or value, minus the decoded one. In shapes, r are rows, m
+queries, s slots, d and dv the widths of a key and a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfloor.certify.glimpse import Glimpse
+from kvfloor.certify.operator_norm import operator_norm
+from kvfloor.certify.rounding import LEAST, unit
+from kvfloor.core.fields import Field, require_equal
+from kvfloor.core.memory import Memory
+from kvfloor.core.rowwise import length, product, total
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.logits import capped
+from kvfloor.methods.stores.coded import Coded, CodedSlots
+from kvfloor.methods.stores.codes import ChannelCodes
+
+_RADIUS = torch.bfloat16
+
+
+class Hot(Memory):
+    """Keep every token in 8-bit codes (store `k8v8`), and the sums of the residuals' outer products by row.
+
+    codes         the coded tokens; the first ones and those of the open page as they were given
+    key_gram      (rows, d, d) sum over coded tokens of the key residual's outer product with itself
+    value_gram    (rows, dv, dv) the same of the value residuals
+    operator      (rows,) bound on the operator norm of the matrix of the value residuals
+    excess        (rows,) most that key residuals exceed half a step of their channel, as a norm over channels
+    reach         (rows,) bound on the norm of any coded key, and of its range's ends
+
+    The column `radius` of the codes' slots bounds the norm of each value's residual. Tokens that are dropped stay in
+    the sums, which remain upper bounds.
+    """
+
+    def __init__(self, spec: Spec, places: int, page: int, first: int) -> None:
+        self.spec = spec
+        store = Coded(8, 8, first)
+        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False)
+        how: dict[str, Any] = {"dtype": spec.compute_dtype, "device": spec.device}
+        self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
+        self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
+        self.operator, self.excess, self.reach = (torch.zeros(spec.rows, **how) for _ in range(3))
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def settle(self, exact: Slots, seen: Tensor, rows: Tensor | None) -> None:
+        """Code the open pages that are complete in these rows (None: all), and add their residuals to the sums.
+
+        exact  the same tokens as they were given, in the same slots
+        seen   (rows,) tokens that each row has seen
+        """
+        before = self.codes.coded
+        self.codes.settle(seen, rows)
+        at = (self.codes.coded > before).nonzero().squeeze(1)
+        if not len(at):
+            return
+        width, device = int(self.codes.held[at].max()), self.key_gram.device
+        position = self.codes.positions(at, width)
+        held = (torch.arange(width) < self.codes.held[at].unsqueeze(1)).to(device)
+        new = held & (position >= before[at].to(device).unsqueeze(1)) & self.codes.has_code(position, at)
+        row, slot = new.nonzero(as_tuple=True)
+        here = at.to(device)
+        place = self.codes.offset.to(device)[here[row]] + slot
+        beside = exact.offset.to(device)[here[row]] + slot
+        from_page, dtype = position[row, slot] % self.codes.group, self.spec.compute_dtype
+
+        def paged(x: Tensor) -> Tensor:
+            pages = torch.zeros(len(at), self.codes.group, x.shape[-1], dtype=dtype, device=device)
+            pages[row, from_page] = x
+            return pages
+
+        k = exact.keys(beside).to(dtype)
+        given, residual = paged(k), paged(k - self.codes.keys(place))
+        self.key_gram[here] += product(residual.transpose(1, 2), residual)
+        self._bound_keys(here, given, residual, self.codes.coded[at] // self.codes.group - 1)
+        if not self.spec.tied:
+            residual = paged(exact.values(beside).to(dtype) - self.codes.values(place))
+        self.value_gram[here] += product(residual.transpose(1, 2), residual)
+        terms = unit(dtype) * (self.codes.group + self._pages + 8)
+        self.operator[here] = operator_norm(self.value_gram[here], terms).to(dtype) * (1 + unit(dtype))
+        radius = length(residual)[row, from_page] * (1 + 2.0**-7)  # bfloat16 rounds by at most 2^-8
+        radius = torch.where(radius > 0, radius.clamp_min(torch.finfo(_RADIUS).tiny), radius)
+        self.codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
+
+    def _bound_keys(self, here: Tensor, given: Tensor, residual: Tensor, page: Tensor) -> None:
+        """Update `excess` and `reach` of the rows `here` by a page of keys (r, page, d) and their residuals."""
+        codes = self.codes.key_codes
+        assert isinstance(codes, ChannelCodes)
+        half = codes.steps(here.cpu())[torch.arange(len(here)), page.to(here.device)] / 2
+        over = (residual.abs().amax(1) - half).clamp_min(0)
+        grown = 1 + unit(given.dtype) * (given.shape[-1] + 8)
+        self.excess[here] = torch.maximum(self.excess[here], length(over) * grown)
+        reach = length(given.abs().amax(1)) * (1 + 2.0**-6)  # ranges are rounded outwards by at most 1/255 each
+        self.reach[here] = torch.maximum(self.reach[here], reach)
+
+    @property
+    def _pages(self) -> int:
+        return int(self.codes.coded.max()) // self.codes.group
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def glimpse(self, q: Tensor, hide: Tensor | None) -> tuple[Glimpse, Tensor]:
+        """Return what the codes tell q (r, m, d) of all tokens, and the decoded keys (r, s, d).
+
+        hide: bool (r, m, s), True for tokens that a query does not see; None: it sees all.
+        """
+        spec, dtype = self.spec, self.spec.compute_dtype
+        view: Any = self.codes.view()  # a `CodedView`
+        k, v = self.codes.decoded(view, turn=False)
+        position = view.position
+        coded = self.codes.has_code(position, None)
+        if view.live is not None:
+            coded = coded & view.live
+        asked = q.to(dtype) * spec.scale
+        eps, norm = unit(dtype), length(asked)
+        size = torch.where(coded, self.reach.unsqueeze(1), length(k))
+        rounding = logit_rounding(asked, size, spec)
+        grown = 1 + eps * (2 * spec.d + 32)
+        codes = self.codes.key_codes
+        assert isinstance(codes, ChannelCodes)
+        half = codes.steps(None)[:, : max(1, self._pages)] / 2
+        square = (torch.matmul(asked, self.key_gram) * asked).sum(-1).clamp_min(0)
+        trace = total(self.key_gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)
+        lost = eps * (2 * spec.d + self.codes.group + self._pages + 32) * norm.square() * trace
+        gram = (square + lost).sqrt() * grown
+        doubt = torch.zeros_like(rounding)
+        if half.shape[1]:
+            by_page = torch.matmul(asked.abs(), half.transpose(1, 2)) + (norm * self.excess.unsqueeze(1)).unsqueeze(2)
+            page = (position // self.codes.group).clamp_max(half.shape[1] - 1)
+            doubt = by_page.gather(2, page.unsqueeze(1).expand(-1, q.shape[1], -1)) * grown
+            doubt = torch.minimum(doubt, gram.unsqueeze(2)) * coded.unsqueeze(1)
+        logits = capped(torch.matmul(asked, k.transpose(1, 2)), spec.softcap)
+        if hide is not None:
+            logits = logits.masked_fill(hide, -torch.inf)
+        radius = self.codes.column("radius", None, view.width).to(dtype) * coded
+        found = Glimpse(
+            logits,
+            doubt + rounding,
+            rounding,
+            coded.unsqueeze(1).expand(-1, q.shape[1], -1),
+            gram,
+            v,
+            length(v) * (1 + eps * (spec.dv + 8)),
+            radius,
+            self.operator,
+        )
+        return found, k
+
+    # ---- as a part of a state --------------------------------------------------------------------------------------
+
+    def fields(self) -> dict[str, Any]:
+        rows, dtype = self.spec.rows, self.spec.compute_dtype
+        grams = {
+            name: Field(dtype, (rows, width, width), finite=True)
+            for name, width in (("key_gram", self.spec.d), ("value_gram", self.spec.dv))
+        }
+        return grams | {n: Field(dtype, (rows,), least=0, finite=True) for n in ("operator", "excess", "reach")}
+
+    def require_beside(self, fields: dict[str, Any], exact: dict[str, Any], seen: Tensor) -> None:
+        """Raise ValueError unless the saved codes `fields["codes"]` are of the same tokens as the exact slots' fields.
+
+        seen: (rows,) tokens that each row has seen.
+        """
+        codes = fields["codes"]
+        require_equal(codes["held"], exact["held"], "coded tokens held")
+        require_equal(codes["position"].long(), exact["position"], "positions of coded tokens")
+        self.codes.require_settled(codes, seen)
+
+
+def logit_rounding(asked: Tensor, size: Tensor, spec: Spec) -> Tensor:
+    """Return a bound (r, m, s) on what rounding makes of logits, and of the weights computed from them.
+
+    asked  (r, m, d) queries times the scale
+    size   (r, s) bounds on the keys' norms, and on what they are decoded from
+    """
+    eps, dtype = unit(asked.dtype), asked.dtype
+    fixed = eps * (16 - LEAST[dtype] + 8 * (spec.softcap or 0.0))
+    return eps * (2 * spec.d + 16) * length(asked).unsqueeze(2) * size.unsqueeze(1) + fixed

@@ -1,0 +1,242 @@
+"""Read every token in 8-bit codes, bound the error that the codes cause, and fetch exact tokens where it is too large.
+
+A row is one (batch item, kv head) stream, a slot the place of one held token. In shapes, g is the GQA group (query
+heads per kv head), a new tokens, m queries, s slots, d and dv the widths of a key and a value.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfloor.certify.certified import Certified
+from kvfloor.certify.rounding import unit
+from kvfloor.core.blocked import Blocked
+from kvfloor.core.method import Guarantee, Method, Traits, lossy
+from kvfloor.core.partial import Partial
+from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
+from kvfloor.core.state import whole
+from kvfloor.methods.tiered.fetch import CertifiedReader, shaped
+from kvfloor.methods.tiered.hot import Hot, logit_rounding
+from kvfloor.methods.tiered.tally import Tally
+from kvfloor.validation import count, within
+
+_SLOTS = 64
+_AT_ONCE = 256  # queries of an exact read at once, as in `exact`
+_NUMBERS = 1 << 25  # entries of a matrix of queries and tokens at once
+
+
+@dataclass(frozen=True)
+class Tiered(Method):
+    """Read all tokens in 8 bits per number and certify each answer, fetching exact tokens until its error is small.
+
+    Every answer differs from exact attention by at most epsilon times the largest norm of a value that the query sees,
+    in the Euclidean norm, up to rounding. The theorems are in docs/certificates.md. The exact tokens are kept beside
+    the codes in the same memory, so the state is larger than that of `exact`: what shrinks is what is read.
+    epsilon  the largest error allowed; 0: all tokens are read exactly, and no codes are kept
+    page     tokens that are coded together
+    first    number of a row's first tokens that are never coded
+    """
+
+    name: ClassVar[str] = "tiered"
+    paper: ClassVar[str] = (
+        "codes: Liu et al. 2024, KIVI (arXiv 2402.02750); Vargaftik et al. 2022, EDEN (arXiv 2108.08842). "
+        "Bounds: docs/certificates.md"
+    )
+    epsilon: float = 0.02
+    page: int = 64
+    first: int = 4
+
+    def __post_init__(self) -> None:
+        require_epsilon(self.epsilon)
+        count("tiered", page=self.page)
+        count("tiered", least=0, first=self.first)
+
+    @property
+    def traits(self) -> Traits:
+        traits = Traits(constant_memory=False, pins=True)
+        return lossy(traits) if self.epsilon else traits
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.page if self.epsilon else _AT_ONCE
+
+    def open(self, spec: Spec) -> TieredState:
+        return TieredState(self, spec)
+
+    def capacity(self, n: int, prompt: int | None = None, pinned: int = 0) -> int | None:
+        del n, prompt, pinned
+        return None
+
+    def guarantee(self, spec: Spec) -> Guarantee | None:
+        del spec
+        norm, source = "2-norm, relative to the largest value norm, up to rounding", "docs/certificates.md"
+        return Guarantee(float(self.epsilon), 0.0, norm, "every query", (), source)
+
+
+class Cold(Slots):
+    """Keep tokens as they were given, to be fetched one by one: what a query reads first are the codes beside them."""
+
+    plain: ClassVar[bool] = False
+
+
+class TieredState(Blocked[Tiered]):
+    """Keep every token in slots, exactly, and in codes beside them; answer from the codes where these are sure enough.
+
+    hot    the codes, and what bounds their errors; None for epsilon = 0
+    tally  what the reads so far have fetched; no part of the memory
+    """
+
+    def __init__(self, method: Tiered, spec: Spec) -> None:
+        slots = (Cold if method.epsilon else Slots)(spec, [_SLOTS] * spec.rows, lose=False)
+        super().__init__(method, spec, slots, method.block, in_order=True)
+        self.hot = Hot(spec, _SLOTS, method.page, method.first) if method.epsilon else None
+        self.tally = Tally()
+
+    @whole
+    def read_certified(self, q: Tensor, epsilon: float | None = None) -> Certified:
+        """Return attention of q over the remembered tokens, with a bound on each answer's error; change nothing.
+
+        q is (rows, m, d), and the result (rows, m). Or q is (rows, g, m, d), and the result (rows, g, m): then the g
+        queries of a token share the exact tokens that one of them fetches.
+        epsilon is the largest `relative` bound allowed, by default that of the method. A larger bound is returned only
+        for a query that has read every token exactly, and then comes from rounding alone. With epsilon 0, every token
+        is read exactly and the answer has the bits of `exact`. Raises ValueError for an epsilon that is negative, not
+        finite or no number.
+        """
+        grouped = isinstance(q, Tensor) and q.ndim == 4
+        q = self._checked(q, "q", self.spec.d, axes=4 if grouped else 3, finite=True)
+        epsilon = self.method.epsilon if epsilon is None else require_epsilon(epsilon)
+        shape = q.shape[:-1]
+        if self.hot is None or epsilon == 0:
+            found = self._read_exactly(q.flatten(1, -2))
+        else:
+            found = self._certified(self.hot, q if grouped else q.unsqueeze(1), None, None, epsilon)
+        return shaped(found, *shape)
+
+    def _read(self, q: Tensor) -> Partial:
+        if self.hot is None:
+            return super()._read(q)
+        found = self._certified(self.hot, q.unsqueeze(1), None, None, self.method.epsilon)
+        return found.partial.shaped(*q.shape[:-1])
+
+    def _read_exactly(self, q: Tensor) -> Certified:
+        view = self.slots.view()
+        part = view.over(q, self.spec, self._left_unread(q))
+        spec, dtype = self.spec, self.spec.compute_dtype
+        live = torch.ones_like(view.v[..., 0], dtype=torch.bool) if view.live is None else view.live
+        norms = (x.to(dtype).norm(dim=-1) * live for x in (view.k, view.v))
+        key, value = (x.amax(1) if x.shape[1] else x.sum(1) for x in norms)
+        logit = logit_rounding(q.to(dtype) * spec.scale, key.unsqueeze(1), spec).squeeze(2)
+        # A fused kernel rounds the weights to the cache's dtype.
+        rounding = torch.expm1(logit) + unit(dtype) * (view.width + 32) + torch.finfo(spec.dtype).eps
+        largest = value.unsqueeze(1).expand_as(rounding)
+        self.tally.add(self.seen.new_full(q.shape[:2], 0) + self.held.unsqueeze(1), spec.token_bytes)
+        return Certified(part, 2 * rounding * largest, rounding, largest * (1 - unit(dtype) * (spec.dv + 8)))
+
+    def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
+        if self.hot is None:
+            return super()._among_slots(q, new_k, new_v, before)
+        arrived = torch.arange(q.shape[2])
+        last = before.unsqueeze(1) + arrived  # the last slot that a query sees
+        real = (last < self.slots.held.unsqueeze(1)).to(q.device)
+        hide = (torch.arange(int(self.slots.held.max())) > last.unsqueeze(2)).to(q.device)
+        return self._certified(self.hot, q, hide, real, self.method.epsilon).partial
+
+    def _certified(self, hot: Hot, q: Tensor, hide: Tensor | None, real: Tensor | None, epsilon: float) -> Certified:
+        """Return certified answers (rows, g, m) to q (rows, g, m, d), as many queries at a time as memory allows.
+
+        hide  bool (rows, m, s), True for slots that the queries do not see; None: they see all held tokens
+        real  bool (rows, m), False for padding; None: there is none
+        """
+        rows, g, m, d = q.shape
+        width = int(self.slots.held.max())
+        if real is None:
+            real = torch.ones(rows, m, dtype=torch.bool, device=q.device)
+        else:
+            q = q.masked_fill(~real[:, None, :, None], 0)  # padding may be anything, NaN too
+        live = self.slots.view().live
+        if live is not None:
+            gone = ~live.unsqueeze(1)
+            hide = gone.expand(-1, m, -1) if hide is None else hide | gone
+        reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
+        piece = max(1, _NUMBERS // max(1, rows * width * max(g, d)))
+        found = []
+        for start in range(0, max(1, m), piece):
+            at = slice(start, start + piece)
+            part, fetched = reader.read(q[:, :, at], None if hide is None else hide[:, at], real[:, at])
+            self.tally.add(fetched[real[:, at]], self.spec.token_bytes)
+            found.append(part)
+        return found[0] if len(found) == 1 else _joined(found)
+
+    def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
+        if self.hot is not None:
+            position = self.seen.unsqueeze(1) + torch.arange(k.shape[1])
+            self.hot.codes.push(k, v, position.to(k.device), take)
+        return super()._push(k, v, take, bare)
+
+    def _close(self, rows: Tensor | None) -> None:
+        if self.hot is not None:
+            self.hot.settle(self.slots, self.seen, rows)
+
+    @property
+    def _plainly_read(self) -> bool:
+        return self.hot is None
+
+    def _at_once(self, seen: int, left: int) -> int:
+        del seen
+        return left if self.hot is None else 0
+
+    def _reserve(self, g: int, tokens: int | None) -> None:
+        if tokens is None:
+            super()._reserve(g, tokens)
+            return
+        capacity = torch.full_like(self.slots.capacity, tokens)
+        self.slots.resize(capacity)
+        if self.hot is not None:
+            self.hot.codes.resize(capacity)
+
+    def _require_tokens(self, k: Tensor, v: Tensor, take: Tensor) -> None:
+        super()._require_tokens(k, v, take)
+        if self.hot is not None and int((self.seen + take).max()) > self.hot.codes.longest:
+            raise ValueError(f"{self.method} numbers tokens in 32 bits: a stream ends after {self.hot.codes.longest:,}")
+
+    def _pin(self, start: int, stop: int) -> None:
+        """Do nothing for positions start .. stop - 1: no token is ever evicted, so every span is pinned."""
+
+    def _require_forgettable(self, row: Tensor, position: Tensor) -> None:
+        """Accept all tokens: the codes' sums keep what is dropped, and remain upper bounds."""
+
+    def _forget(self, row: Tensor, position: Tensor) -> None:
+        marked = self.slots.find(row, position)
+        if self.hot is not None:
+            self.hot.codes.evict(marked)
+        self.slots.evict(marked)
+
+    @property
+    def bytes_read(self) -> int:
+        """Return the bytes that one query per row reads, summed over rows, if the codes alone certify its answer."""
+        if self.hot is None:
+            return self.slot_bytes_read
+        return round(int(self.held.sum()) * self.hot.codes.token_bytes)
+
+    def require_sound(self, fields: dict[str, Any]) -> None:
+        super().require_sound(fields)
+        if self.hot is not None:
+            self.hot.require_beside(fields["hot"], fields["slots"], fields["seen"])
+
+
+def require_epsilon(epsilon: Any) -> float:
+    """Return epsilon; raise ValueError unless it is a finite number of at least 0."""
+    return within("epsilon", epsilon, 0.0, math.inf, high_open=True)
+
+
+def _joined(parts: list[Certified]) -> Certified:
+    mean, mass = (torch.cat([getattr(x.partial, n) for x in parts], 2) for n in ("mean", "log_mass"))
+    rest = (torch.cat([getattr(x, n) for x in parts], 2) for n in ("error", "spread", "largest"))
+    return Certified(Partial(mean, mass), *rest)
