@@ -64,7 +64,7 @@ class LagRelative(AtTheSeal):
         if parts < 2:
             return score
         inside = order[:, self.sinks : self.sinks + parts * self.lag]
-        found = sum(self._scores(x.double(), inside) for x in (held.k, held.v))
+        found = self._scores(held.k.double(), inside) + self._scores(held.v.double(), inside)
         rank = found.argsort(-1).argsort(-1).double() / self.lag
         return score.scatter(1, inside[:, : (parts - 1) * self.lag], rank.flatten(1))
 

@@ -55,7 +55,8 @@ def ward(a: Cluster, b: Cluster) -> float:
 
 def joined(a: Cluster, b: Cluster) -> Cluster:
     n = a[0] + b[0]
-    key, value = ([(a[0] * x + b[0] * y) / n for x, y in zip(a[i], b[i], strict=True)] for i in (1, 2))
+    pairs = ((a[1], b[1]), (a[2], b[2]))
+    key, value = ([(a[0] * x + b[0] * y) / n for x, y in zip(*pair, strict=True)] for pair in pairs)
     return n, key, value
 
 

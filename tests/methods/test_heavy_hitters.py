@@ -92,7 +92,7 @@ def test_an_answer_is_kept_whole_or_evicted_as_the_prompt_is(draw: Draw, decode:
 
 def test_a_kept_answer_needs_no_queries_any_more(draw: Draw) -> None:
     """After the prompt the buffer of queries is gone, and asking changes no score."""
-    state = parse("h2o(decode=keep,prefill=dense,block=8)@16").open(Spec(1, 8, 8, dtype=torch.float64))
+    state: Any = parse("h2o(decode=keep,prefill=dense,block=8)@16").open(Spec(1, 8, 8, dtype=torch.float64))
     q, k, v = stream(draw, 1, 2, 60, 8)
     state.step(q[:, :, :40], k[:, :40], v[:, :40])
     assert state.queries is not None
