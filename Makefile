@@ -117,9 +117,10 @@ peers: $(PEERS)/.installed
 mixed-bits: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.mixed_bits
 
-# Bytes against nats on SmolLM2, for fewer tokens, fewer bits and both: table and chart.
+# Bytes against nats on SmolLM2, for fewer tokens, fewer bits and both: table and charts. Gemma has terms to accept:
+# python -m characterize.frontier gemma3-270m-2048 --accept-terms
 frontier: $(VENV)/.development
-	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier
+	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier smollm2-2048 smollm2-4096
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) $(FAST) out site
