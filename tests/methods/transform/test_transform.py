@@ -184,7 +184,7 @@ def test_fineness_is_bounded_even_for_keys_unlike_all_others() -> None:
     weights = fit(features(keys, distance, basis), torch.rand(200) + 0.1)
     for far in (keys * 1e20, keys * 1e3, keys * 0):
         found = predicted(features(far, distance, basis), weights)
-        assert -MOST <= int(found.min()) and int(found.max()) <= MOST
+        assert int(found.min()) >= -MOST and int(found.max()) <= MOST
 
 
 def test_finer_codes_of_what_matters_lower_the_weighted_error_at_the_same_bits() -> None:
