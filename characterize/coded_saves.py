@@ -36,7 +36,7 @@ from kvfloor.statistics import blocks, mean_interval
 
 MODEL, TEXTS, CALIBRATION = "smollm2", ("speech", "facts"), "novel"
 CONTEXT, CONTINUATION = 2048, 512
-AIMS = {"calibrated": (0.01, 0.005, 0.002, 0.02), "own": (0.01, 0.03), "principal": (0.01, 0.03)}
+AIMS = {"calibrated": (0.002, 0.005, 0.01, 0.02), "own": (0.01,), "principal": (0.01,)}
 FIELDS = (
     "axes",
     "aim",
