@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from kvfloor import BrokenState
 from kvfloor.check.faults import Faults, Injected
-from kvfloor.core.slots import LOG_WEIGHT
 from kvfloor.hf import CompressedCache, prepare
 from kvfloor.methods.compaction.compact import CompactState
+from kvfloor.methods.compaction.weighted import LOG_WEIGHT
 from tests.hf.conftest import Prompt, Talk, tiny
 
 

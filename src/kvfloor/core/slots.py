@@ -26,8 +26,6 @@ from kvfloor.core.method import Guarantee
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 
-LOG_WEIGHT = "log_weight"
-
 
 @dataclass(frozen=True)
 class View:
@@ -76,9 +74,6 @@ class Slots(Arena):
     ranks of the tokens that came after the evicted ones. Then `k` is computed anew from `bare`, the unrotated keys, so
     that rounding errors do not add up. `bare` is kept only if tokens can leave the slots (argument `lose`) or the
     values are the keys (`spec.tied`).
-
-    A column named "log_weight" (`LOG_WEIGHT`) has a number for each token that is added to its logits, so that a token
-    of log-weight log(c) counts as c equal tokens. New tokens have 0. `weighted` is True if some token has another one.
     """
 
     plain: ClassVar[bool] = True
@@ -86,7 +81,6 @@ class Slots(Arena):
     position_dtype: ClassVar[torch.dtype] = torch.int64
     group: int = 1
     """Number of a row's tokens that are coded together; 1 where none is coded."""
-    weighted = False
 
     def __init__(
         self,
@@ -147,8 +141,7 @@ class Slots(Arena):
     def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> View:
         """Return the first `width` slots of `rows` (None: all) as a `View` with the mask `live`."""
         k, v = (self.numbers(name, rows, width) for name in ("k", "v"))
-        log_weight = self.column(LOG_WEIGHT, rows, width) if self.weighted else None
-        return View(k, v, live, lambda: self.positions(rows, width), log_weight)
+        return View(k, v, live, lambda: self.positions(rows, width))
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
         """Return the keys ("k"), values ("v") or unrotated keys ("bare") in the first `width` slots of each of `rows`.
@@ -399,8 +392,6 @@ class Slots(Arena):
 
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt(fields)
-        if LOG_WEIGHT in self._columns() and bool(fields["columns"][LOG_WEIGHT].any()):
-            self.weighted = True
         self._turn(None)
 
     def _sent(self, fields: dict[str, Any], owner: Memory, name: str) -> Tensor | None:

@@ -15,8 +15,8 @@ from kvfloor import Partial, Spec, parse
 from kvfloor.check.breaking import broken
 from kvfloor.core.message import CorruptState
 from kvfloor.core.rotation import Rotation
-from kvfloor.core.slots import LOG_WEIGHT
 from kvfloor.methods.compaction.compact import Compact, CompactState
+from kvfloor.methods.compaction.weighted import LOG_WEIGHT
 
 ROWS, G, D, N = 3, 2, 8, 240
 SPEC = Spec(ROWS, D, D, scale=D**-0.5, dtype=torch.float64)

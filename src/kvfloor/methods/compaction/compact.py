@@ -17,11 +17,11 @@ from torch import Tensor
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.fields import MOST, Field
 from kvfloor.core.method import Guarantee, Method, Traits
-from kvfloor.core.slots import LOG_WEIGHT, Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import ANEW, whole
 from kvfloor.methods.compaction.matching import Kept, match
 from kvfloor.methods.compaction.references import ReferenceQueries
+from kvfloor.methods.compaction.weighted import LOG_WEIGHT, WeightedSlots
 from kvfloor.validation import count, within
 
 Span = slice | tuple[int, int] | None
@@ -98,7 +98,7 @@ class CompactState(Blocked[Compact]):
                 f"{method} fits the values of tokens apart from their keys, and here a token's value is its key: take "
                 f"another method, such as 'h2o@512'"
             )
-        slots = Slots(spec, [_FIRST_SLOTS] * spec.rows, {LOG_WEIGHT: spec.compute_dtype})
+        slots = WeightedSlots(spec, [_FIRST_SLOTS] * spec.rows)
         super().__init__(method, spec, slots, _QUERIES_AT_ONCE)
         self.references = ReferenceQueries(spec, method.queries)
         self.compacted = torch.zeros(spec.rows, 0, 2, dtype=torch.int64)
