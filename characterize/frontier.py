@@ -6,12 +6,12 @@
 A source is a model with the number of tokens of a text that it takes in: smollm2-2048, smollm2-4096, gemma3-270m-2048;
 the others' rows stay in the table. The script runs `kvfloor audit` on texts alone: a context is taken in under the
 method and sealed, then the continuation is predicted token by token while the method keeps running. Each row of the
-table gives the share of a 16-bit exact cache's bytes that the setting holds at the context's end in a 16-bit model, and
-the mean KL divergence from exact predictions in nats per token, with its 95 % interval over blocks of 64 tokens. A row
-is on the frontier if no other setting of its source diverges less in no more bytes, give or take 1 %. The charts are
-docs/images/frontier.svg (smollm2-2048), frontier-smollm2-4096.svg and frontier-gemma3-270m-2048.svg. An hour and more
-on one core for the first source, half of it for another; with --out, rows that are in the folder are not measured
-again.
+table gives the bytes that the setting holds at the context's end in a 16-bit model, with room for the context and no
+more, as a share of the bytes of the context's keys and values in 16 bits; and the mean KL divergence from exact
+predictions in nats per token, with its 95 % interval over blocks of 64 tokens. A row is on the frontier if no other
+setting of its source diverges less in no more bytes, give or take 1 %. The charts are docs/images/frontier.svg
+(smollm2-2048), frontier-smollm2-4096.svg and frontier-gemma3-270m-2048.svg. An hour and more on one core for the first
+source, half of it for another; with --out, rows that are in the folder are not measured again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import torch
+
 from characterize.lib.table import ResultTable, Row
 from kvfloor.audit.nats import TextSummary, summaries
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.run import run
+from kvfloor.core.budget import resolve
+from kvfloor.core.exact import ExactState
+from kvfloor.core.spec import Spec
+from kvfloor.methods.grammar import parse
 
 BITS = ("k8v8", "k6v5", "k5v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
 METHODS = (
@@ -67,10 +73,22 @@ NAMES = {"tokens": "fewer tokens", "bits": "fewer bits", "both": "both", "saved"
 
 @dataclass(frozen=True)
 class FrontierSource:
-    """Describe a source: the model, its name in charts, tokens of context, methods, their budgets, the chart's file."""
+    """Describe a source of rows.
+
+    model, title      the model's name for an audit, and in charts
+    layers            number of its layers whose cache is compressed, all of one size
+    heads, width, g   of such a layer: kv heads, width of a key and of a value, query heads per kv head
+    context           tokens of context
+    methods, budgets  what is measured
+    chart             name of the chart's file
+    """
 
     model: str
     title: str
+    layers: int
+    heads: int
+    width: int
+    g: int
     context: int
     methods: Sequence[str]
     budgets: Sequence[str]
@@ -81,14 +99,42 @@ class FrontierSource:
         """Return the path of the chart."""
         return IMAGES / self.chart
 
+    @property
+    def whole(self) -> int:
+        """Return the bytes of the context's keys and values in 16 bits."""
+        return 2 * 2 * self.layers * self.heads * self.width * self.context
+
+    def share(self, setting: str) -> float:
+        """Return the bytes that a setting holds after the context in a 16-bit model, as a share of `whole`.
+
+        A cache that keeps every token has room for those of the context, and for no more.
+        """
+        spec = Spec(self.heads, self.width, self.width, dtype=torch.bfloat16)
+        state = resolve(parse(setting), spec, layers=self.layers, length=self.context, g=self.g).open(spec)
+        if isinstance(state, ExactState):
+            state.reserve(self.g, self.context)
+        zeros = torch.zeros(self.heads, self.context, self.width, dtype=spec.dtype)
+        state.step(zeros.unsqueeze(1).expand(-1, self.g, -1, -1), zeros, zeros)
+        state.seal()
+        return self.layers * state.nbytes / self.whole
+
 
 SOURCES = {
-    "smollm2-2048": FrontierSource("smollm2", "SmolLM2-135M", 2048, METHODS, BUDGETS, "frontier.svg"),
+    "smollm2-2048": FrontierSource("smollm2", "SmolLM2-135M", 30, 3, 64, 3, 2048, METHODS, BUDGETS, "frontier.svg"),
     "smollm2-4096": FrontierSource(
-        "smollm2", "SmolLM2-135M", 4096, BRIEF, (*BUDGETS, "6.25%", "3.125%"), "frontier-smollm2-4096.svg"
+        "smollm2", "SmolLM2-135M", 30, 3, 64, 3, 4096, BRIEF, (*BUDGETS, "6.25%", "3.125%"), "frontier-smollm2-4096.svg"
     ),
     "gemma3-270m-2048": FrontierSource(
-        "gemma3-270m", "Gemma 3 270M", 2048, (*BRIEF, "h2o", "h2o:k4v3"), BUDGETS, "frontier-gemma3-270m-2048.svg"
+        "gemma3-270m",
+        "Gemma 3 270M",
+        3,
+        1,
+        256,
+        4,
+        2048,
+        (*BRIEF, "h2o", "h2o:k4v3"),
+        BUDGETS,
+        "frontier-gemma3-270m-2048.svg",
     ),
 }
 
@@ -135,18 +181,21 @@ def measured(source: FrontierSource, folder: Path, accept_terms: bool) -> list[T
     return [one for one in summaries(answer.texts) if one.setting != "exact"]
 
 
-def point(one: TextSummary) -> FrontierPoint:
+def point(source: FrontierSource, one: TextSummary) -> FrontierPoint:
     """Return a summary as a point of the chart."""
-    share, found = one.state_16_bit_bytes / one.exact_16_bit_bytes, one.figures
-    return FrontierPoint(axis(one.setting), one.setting, share, found.kl, found.kl_low, found.kl_high)
+    found = one.figures
+    return FrontierPoint(
+        axis(one.setting), one.setting, source.share(one.setting), found.kl, found.kl_low, found.kl_high
+    )
 
 
 def table(name: str, found: Sequence[TextSummary]) -> list[Row]:
     """Return one row per setting of the source `name`, the most bytes first; columns as in FIELDS."""
-    points = [point(one) for one in found]
+    source = SOURCES[name]
+    points = [point(source, one) for one in found]
     rows: list[Row] = []
     for one, at in sorted(zip(found, points, strict=True), key=lambda pair: -pair[1].share):
-        floor = one.floor_bytes / one.exact_16_bit_bytes
+        floor = one.floor_bytes / source.whole
         rows.append(
             (name, at.axis, at.setting, at.share, 1 / at.share, at.kl, at.low, at.high)
             + (one.figures.same_top, one.figures.tokens, floor, "" if at.beaten(points) else "yes")
@@ -155,7 +204,7 @@ def table(name: str, found: Sequence[TextSummary]) -> list[Row]:
 
 
 def read(name: str) -> tuple[list[FrontierPoint], float]:
-    """Return the points of a source in the saved table, and the floor as a share of a 16-bit exact cache's bytes.
+    """Return the points of a source in the saved table, and the floor as a share of the bytes of its keys and values.
 
     The list is empty, and the share 0, if the table has no rows of this source.
     """
@@ -243,8 +292,8 @@ def chart(points: Sequence[FrontierPoint], floor: float, title: str, width: int 
         parts.append(f'<circle cx="{at}" cy="20" r="4.5" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{at + 10}" y="24" fill="#222222">{words}</text>')
     parts.append(
-        f'<text x="{(left + right) / 2}" y="{height - 12}" text-anchor="middle" fill="#222222">share of a 16-bit exact '
-        f"cache's bytes, log scale; dashed: the frontier</text>"
+        f'<text x="{(left + right) / 2}" y="{height - 12}" text-anchor="middle" fill="#222222">share of the bytes of '
+        f"16-bit keys and values, log scale; dashed: the frontier</text>"
     )
     parts.append(
         f'<text transform="translate(18 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle" fill="#222222">KL from '

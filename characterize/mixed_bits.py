@@ -4,13 +4,13 @@
     python -m characterize.mixed_bits [--costs FILE]
 
 First the cost of each method in each two adjacent layers is measured on one text (`kvfloor measure-layers`: 1,024
-tokens taken in, 512 scored), unless the file of costs is there; it is characterize/mixed_bits_costs.json. For a
-quarter, an eighth and a sixteenth of the bytes, the uniform setting is the best of frontier.tsv at up to 1.1 times the
-share there. The mixed setting has at most as many bytes, after 2,048 tokens in a 16-bit model; its layers' methods have
-the least sum of costs. Both then read two other texts, 2,048 tokens taken in and 512 scored. The table has the bytes as
-a share of a 16-bit exact cache without spare slots, the KL divergence from exact predictions in nats per token, the
-divergence that the sum of the costs predicted, and the difference to the uniform setting, paired token by token;
-intervals are of 95 % over blocks of 64 tokens. About an hour on one core; 10 minutes with the file of costs.
+tokens taken in, 512 scored), unless the file of costs is there; it is characterize/mixed_bits_costs.json. The uniform
+settings are on the frontier of `frontier.tsv`, at about a quarter, a seventh and a twelfth of the bytes. The mixed
+setting has at most as many bytes, after 2,048 tokens in a 16-bit model; its layers' methods have the least sum of
+costs. Both then read two other texts, 2,048 tokens taken in and 512 scored. The table has the bytes as a share of those
+of kvfloor's exact cache in 16 bits, the KL divergence from exact predictions in nats per token, the divergence that the
+sum of the costs predicted, and the difference to the uniform setting, paired token by token; intervals are of 95 % over
+blocks of 64 tokens. About an hour on one core; 10 minutes with the file of costs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from kvfloor.statistics import blocks, mean_interval
 COSTS = Path(__file__).with_name("mixed_bits_costs.json")
 MEASURED_ON, TOGETHER = ("novel",), 2
 READ, CONTEXT, SCORED = ("speech", "facts"), 2048, 512
-SHARES = (1 / 4, 1 / 8, 1 / 16)
+UNIFORM = {"1/4": "exact:k4v3", "1/7": "snapkv:k4v3@50%", "1/12": "snapkv:k4v3@25%"}
 FIELDS = (
     *("target", "kind", "share", "predicted", "kl", "low", "high", "difference", "difference_low", "difference_high"),
     *("same_top", "tokens", "setting"),
@@ -58,19 +58,9 @@ class Contender:
     predicted: float
 
 
-def best_uniform(target: float) -> str:
-    """Return the setting of frontier.tsv that diverges least in at most 1.1 times the share `target` of the bytes."""
-    names, *lines = (
-        line.split("\t") for line in Path(__file__).with_name("frontier.tsv").read_text("utf-8").splitlines()
-    )
-    rows = [dict(zip(names, line, strict=True)) for line in lines]
-    fitting = [row for row in rows if row["source"] == "smollm2-2048" and float(row["share"]) <= 1.1 * target]
-    return min(fitting, key=lambda row: float(row["kl"]))["setting"]
-
-
-def contenders(table: CostTable, shapes: Sequence[LayerShape], target: float) -> tuple[Contender, Contender]:
-    """Return the uniform setting for the share `target` of the bytes, and the mixed setting in as many bytes."""
-    uniform = parse(best_uniform(target))
+def contenders(table: CostTable, shapes: Sequence[LayerShape], setting: str) -> tuple[Contender, Contender]:
+    """Return the uniform setting that the text `setting` names, and the mixed setting in as many bytes."""
+    uniform = parse(setting)
     size = held_bytes(uniform, tuple(shapes), CONTEXT, torch.bfloat16, 1)[1].after
     costs = [row.nats for row in table.rows if row.method == str(uniform)]
     mixed, found = choose(table, size, shapes, CONTEXT, torch.bfloat16)
@@ -98,7 +88,7 @@ def main() -> None:
     table = costs_of(given.costs, model, encode)
     shapes, _ = cache_shapes(model)
     exact = held_bytes(parse("exact"), shapes, CONTEXT, torch.bfloat16, 1)[1].after
-    pairs = {target: contenders(table, shapes, target) for target in SHARES}
+    pairs = {target: contenders(table, shapes, setting) for target, setting in UNIFORM.items()}
     reads: dict[str, list[Read]] = {}
     for excerpt in excerpts(READ, [CONTEXT], SCORED, encode):
         reader = Reader(model, 0)
@@ -117,7 +107,7 @@ def main() -> None:
             ]
             same = [x for read in found for x in read.figures.same_top]
             rows.append(
-                (f"1/{round(1 / target)}", one.kind, one.nbytes / exact, one.predicted, *kl)
+                (target, one.kind, one.nbytes / exact, one.predicted, *kl)
                 + (mean_interval(_blocks(less)) if one.kind == "mixed" else ("", "", ""))
                 + (sum(same) / len(same), len(same), str(one.method))
             )

@@ -3,11 +3,11 @@
     python -m characterize.newer_evictors [--out DIR]
 
 The protocol is that of `characterize/frontier.py`: 2,048 tokens of a text are taken in under the method and sealed,
-then 512 tokens are predicted; two texts. Each row gives the share of a 16-bit exact cache's bytes that the setting
-holds at the context's end in a 16-bit model, and the mean KL divergence from exact predictions in nats per token with
-its 95 % interval over blocks of 64 tokens. Then follows how much more it is than that of the setting `against`, block
-by block, with the interval of this mean. A row is on the frontier if no other setting of this table and none of
-`frontier.tsv` diverges less in no more bytes, give or take 1 %.
+then 512 tokens are predicted; two texts. Each row gives the share of the 16-bit keys' and values' bytes that the
+setting holds at the context's end in a 16-bit model, and the mean KL divergence from exact predictions in nats per
+token with its 95 % interval over blocks of 64 tokens. Then follows how much more it is than that of the setting
+`against`, block by block, with the interval of this mean. A row is on the frontier if no other setting of this table
+and none of `frontier.tsv` diverges less in no more bytes, give or take 1 %.
 
 Tried parts that are not in kvfloor are in `characterize/lib/candidates.py`. `Reread` is given scores that a second pass
 of the model has made. They are the largest (max) or summed (sum) attention that a token receives from later tokens. For
@@ -156,7 +156,7 @@ def measure(journal: TrialFile, trials: Sequence[Trial]) -> None:
         if any("Reread" in one.setting for one in todo):
             make_scores(model, excerpt, tokenizer(REQUEST, add_special_tokens=False).input_ids)
         reference, prompt = reader.reference(excerpt), reader.prompt(excerpt)
-        whole = reader.read(parse("exact"), excerpt, reference, prompt).state_16_bit_bytes
+        whole = SOURCES[SOURCE].whole
         for one in todo:
             got = reader.read(parse(one.method(text)), excerpt, reference, prompt)
             line = {"setting": one.setting, "text": text, "share": got.state_16_bit_bytes / whole}
