@@ -59,7 +59,7 @@ def test_vllm_finds_the_plug_in_by_its_entry_point() -> None:
         ("sinks(4)@64", {"enable_prefix_caching": True}, "pass --no-enable-prefix-caching"),
         ("sinks(4)@64", {"kv_cache_dtype": "fp8"}, "leave --kv-cache-dtype out"),
         ("sinks(4)@64", {"runner": "pooling"}, "pooling models"),
-        ("quant(bits=4)", {}, "grows with its tokens"),
+        ("raas@64", {}, "grows with its tokens"),
         ("snapkv@64", {}, "grows with its tokens"),
         ("h2o", {}, "write one after '@'"),
         ("sinks(4)@1KiB", {}, "raise the budget"),
