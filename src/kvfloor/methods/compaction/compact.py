@@ -92,6 +92,8 @@ class CompactState(Blocked[Compact]):
     compacted   (rows, spans, 2) start and stop of each compacted span; a row too short for a span has stop <= start
     """
 
+    slots: WeightedSlots
+
     def __init__(self, method: Compact, spec: Spec) -> None:
         if spec.tied:
             raise ValueError(
