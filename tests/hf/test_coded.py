@@ -341,6 +341,8 @@ def test_values_that_are_the_keys_are_refused(tmp_path: Path) -> None:
     model = prepare(served("deepseek_v3"))
     talk = Talk(model, CompressedCache(model.config, "exact"))
     talk.hear(ids(0, 40) % 50 + 2)
+    if not any(layer.state is not None and layer.state.spec.tied for layer in talk.cache.compressed):
+        pytest.skip("this release of transformers caches every head's keys")
     with pytest.raises(ValueError, match="has values that are its keys"):
         talk.cache.save(tmp_path / "cache", coded=0.01)
 
