@@ -302,7 +302,7 @@ class BoundedState(Watching):
                 self.selection.resize(self.slots)
         if self.memory is not None:
             self.memory.seal()
-        if policy.spares == "answer" or not (policy.wants_weights or policy.wants_queries(True)):
+        if not self._learns(sealed=True):
             self.queries = None
         super()._seal()
 

@@ -58,14 +58,19 @@ class Watching(Blocked["Bounded"]):
 
     @property
     def learns_from_queries(self) -> bool:
-        """Return True if the policy learns from the queries of the present phase: the prompt, or what follows it.
+        """Return True if the policy learns from the queries of the present phase: the prompt, or what follows it."""
+        return self._learns(self.sealed)
 
-        A policy that spares the answer evicts nothing more after the seal (end of the prompt), so it learns no more.
+    def _learns(self, sealed: bool) -> bool:
+        """Return True if the policy learns from the queries after the seal (end of the prompt), or else before it.
+
+        A policy that spares the answer evicts nothing more after the seal, so it learns no more. sealed: True asks
+        about the queries after the seal.
         """
         policy = self.method.policy
-        if self.sealed and policy.spares == "answer":
+        if sealed and policy.spares == "answer":
             return False
-        return policy.wants_weights or policy.wants_queries(self.sealed)
+        return policy.wants_weights or policy.wants_queries(sealed)
 
     @property
     def _selector(self) -> Selector:

@@ -598,8 +598,8 @@ def _rotations(positions: str, method: Method, model: PreTrainedModel | None) ->
 def _applied(positions: str, method: Method, model: PreTrainedModel | None) -> tuple[Rotation | None, ...] | None:
     """Return the rotary embedding that each layer's stored keys have, if the method needs to know it; else None.
 
-    Methods that predict later queries need it. The tuple has one entry per
-    compressed layer, None for a layer without a rotary embedding. The result is None
+    Methods that predict later queries need it. The tuple has one entry per compressed layer, None for a layer without a
+    rotary embedding. The result is None
     - for a method that needs no embedding
     - for positions="cache", where keys are stored without their rotation
     - if the embedding cannot be measured: `model` is not given or not prepared, or its positions are no fixed rotations
