@@ -116,7 +116,7 @@ class Reread(AtTheSeal):
 
 
 @dataclass(frozen=True)
-class ExpectedOnce(Expected):
+class ExpectedOnce(AtTheSeal, Expected):
     """Evict by expected attention once, at the seal, with parts of the rule left out.
 
     spread   whether the queries' covariance takes part
@@ -127,14 +127,6 @@ class ExpectedOnce(Expected):
 
     spread: bool = True
     values: bool = True
-
-    @property
-    def usual_prefill(self) -> Literal["stream", "dense"]:
-        return "dense"
-
-    @property
-    def spares(self) -> Literal["nothing", "prompt", "answer"]:
-        return "answer"
 
     def future(self, held: Held) -> tuple[Tensor, Tensor]:
         mean, covariance = super().future(held)
