@@ -29,7 +29,19 @@ OTHER_VERDICTS = {
     "not built": "Not compared: no tiny model without a network, other libraries or other inputs than text",
 }
 API = ("kvfloor", "kvfloor.hf", "kvfloor.floors", "kvfloor.game", "kvfloor.tasks")
-COMMANDS = ("audit", "merge", "floors", "break", "check", "methods", "plan", "tasks", "measure-layers", "train-less")
+COMMANDS = (
+    "audit",
+    "merge",
+    "floors",
+    "break",
+    "check",
+    "methods",
+    "plan",
+    "tasks",
+    "measure-layers",
+    "facts",
+    "train-less",
+)
 
 
 def methods_page() -> str:

@@ -726,6 +726,58 @@ def measure_layers(
         print(f"\ncosts: {out}; then, for example: kvfloor audit --model {model} --methods \"auto(rows='{out}')@2MiB\"")
 
 
+@app.command("facts")
+def facts(
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join((BUILTIN, *PACKAGED))}, a .gguf file, or a model's folder.")
+    ] = BUILTIN,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods with their budgets: exact:k4v4, snapkv@25%.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of each prompt, at most.", **whole(1, _MOST_CONTEXT))] = 1024,
+    facts: Annotated[int, typer.Option(help="Facts in each prompt.", **whole(1, _MOST_SAMPLES))] = 32,
+    sheets: Annotated[int, typer.Option(help="Prompts.", **whole(1, _MOST_SAMPLES))] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the facts and of the methods.", **whole())] = 0,
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the terms of use of a published model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Certify how many bits of hidden facts each method's cache returns, from the model's own predictions.
+
+    A fact is a word with a random two-digit number. The model reads facts among filler sentences, the cache is
+    compressed, and each fact is asked by itself. What comes back is proven to have been in the cache's bytes.
+    """
+    from kvfloor.audit.facts import METHODS, measure_facts
+    from kvfloor.hf import prepare
+    from kvfloor.models import load
+    from kvfloor.report.facts import fact_lines
+
+    _quiet_transformers()
+    done = 0
+
+    def say(total: int, text: str) -> None:
+        nonlocal done
+        done += 1
+        print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+
+    loaded, tokenizer = load(model, accept_terms)
+    rows = measure_facts(
+        prepare(loaded),
+        tokenizer,
+        METHODS if methods is None else tuple(split_list(methods)),
+        context=context,
+        facts=facts,
+        sheets=sheets,
+        seed=seed,
+        track=say,
+    )
+    if as_json:
+        _print_json({"schema": 1, "model": model, "rows": [row.as_dict() for row in rows]})
+    else:
+        print("\n".join(fact_lines(rows)))
+
+
 @app.command("train-less")
 def train_less(
     policy: Annotated[str, typer.Option(help="Eviction policy and budget in tokens, such as 'sinks(4)@64'.")],

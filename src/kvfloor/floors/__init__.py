@@ -26,6 +26,7 @@ from kvfloor.floors.floor import Floor, Possible
 from kvfloor.floors.metric import ball_bits, metric_space, noisy_row_bits, sign_norm, wrong_share
 from kvfloor.floors.norm_bounded import N_dr, separable_keys
 from kvfloor.floors.question import ATTENTIONS, METRICS, space
+from kvfloor.floors.recall import fact_bits, most_facts, recall_bits
 from kvfloor.floors.sampling import lazy_gumbel_tokens, subgen_numbers, subgen_plan, subgen_s, subgen_t
 from kvfloor.floors.separation import eps_s, eps_s_limit, level_eps_s, level_tolerance, tau
 from kvfloor.floors.spike import paper_C, spike_C, window_C
@@ -48,6 +49,7 @@ __all__ = [
     "eps_s",
     "eps_s_limit",
     "exact_bytes",
+    "fact_bits",
     "gap_circle",
     "gap_hypercube",
     "gap_known",
@@ -60,6 +62,7 @@ __all__ = [
     "level_tolerance",
     "log_packing_count",
     "metric_space",
+    "most_facts",
     "mu_chirp",
     "mu_rademacher",
     "mu_reed_solomon",
@@ -70,6 +73,7 @@ __all__ = [
     "probing_success",
     "pyramid",
     "pyramid_tokens",
+    "recall_bits",
     "row_bits",
     "running_sum_numbers",
     "separable_keys",

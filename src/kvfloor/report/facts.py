@@ -1,0 +1,51 @@
+"""Print how many hidden facts each method's cache returned, and the bits that this certifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvfloor.audit.facts import FactRow
+from kvfloor.audit.format import bytes_text
+
+HEADS = ("setting", "bytes", "facts right", "bits certified", "bits per KiB", "needs at least", "could hold")
+
+
+def fact_lines(rows: Sequence[FactRow]) -> list[str]:
+    """Return the rows as lines of text, with a line above them and notes below."""
+    cells = [HEADS, *(_cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    hidden = rows[0].hidden_bits if rows else 0.0
+    lines.append("")
+    lines.append(
+        f"Hidden: {hidden:,.0f} bits. Certified: the caches carried so many of them, but for a chance of 2^-20."
+    )
+    lines.append(
+        "needs at least: no cache of fewer bytes returns so many facts. could hold: no more facts fit these bytes."
+    )
+    lines += [
+        f"{row.method}: more bits came out than its caches hold, so the method keeps memory elsewhere."
+        for row in rows
+        if row.hides_memory
+    ]
+    return lines
+
+
+def _cells(row: FactRow) -> tuple[str, ...]:
+    low, high = row.right_interval
+    per_kib = row.certified_bits / (row.cache_bytes / 1024) if row.cache_bytes else 0.0
+    return (
+        row.method,
+        bytes_text(row.cache_bytes),
+        f"{row.right} of {row.facts} ({low:.0%} to {high:.0%})",
+        f"{row.certified_bits:,.0f}",
+        f"{per_kib:.3g}",
+        bytes_text(row.needed_bytes),
+        f"{row.most_facts:,.0f}",
+    )
