@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from kvfloor.audit.measure import BATCH_BYTES, CHUNK_SLOTS
+from kvfloor.audit.reading import at_16_bits
 from kvfloor.core.method import Method, standard_law
 from kvfloor.floors.recall import most_facts, recall_bits
 from kvfloor.game.engine.certificates import certified, log_loss
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
+from kvfloor.hf.held import Shares
 from kvfloor.hf.intake import SharedPrompt
 from kvfloor.methods.grammar import parse
 from kvfloor.statistics import wilson_interval
@@ -51,6 +53,7 @@ class FactRow:
     sheets       number of prompts; facts: number of facts of all of them together
     right        facts whose number was decoded right
     cache_bytes  bytes of the caches of all sheets, after their prompts
+    cache_16_bit_bytes  bytes of their compressed layers in a model of 16 bits per number
     gain         bits that the bets won, less those of having several bettors; may be negative
     """
 
@@ -60,6 +63,7 @@ class FactRow:
     facts: int
     right: int
     cache_bytes: int
+    cache_16_bit_bytes: int
     gain: float
 
     @property
@@ -71,6 +75,11 @@ class FactRow:
     def certified_bits(self) -> float:
         """Return the bits that the caches carried, at confidence 1 - 2^-20."""
         return certified([self.gain])
+
+    @property
+    def bits_per_kib(self) -> float:
+        """Return the certified bits per KiB of `cache_16_bit_bytes`, 0 where these are 0."""
+        return self.certified_bits / (self.cache_16_bit_bytes / 1024) if self.cache_16_bit_bytes else 0.0
 
     @property
     def right_interval(self) -> tuple[float, float]:
@@ -94,7 +103,10 @@ class FactRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Return fields and results for `--json`."""
-        names = ("hidden_bits", "certified_bits", "right_interval", "needed_bytes", "most_facts", "hides_memory")
+        names = (
+            *("hidden_bits", "certified_bits", "bits_per_kib", "right_interval", "needed_bytes", "most_facts"),
+            "hides_memory",
+        )
         return vars(self) | {name: getattr(self, name) for name in names}
 
 
@@ -105,6 +117,16 @@ class _Sheet:
     prompt: list[int]
     asks: list[list[int]]
     answers: list[list[int]]
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """Hold what a cache returned of one sheet: per fact the probability of the right number; how many are likeliest."""
+
+    cache_bytes: int
+    cache_16_bit_bytes: int
+    bets: list[float]
+    right: int
 
 
 def measure_facts(
@@ -138,7 +160,8 @@ def measure_facts(
         return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
     require_prefix_code([encode(apart(pair)) for pair in FULL.pairs])
-    found: list[list[tuple[int, list[float], int]]] = [[] for _ in asked]
+    shares: Shares = {}
+    found: list[list[_Returned]] = [[] for _ in asked]
     for index in range(sheets):
         text = RECALL.generate(
             seed, index, context, difficulty=facts, questions=facts, count=lambda text: len(encode(text, True))
@@ -147,7 +170,7 @@ def measure_facts(
         prompt = SharedPrompt(model, [sheet.prompt], CHUNK_SLOTS, asked)
         for method, results in zip(asked, found, strict=True):
             track(sheets * len(asked), f"sheet {index + 1}: {method}")
-            results.append(_returned(model, method, sheet, prompt, seed))
+            results.append(_returned(model, method, sheet, prompt, seed, shares))
     return [_row(method, context, results) for method, results in zip(asked, found, strict=True)]
 
 
@@ -184,27 +207,26 @@ def _encoded(text: Sample, encode: Callable[..., list[int]]) -> _Sheet:
     )
 
 
-def _row(method: Method, context: int, results: Sequence[tuple[int, list[float], int]]) -> FactRow:
-    sizes, bets, right = zip(*results, strict=True)
-    won = [p for sheet in bets for p in sheet]
-    return FactRow(str(method), context, len(results), len(won), sum(right), sum(sizes), gain(won, CHOICES))
+def _row(method: Method, context: int, results: Sequence[_Returned]) -> FactRow:
+    bets = [p for sheet in results for p in sheet.bets]
+    right, size, size_16_bit = (
+        sum(getattr(sheet, name) for sheet in results) for name in ("right", "cache_bytes", "cache_16_bit_bytes")
+    )
+    return FactRow(str(method), context, len(results), len(bets), right, size, size_16_bit, gain(bets, CHOICES))
 
 
-def _returned(
-    model: Any, method: Method, sheet: _Sheet, prompt: SharedPrompt, seed: int
-) -> tuple[int, list[float], int]:
-    """Return the cache's bytes after the prompt, the probability of each right number, and how many are likeliest."""
+def _returned(model: Any, method: Method, sheet: _Sheet, prompt: SharedPrompt, seed: int, shares: Shares) -> _Returned:
     cache = CompressedCache(model, method, seed=seed, context=len(sheet.prompt))
     dialogue = Dialogue.start(model, cache, 1)
     prompt.feed(dialogue)
     cache.seal()
     size = cache.bytes["total"]
-    probabilities, right = [], 0
+    bets, right = [], 0
     for piece in _pieces(len(sheet.asks), max(1, BATCH_BYTES // max(1, size))):
         for log_p, likeliest in _asked(dialogue, sheet.asks[piece], sheet.answers[piece]):
-            probabilities.append(math.exp(min(0.0, float(log_p.double().sum()))))
+            bets.append(math.exp(min(0.0, float(log_p.double().sum()))))
             right += bool(likeliest.all())
-    return size, probabilities, right
+    return _Returned(size, at_16_bits(model, cache, len(sheet.prompt), shares), bets, right)
 
 
 def _pieces(count: int, most: int) -> Iterator[slice]:

@@ -107,7 +107,7 @@ class Reader:
         sizes: list[int] = []
 
         def weigh() -> None:
-            sizes.extend((math.ceil(cache.nbytes), self._at_16_bits(cache, excerpt.cell.context)))
+            sizes.extend((math.ceil(cache.nbytes), at_16_bits(self.model, cache, excerpt.cell.context, self._shares)))
 
         def logits() -> Iterator[Tensor]:
             feeder = prompt or self.prompt(excerpt)
@@ -126,15 +126,6 @@ class Reader:
             floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context, cache.ranks.count) for state in states)),
             seconds=time.perf_counter() - begin,
         )
-
-    def _at_16_bits(self, cache: CompressedCache, tokens: int) -> int:
-        """Return the bytes that the cache would have, after a context of `tokens` tokens, if the dtype had 16 bits."""
-        if self.model.dtype.itemsize == 2:
-            return math.ceil(cache.nbytes)
-        heads = self.model.config.get_text_config(decoder=True).num_attention_heads
-        states = [layer.state for layer in cache.compressed if layer.state is not None]
-        groups = [heads // (state.spec.rows * cache.ranks.count) for state in states]
-        return sum(cache.ranks.gather("bytes at 16 bits", bytes_at_16_bits(states, groups, tokens, self._shares)))
 
     @torch.inference_mode()
     def _predictions(
@@ -156,6 +147,19 @@ class Reader:
         sealed()
         for tokens, logits in dialogue.predict([excerpt.continuation], CHUNK_SLOTS):
             yield tokens[0], logits[0]
+
+
+def at_16_bits(model: Any, cache: CompressedCache, tokens: int, shares: Shares) -> int:
+    """Return the bytes that the cache would have, after a context of `tokens` tokens, if the dtype had 16 bits.
+
+    shares: results of earlier calls for this model, by method and length; the call adds its own.
+    """
+    if model.dtype.itemsize == 2:
+        return math.ceil(cache.nbytes)
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    states = [layer.state for layer in cache.compressed if layer.state is not None]
+    groups = [heads // (state.spec.rows * cache.ranks.count) for state in states]
+    return sum(cache.ranks.gather("bytes at 16 bits", bytes_at_16_bits(states, groups, tokens, shares)))
 
 
 def _floor(spec: Spec, context: int, ranks: int) -> float:

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from kvfloor.audit.facts import FactRow
 from kvfloor.audit.format import bytes_text
 
-HEADS = ("setting", "bytes", "facts right", "bits certified", "bits per KiB", "needs at least", "could hold")
+HEADS = (
+    "setting",
+    "bytes",
+    "at 16 bits",
+    "facts right",
+    "bits certified",
+    "bits per KiB",
+    "needs at least",
+    "could hold",
+)
 
 
 def fact_lines(rows: Sequence[FactRow]) -> list[str]:
@@ -39,13 +48,13 @@ def fact_lines(rows: Sequence[FactRow]) -> list[str]:
 
 def _cells(row: FactRow) -> tuple[str, ...]:
     low, high = row.right_interval
-    per_kib = row.certified_bits / (row.cache_bytes / 1024) if row.cache_bytes else 0.0
     return (
         row.method,
         bytes_text(row.cache_bytes),
+        bytes_text(row.cache_16_bit_bytes),
         f"{row.right} of {row.facts} ({low:.0%} to {high:.0%})",
         f"{row.certified_bits:,.0f}",
-        f"{per_kib:.3g}",
+        f"{row.bits_per_kib:.3g}",
         bytes_text(row.needed_bytes),
         f"{row.most_facts:,.0f}",
     )
