@@ -5,6 +5,8 @@ Floors, for keys of a given model instead of the worst keys:
     readable_by         the bits of a state that answers given queries over given keys
     readable_within     the bits of a state that answers all queries up to a given length, over keys chosen from the
                         given ones
+    volume_by           the bits of a state that answers given queries, from the volume of all answers: the larger floor
+                        where queries mix many tokens and small errors are asked
     readable_after      the first floor for a recorded stream that is cut at a token: the keys before the cut are
                         stored, and the queries after the cut are answered
 Figures to compare a floor with, which are no lower bounds for the given values:
@@ -31,12 +33,14 @@ from kvfloor.floors.measured.spectral import (
     squared_singular_values,
     value_spread,
 )
+from kvfloor.floors.measured.volume import VolumeFloor, volume_by
 
 __all__ = [
     "Ceiling",
     "Demand",
     "GaussianReference",
     "Readable",
+    "VolumeFloor",
     "attention_matrix",
     "causal_mass",
     "covering_curve",
@@ -52,4 +56,5 @@ __all__ = [
     "readable_within_rows",
     "squared_singular_values",
     "value_spread",
+    "volume_by",
 ]
