@@ -4,9 +4,9 @@
 
 A text's first tokens but the last 256 are stored, and the queries of the last 256 are asked, each of which sees its own
 token and those between too. Both floors say how many bytes any state holds that answers these queries within eta, in
-each number of an answer, with probability 0.9, for the worst values in [-1, 1]. Each row sums them over the kv heads of a
-layer, beside the bytes of the layer's keys and values in 16 bits; an audit takes the larger floor of each head. One text,
-10 layers. A quarter of an hour on one core.
+each number of an answer, with probability 0.9, for the worst values in [-1, 1]. Each row sums them over the kv heads of
+a layer, beside the bytes of the layer's keys and values in 16 bits; an audit takes the larger floor of each head. One
+text, 10 layers. A quarter of an hour on one core.
 """
 
 from __future__ import annotations
