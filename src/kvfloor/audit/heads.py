@@ -171,7 +171,7 @@ def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> t
     A `Readable` has the floor as `bytes`, and the number of groups that its queries can read as `groups`.
 
     head              number of the kv head in its layer
-    trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
+    trace             the layer's trace: gives the scale, softcap and sinks of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens
     asked  (g, t, d)  queries of the t tokens after the context, for the g query heads of the kv head
     own    (t, d)     keys of these t tokens, which also take a share of the asked queries' attention
@@ -179,8 +179,11 @@ def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> t
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
     demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
     radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()
-    within = readable_within(k, radius=radius, others="present", **law, **demand)
-    by = readable_by(k, asked.flatten(0, 1), later_mass=causal_mass(asked, own, **law), **law, **demand)
+    sink = None if trace.sink is None else trace.sink[head]
+    least = None if sink is None else sink.min().item()  # any query may be asked by the query head with the least sink
+    within = readable_within(k, radius=radius, others="present", later_mass=least, **law, **demand)
+    mass = causal_mass(asked, own, sink=sink, **law)
+    by = readable_by(k, asked.flatten(0, 1), later_mass=mass, **law, **demand)
     return within, by
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Recorded:
 
     scale, softcap   the factor on q.k, and the cap on logits or None
     last             number of tokens in the newest forward; n counts those of all forwards
+    sink             (H,), one logit per query head that takes its share of the softmax and has no value; None without
     """
 
     q: Tensor
@@ -29,6 +31,7 @@ class Recorded:
     scale: float
     softcap: float | None
     last: int
+    sink: Tensor | None = None
 
     @property
     def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +39,11 @@ class Recorded:
         batch, kv_heads, n, d = self.k.shape
         rows = batch * kv_heads
         return self.q.reshape(rows, -1, n, d), self.k.reshape(rows, n, d), self.v.reshape(rows, n, -1)
+
+    @property
+    def sink_by_head(self) -> Tensor | None:
+        """Return the sink logits (Hkv, g): a line per kv head, with one logit for each query head of its GQA group."""
+        return None if self.sink is None else self.sink.reshape(self.k.shape[1], -1)
 
 
 class Recorder:
@@ -46,15 +54,15 @@ class Recorder:
     """
 
     def __init__(self, layers: Iterable[CompressedLayer]) -> None:
-        self._parts: dict[int, list[tuple[Tensor, Tensor, Tensor, float, float | None]]] = {}
+        self._parts: dict[int, list[tuple[Any, ...]]] = {}
         for layer in layers:
             layer.record = self._into(layer.index)
 
     def _into(self, index: int):
         parts = self._parts.setdefault(index, [])
 
-        def keep(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> None:
-            parts.append((q.clone(), k.clone(), v.clone(), scale, softcap))
+        def keep(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sink: Tensor | None) -> None:
+            parts.append((q.clone(), k.clone(), v.clone(), scale, softcap, None if sink is None else sink.detach()))
 
         return keep
 
@@ -62,4 +70,5 @@ class Recorder:
         """Return the inputs of the model's layer `index`, all forwards concatenated along the tokens."""
         parts = self._parts[index]
         q, k, v = (torch.cat(given, dim=2) for given in zip(*(part[:3] for part in parts), strict=True))
-        return Recorded(q, k, v, parts[0][3], parts[0][4], last=parts[-1][0].shape[2])
+        scale, softcap, sink = parts[0][3:]
+        return Recorded(q, k, v, scale, softcap, parts[-1][0].shape[2], sink)
