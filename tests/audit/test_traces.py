@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +14,12 @@ from kvfloor import parse
 from kvfloor.audit import traces
 from kvfloor.audit.heads import head_floors
 from kvfloor.audit.nats import TextCell
+from kvfloor.audit.output_errors import _in_tokens
 from kvfloor.audit.traces import Trace
+from kvfloor.audit.worst_case import worst_case_bytes
+from kvfloor.floors import row_bits
 from kvfloor.hf import floor_shares, prepare
-from survey.tiny import tiny_model
+from survey.tiny import CHANGES, HEAD_DIM, LAYERS, tiny_config, tiny_model
 
 CELL = TextCell("a text", 60, 12)
 Recording = Callable[[float], tuple[Any, list[Trace]]]
@@ -96,3 +101,49 @@ def test_heads_that_see_their_sinks_alone_share_the_budget_evenly(with_sinks: Re
         for layer in (first, second):
             layer.self_attn.sinks.fill_(2000.0)
     assert floor_shares(model, ids, kept=0) == ((1.0, 1.0), (1.0, 1.0))
+
+
+# ---- latent attention: a token's value is its key --------------------------------------------------------------------
+
+LATENT = CHANGES["deepseek_v3"]["kv_lora_rank"]
+
+
+@pytest.fixture(scope="module")
+def tied() -> list[Trace]:
+    pytest.importorskip("transformers.models.deepseek_v3")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = prepare(tiny_model("deepseek_v3"))
+    if not hasattr(model.model.layers[0].self_attn, "expand_kv"):
+        pytest.skip("this release of transformers caches every head's keys")
+    ids = torch.randint(2, 98, (1, 72), generator=torch.Generator().manual_seed(1)).tolist()
+    return traces.record(model, [ids[0][:60]], [ids[0][60:]])
+
+
+def test_latents_are_traced_once_and_answered_as_the_definition_says(tied: list[Trace]) -> None:
+    for trace in tied:
+        assert trace.tied and trace.v is trace.k and trace.spec(1).tied
+        assert trace.k.shape == (1, 72, LATENT + HEAD_DIM)
+        torch.testing.assert_close(trace.exact.double(), attention(trace, None), rtol=1e-4, atol=1e-5)
+    assert max(map(max, traces.errors(tied, parse("exact")))) == 0.0
+
+
+def test_no_floor_is_claimed_of_values_that_are_the_public_keys(tied: list[Trace]) -> None:
+    assert head_floors(CELL, tied) == []
+    apart = [replace(trace, v=trace.v.clone()) for trace in tied]  # the same numbers, as values of their own
+    assert all(one.floor_bytes > 0 for one in head_floors(CELL, apart))
+
+
+def test_a_budget_in_bytes_holds_tokens_of_one_width(tied: list[Trace]) -> None:
+    apart = [replace(trace, v=trace.v.clone()) for trace in tied]
+    once, twice = (_in_tokens(parse("window(block=1)@64KiB"), each, 60).budget for each in (tied, apart))
+    assert isinstance(once, int) and isinstance(twice, int) and once > 1.7 * twice
+
+
+def test_the_worst_case_of_latents_hides_them_behind_rotary_keys() -> None:
+    config = tiny_config("deepseek_v3")
+    width = LATENT + HEAD_DIM
+    found = worst_case_bytes(config, 200, width, width, heads=1, layers=LAYERS, tied=True)
+    assert found == math.ceil(LAYERS * row_bits(200, LATENT, 0.9) / 8) == 2114
+    assert worst_case_bytes(config, 200, width, width, heads=1, layers=LAYERS) > 1.6 * found
+    assert worst_case_bytes(tiny_config("llama"), 200, width, width, heads=1, tied=True) == 0

@@ -132,9 +132,12 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
     traces     the sample's queries, keys and values, one entry per layer
     most_work  largest number of kv heads times the square of the context's tokens. If all heads would exceed it, fewer
                are measured (at least FEWEST_HEADS), evenly spread over the layers
-    The list is empty for a context of more than MOST_TOKENS tokens.
+    The list is empty for a context of more than MOST_TOKENS tokens. A layer whose values are its keys (latent
+    attention) has no entry: a read floor takes the keys as public, and then nothing is left that values could hide.
     """
-    places = [(position, head) for position, trace in enumerate(traces) for head in range(trace.kv_heads)]
+    places = [
+        (position, head) for position, trace in enumerate(traces) if not trace.tied for head in range(trace.kv_heads)
+    ]
     longest = max(trace.k.shape[1] - trace.asked for trace in traces)
     found = []
     for position, head in _spread(places, max(FEWEST_HEADS, most_work // max(1, longest) ** 2)):

@@ -34,7 +34,7 @@ class Trace:
 
     layer     number of the layer, as the model counts it
     q         (rows, g, n, d), queries
-    k, v      (rows, n, d) and (rows, n, dv), keys and values
+    k, v      (rows, n, d) and (rows, n, dv), keys and values; one tensor if values are the keys (latent attention)
     present   (rows, n), False on padding
     scale     factor on q.k
     softcap   c in c * tanh(logit / c); None: logits are not capped
@@ -56,6 +56,17 @@ class Trace:
     asked: int
     exact: Tensor  # exact attention's answers to the last `asked` queries: (rows, g, asked, dv), float32
     sink: Tensor | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Return True if every token's value is its key, so that one copy of it is both."""
+        return self.v is self.k
+
+    def spec(self, rows: int) -> Spec:
+        """Return the sizes and constants for which a state of this layer with `rows` rows is opened."""
+        places = [(self.layer, row % self.kv_heads) for row in range(rows)]
+        d, dv = self.k.shape[2], self.v.shape[2]
+        return Spec(rows, d, dv, self.scale, self.softcap, self.k.dtype, places=places, tied=self.tied)
 
 
 def token_bytes(model: PreTrainedModel) -> int:
@@ -105,7 +116,7 @@ def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
     parts = ranks.gather("traces.record()", (*(x.cpu() for x in (mine.q, mine.k, mine.v)), sink))
     *tensors, sinks = zip(*parts, strict=True)
     q, k, v = (heads[0] if len(heads) == 1 else torch.cat(heads, 1) for heads in tensors)
-    return replace(mine, q=q, k=k, v=v, sink=None if sink is None else torch.cat(sinks))
+    return replace(mine, q=q, k=k, v=k if mine.tied else v, sink=None if sink is None else torch.cat(sinks))
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
@@ -115,10 +126,7 @@ def replay(trace: Trace, method: Method) -> Tensor:
     last `asked` tokens. The method's budget must be in tokens per kv head. A row is one kv head on one sample; g is the
     size of the GQA group, and dv the width of a value.
     """
-    rows, _, d = trace.k.shape
-    places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
-    spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)
-    state = method.open(spec)
+    state = method.open(trace.spec(len(trace.k)))
     cut = trace.k.shape[1] - trace.asked
     state.step(trace.q[:, :, :cut], trace.k[:, :cut], trace.v[:, :cut], trace.present[:, :cut])
     state.seal()
