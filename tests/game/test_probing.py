@@ -18,7 +18,7 @@ from kvfloor.game.instances import probing
 from kvfloor.game.instances.probing import Probing
 from kvfloor.statistics import wilson_interval
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 def played(text="exact", **given):

@@ -15,7 +15,7 @@ from kvfloor.game.instances.window import WindowInstance
 from kvfloor.game.keys.public import PublicKeys
 from tests.game.weighing import exact_state, weights
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 def instance_of(n=256, window=32, append=False, d=32, bits=1, eta=0.5, family=None, dv=16):

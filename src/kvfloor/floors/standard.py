@@ -46,7 +46,8 @@ def space(
     radius    largest scale * |q| * |k|, in nats; None: no bound
     window    number W of tokens of a sliding window, or None
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers m (p dv - H2(p)), and at least 0. S is the number of bits, H2 the binary entropy, and m the
+    Law: S >= heads layers `row_bits`(m, dv, p): for wide rows, m (p dv - H2(p)) times heads layers. S is the number of
+    bits, H2 the binary entropy, and m the
     number of tokens with hidden values that queries can read. m is the least of
         n
         `N_dr`(d, radius, eta)  if `radius` is given: the number of keys that queries within the radius can tell apart

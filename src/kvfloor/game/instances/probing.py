@@ -21,7 +21,6 @@ from torch import Tensor
 from kvfloor.core.method import Method
 from kvfloor.core.spec import DTYPES
 from kvfloor.core.state import State
-from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.separation import tau
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
@@ -131,7 +130,7 @@ def play(
     shares = sorted({max(1, round(share * (n - 1))) for share in _SHARES})
     readers = curve(n, shares, max(_RUNS, min(_RUNS_OF_READERS, _PROBES_OF_READERS // n)), hidden, seed)
     result = conclude(
-        played, instance, seed=seed, floor_bits=row_bits(instance.copies, 1, SUCCESS),
+        played, instance, seed=seed,
         probes_per_query=probes, bound=success_bound(n, probes), floor_probes=(2.0 - 1.0 / SUCCESS) * (n - 1),
         readers=as_rows(readers),
     )  # fmt: skip
