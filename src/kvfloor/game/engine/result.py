@@ -44,6 +44,8 @@ class Result:
     alpha                1 - alpha is the confidence of the certified bits
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     state_bytes          size of Alice's state
+    unseen_bits          bits of the message beyond those certified: as many could be hidden elsewhere, and no game that
+                         was played would show it
     floor_bits           bits that any method must hold whose answers to these hidden values count as right for nine of
                          ten rows (`Instance.floor_bits`)
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
@@ -78,6 +80,7 @@ class Result:
     message_bytes: int
     payload_bytes: int
     state_bytes: int
+    unseen_bits: float
     floor_bits: float
     verdict: Verdict
     why: str
@@ -151,7 +154,8 @@ def conclude(
         eta=eta, seed=seed, alpha=ALPHA, hidden_bits=instance.hidden_bits, bit_error=sent.bit_error,
         certified_bits=certified, live_certified_bits=live.certified_bits,
         bits_per_value=certified / (total * instance.dv), message_bytes=played.message_bytes,
-        payload_bytes=played.payload_bytes, state_bytes=played.state_bytes, floor_bits=instance.floor_bits,
+        payload_bytes=played.payload_bytes, state_bytes=played.state_bytes,
+        unseen_bits=max(0.0, 8 * played.message_bytes - certified), floor_bits=instance.floor_bits,
         verdict=verdict, why=why, row_success=sent.row_success, rows_asked=len(played.rows),
         certificate=sent.certificate, details=instance.details() | details, hidden_seed=played.hidden_seed,
         seconds=played.seconds,
