@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from kvfloor import parse
+from kvfloor.check.index_floor import check_index_floor
+from kvfloor.check.law import Broken, Setting
 from kvfloor.game import play
 from kvfloor.game.engine.decode import Decoded
 from kvfloor.game.engine.play import Played
@@ -171,3 +174,9 @@ def test_honest_methods_keep_their_verdict_and_tell_the_room_that_was_not_filled
 def test_formats_hide_no_more_bits_than_they_have(planted):
     for dtype, most in (("float16", 11), ("bfloat16", 8)):
         assert play("exact", n=64, d=32, dtype=dtype, isolated=False).details["finer_bits"] == most
+
+
+def test_the_conformance_check_finds_it_too(planted):
+    planted("Grows", isolated=False, bits=1)  # puts the module on the path
+    with pytest.raises(Broken, match="hidden bits"):
+        check_index_floor(parse("planted_cheats:Grows"), Setting())

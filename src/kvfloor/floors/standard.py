@@ -75,7 +75,7 @@ def space(
     rows = int(limits[rows_bound_by])
 
     bits = copies * row_bits(rows, dv, p)
-    regime = _regime(n, d, bounded=radius is not None, windowed=window is not None)
+    regime = _regime(n, d, bounded=radius is not None, windowed=rows_bound_by == "W - 1")
     constants: dict[str, Any] = {
         "n": n, "d": d, "dv": dv, "eta": eta, "p": p, "H2_p": H2(p), "heads": heads, "layers": layers,
         "bits_per_row": row_bits(1, dv, p), "rows": rows, "rows_bound_by": rows_bound_by,
