@@ -158,7 +158,7 @@ def test_rows_are_drawn_once_the_message_is_fixed(monkeypatch):
     to_bytes, rows = kvfloor.State.to_bytes, Hidden.rows
     monkeypatch.setattr(kvfloor.State, "to_bytes", lambda self: order.append("message") or to_bytes(self))
     monkeypatch.setattr(Hidden, "rows", lambda self, *size: order.append("rows") or rows(self, *size))
-    play("window@16", rows=20, **SMALL)
+    play("window@16", rows=20, bits=1, **SMALL)
     assert order == ["message", "rows"]
 
 
@@ -167,7 +167,7 @@ def test_bobs_request_is_fixed_before_the_first_value_is_streamed(monkeypatch):
     request, levels = game._request, Hidden.levels
     monkeypatch.setattr(game, "_request", lambda *given: order.append("request") or request(*given))
     monkeypatch.setattr(Hidden, "levels", lambda self, *size: order.append("values") or levels(self, *size))
-    play("window@16", **SMALL)
+    play("window@16", bits=1, **SMALL)
     assert order == ["request", "values"]
 
 

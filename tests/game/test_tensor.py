@@ -113,7 +113,7 @@ def test_exact_decodes_both_values_of_every_token(bits, dtype):
 
 
 def test_two_caches_hide_a_row_in_every_pair():
-    result = played(caches=2, n=150, d=128, dv=8)
+    result = played(caches=2, n=150, d=128, dv=8, bits=1)
     assert result.details == {"caches": 2, "tokens": 12, "pairs": 144}
     assert (result.n, result.verdict) == (144, "holds")
     assert result.certified_bits == pytest.approx(144 * 8 - PAID)
