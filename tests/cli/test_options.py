@@ -45,7 +45,7 @@ FOR_PYTHON_ALONE = {"hidden_seed", "isolated", "sides"}
 BASES = {
     "audit": ({"--model": "/nowhere"}, "no model at"),
     "merge": ({"/nowhere": None, "--out": "out"}, "holds no audit"),
-    "floors": ({"--n": "8", "--d": "4"}, "impossible below"),
+    "floors": ({"--n": "8", "--d": "4"}, "the worst case"),
     "break": ({"nonsense@8": None}, "nonsense"),
     "plan": ({"--context": "8", "--model": "/nowhere"}, "no model at"),
 }

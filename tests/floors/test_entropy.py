@@ -52,6 +52,48 @@ def test_row_bound_forbids_no_protocol_and_its_mutant_does():
     assert any(n * p * dv > S + 1e-9 for n, dv, S, p in row_protocols())
 
 
+def test_row_bound_is_met_by_rows_that_are_stored_or_guessed_from_a_list():
+    """Its exact form leaves nothing: one bit of 1,000 rows at success 0.9 takes what INDEX says, two bits 1,372."""
+    assert floors.row_bits(1000, 1, 0.9) == pytest.approx(floors.index_bits(1000, 0.9))
+    assert floors.row_bits(1000, 2, 0.9) == pytest.approx(1372.5, abs=0.1)
+    assert floors.row_bits(1024, 64, 0.9) == 58_502.148512164575
+    assert floors.row_bits(10, 3, 1.0, told=8.0) == pytest.approx(240.0)
+    assert floors.row_bits(10, 3, 0.125) == floors.row_bits(10, 4, 1.0, told=0.0) == 0.0
+
+
+def least_information(levels, serves, p):
+    """Return the least I(X; Z), X uniform levels, such that the answer Z serves X with probability p: Blahut-Arimoto.
+
+    serves (levels, answers) is 1 where an answer is right for a level. The least is over all random answers.
+    """
+    low, high = 0.0, 60.0
+    for _ in range(60):
+        slope = 0.5 * (low + high)
+        weight, output = [[2.0 ** (slope * s) for s in row] for row in serves], None
+        output = [1.0 / len(serves[0])] * len(serves[0])
+        for _ in range(400):
+            joint = [[q * w for q, w in zip(output, row, strict=True)] for row in weight]
+            given = [[x / sum(row) for x in row] for row in joint]
+            output = [sum(row[z] for row in given) / levels for z in range(len(output))]
+        served = sum(x * s for row, line in zip(given, serves, strict=True) for x, s in zip(row, line, strict=True))
+        low, high = (slope, high) if served / levels < p else (low, slope)
+    return sum(x / levels * math.log2(x / q) for row in given for x, q in zip(row, output, strict=True) if x > 1e-300)
+
+
+@pytest.mark.parametrize("p", [0.6, 0.9, 0.99])
+def test_the_bound_for_coarse_answers_is_below_what_the_best_coarse_answers_carry(p):
+    """Twelve levels; answer z serves z and up to half of z below it, so that lists grow as they do in the game."""
+    levels = 12
+    serves = [[float(z // 2 <= x <= z) for z in range(levels)] for x in range(levels)]
+    most = [max(sum(serves[y][z] for y in range(levels)) for z in range(levels) if serves[x][z]) for x in range(levels)]
+    logs = [math.log2(s) for s in most]
+    mean = sum(logs) / levels
+    spread = math.sqrt(sum((x - mean) ** 2 for x in logs) / levels)
+    told, best = math.log2(levels) - mean, least_information(levels, serves, p)
+    assert floors.row_bits(1, 1, p, told, spread) <= best + 1e-6
+    assert floors.row_bits(1, 1, p, math.log2(levels)) > best  # as if answers told the level: too much
+
+
 @given(st.integers(1, 10**6), st.integers(1, 512), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
 def test_row_bound_is_monotone_in_success(n, dv, p, other):
     low, high = sorted((p, other))

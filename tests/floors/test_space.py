@@ -97,3 +97,27 @@ def test_the_near_orthogonal_regime_begins_beyond_its_border():
     n = int(math.exp(37.5))
     assert 4.0 * math.log(n) == 150.0
     assert [floors.space(n, d).regime for d in (150, 151)] == ["low-dimensional, unbounded norm", "near-orthogonal"]
+
+
+@pytest.mark.parametrize(
+    ("window", "regime", "bound"),
+    [
+        (1000, "near-orthogonal", "n"),
+        (101, "near-orthogonal", "n"),
+        (100, "sliding window", "W - 1"),
+        (50, "sliding window", "W - 1"),
+    ],
+)
+def test_a_window_that_never_binds_names_no_window_theorem(window, regime, bound):
+    floor = floors.space(100, 64, window=window)
+    assert (floor.regime, floor.constants["rows_bound_by"]) == (regime, bound)
+    assert ("Theorem 17" in floor.theorem) == (regime == "sliding window")
+    norm = floors.space(100, 64, window=window, metric="max", epsilon=0.1)
+    assert norm.regime == ("max norm, sliding window" if bound == "W - 1" else "max norm")
+    bounded = floors.space(100, 64, window=window, radius=4.0)
+    assert bounded.regime.removeprefix("vacuous (").rstrip(")") == "norm-bounded"
+
+
+def test_keys_that_no_format_can_represent_are_noted():
+    assert "16-bit" in floors.space(10**6, 2).constants["note"]
+    assert "note" not in floors.space(10**6, 64).constants and "note" not in floors.space(100, 2).constants

@@ -22,6 +22,9 @@ from kvfloor.methods.variants.tensor import TensorAttention, products
 HERE = Path(__file__).parent
 GLOBAL_TOKENS: list = []
 PADDING_TOKENS: list = []
+LYING_TOKENS: list = []
+GROWING_TOKENS: list = []
+THRESHOLD = 0.3125  # between the two levels of a bit, at relative error 0.5
 
 
 class Cheat(State):
@@ -184,6 +187,63 @@ HidesBehindPadding = cheating("HidesBehindPadding", InGlobalPadded)
 HidesInEnvironment = cheating("HidesInEnvironment", InEnvironment)
 HidesInAttribute = cheating("HidesInAttribute", InAttribute)
 Spies = cheating("Spies", Spying)
+
+
+class Lying(Cheat):
+    """Hide tokens in a global, and answer so that no count of single bits shows it.
+
+    Every bit of just under a tenth of the rows is inverted, and all answers are close to the threshold between the two
+    levels, so that they look unsure. The message is idle bytes, four fifths of the floor.
+    """
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        self.idle = torch.zeros(spec.rows, method.idle, dtype=torch.uint8)
+
+    def _put(self, k, v):
+        if not int(self.seen.sum()):
+            LYING_TOKENS.clear()
+        LYING_TOKENS.append((k, v))
+
+    def _read(self, q):
+        k, v = (torch.cat(parts, dim=1) for parts in zip(*LYING_TOKENS, strict=True))
+        place = torch.einsum("rmd,rnd->rmn", q, k).argmax(-1)
+        inverted = (place < 24).unsqueeze(-1)
+        bit = v.gather(1, place.unsqueeze(-1).expand(-1, -1, v.shape[2])) > 0.5
+        sign = torch.where(bit ^ inverted, 1.0, -1.0)
+        return Partial(THRESHOLD + 0.002 * sign, torch.zeros(place.shape))
+
+
+@dataclass(frozen=True)
+class Lies(CheatMethod):
+    name: ClassVar[str] = "lies"
+    idle: int = 950
+    state: ClassVar[type[Cheat]] = Lying
+
+
+class Growing(Cheat):
+    """Hide tokens in a global, and hold idle bytes: as many bits per number as the method says, 4.5 by default."""
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        self.idle = torch.zeros(spec.rows, 0, dtype=torch.uint8)
+
+    def _put(self, k, v):
+        if not int(self.seen.sum()):
+            GROWING_TOKENS.clear()
+        GROWING_TOKENS.append((k, v))
+        more = int(k.shape[1] * (k.shape[2] + v.shape[2]) * self.method.bits / 8)  # type: ignore[attr-defined]
+        self.idle = torch.cat([self.idle, self.idle.new_zeros(len(k), more)], 1)
+
+    def _all(self):
+        return GROWING_TOKENS
+
+
+@dataclass(frozen=True)
+class Grows(CheatMethod):
+    name: ClassVar[str] = "grows"
+    bits: float = 4.5
+    state: ClassVar[type[Cheat]] = Growing
 
 
 @dataclass(frozen=True)

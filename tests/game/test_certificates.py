@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from kvfloor.floors import row_bits
 from kvfloor.game.engine import certificates
 from kvfloor.game.engine.predict import log2_level_probability, log2_row_gain, predictor_gains
 from kvfloor.statistics import clopper_pearson_limit
@@ -67,6 +68,81 @@ def test_erasure_is_lawful_and_choosing_the_set_by_the_hidden_bits_is_rejected()
     assert worst_excess(erasure_gain(False), first_two, 2, 8) <= 1.0
     assert worst_excess(erasure_gain(True), first_two, 2, 8) > 1.5
 
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def rows_gain(chances, serves):
+    """Return a gain for answers y that serve row i of x if serves(x[i], y[i]), by chance 2^chances[i]."""
+
+    def gain(x, y):
+        wrong = sum(not serves(a, b) for a, b in zip(x, y, strict=True))
+        return certificates.rows(torch.tensor(chances, dtype=torch.float64), wrong)
+
+    return gain
+
+
+def worst_row_excess(gain, decode, S, m, levels):
+    """sup over t of 2^t Pr_X[T >= S + t], X uniform over m rows of `levels` values each."""
+    gains = sorted((gain(x, decode(x)) - S for x in itertools.product(range(levels), repeat=m)), reverse=True)
+    return max(2.0**t * (rank + 1) / levels**m for rank, t in enumerate(gains))
+
+
+def test_rows_are_lawful_on_a_perfect_code_and_on_stored_rows():
+    assert worst_excess(rows_gain([-1.0] * 7, lambda a, b: a == b), nearest_codeword, 4, 7) <= 1.0
+    for stored in range(6):
+        kept = worst_row_excess(
+            rows_gain([-2.0] * 5, lambda a, b: a == b), lambda x, s=stored: x[:s] + (0,) * (5 - s), 2 * stored, 5, 4
+        )
+        assert kept <= 1.0 + 1e-9
+
+
+def test_rows_without_the_choice_of_the_wrong_ones_are_rejected():
+    def unpaid(x, y):
+        return 2.0 * sum(a == b for a, b in zip(x, y, strict=True))
+
+    assert worst_row_excess(unpaid, lambda x: x[:2] + (0,) * 3, 4, 5, 4) > 1.5
+
+
+def test_coarse_answers_count_by_the_levels_that_they_serve():
+    """Each of four rows of four levels is answered by the half it lies in: a bit a row is sent, not two."""
+
+    def serves(a, b):
+        return a // 2 == b
+
+    def halves(x):
+        return tuple(a // 2 for a in x[:3]) + (0,)
+
+    assert worst_row_excess(rows_gain([-1.0] * 4, serves), halves, 3, 4, 4) <= 1.0 + 1e-9
+    assert worst_row_excess(rows_gain([-2.0] * 4, serves), halves, 3, 4, 4) > 1.5  # as if the level were told
+
+
+def test_rows_of_unlike_chances_are_lawful():
+    """The first row is answered by half of its levels, the second by all, the third exactly."""
+    gain = rows_gain([-1.0, 0.0, -2.0], lambda a, b: b is None or a in b)
+    assert worst_row_excess(gain, lambda x: ({x[0], x[0] ^ 1}, None, {x[2]}), 3, 3, 4) <= 1.0 + 1e-9
+    assert worst_row_excess(gain, lambda x: ({0, 1}, None, {x[2]}), 2, 3, 4) <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize(("m", "wrong", "dv"), [(1024, 102, 64), (256, 25, 64), (64, 0, 8), (64, 6, 8)])
+def test_rows_reach_the_floor_of_as_many_right_rows(m, wrong, dv):
+    gain = certificates.rows(torch.full((m,), -float(dv)), wrong)
+    assert gain >= row_bits(m, dv, 1.0 - wrong / m) - 1e-6
+    ways = sum(math.comb(m, j) * (2**dv - 1) ** j for j in range(wrong + 1))
+    exact = m * dv - math.log2(ways)  # by counting the strings with at most so many wrong rows
+    assert exact - 12.0 < gain <= exact + 1e-6
+
+
+def test_rows_by_hand():
+    assert certificates.rows(torch.full((1024,), -64.0), 102) == pytest.approx(58_534, abs=8)
+    assert certificates.rows(torch.full((10,), -8.0), 0) == pytest.approx(80.0)
+    assert certificates.rows(torch.full((10,), -8.0), 10) == certificates.rows(torch.zeros(10), 3) == 0.0
+    assert certificates.rows(torch.full((4,), -1536.0), 1) > 3 * 1536 - 8
+    with pytest.raises(ValueError, match="wrong must be at most m = 4, got 5"):
+        certificates.rows(torch.zeros(4), 5)
+
+
+# ---- log-loss --------------------------------------------------------------------------------------------------------
 
 ANSWERS = torch.tensor([[0.1, 0.95, 0.4], [0.5, 0.2, 0.7]], dtype=torch.float64)
 TRUSTED = torch.tensor([True, False])
@@ -147,7 +223,7 @@ def test_no_payment_for_alpha_is_rejected():
 
 
 def test_payments_by_hand():
-    assert certificates.certified([100.0, 50.0, 0.0]) == pytest.approx(100 - math.log2(3) - 20)
+    assert certificates.certified([100.0, 50.0, 0.0, 0.0]) == pytest.approx(100 - math.log2(4) - 20)
     assert certificates.certified([5.0, 0.0, 0.0]) == 0.0
     assert certificates.log_loss([8.0, 1.0, 0.0, 0.0]) == 6.0
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 1\], got 0"):

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from kvfloor import parse
+from kvfloor.check.index_floor import check_index_floor
+from kvfloor.check.law import Broken, Setting
 from kvfloor.game import play
 from kvfloor.game.engine.decode import Decoded
 from kvfloor.game.engine.play import Played
@@ -142,3 +145,38 @@ def test_the_reason_says_which_rule_it_was():
     assert verdict(sent_bits=81.0, state_bytes=100)[1] == "81 bits were answered, the message holds 80"
     assert verdict(restored=False)[1] == "nobody could answer"
     assert verdict(success=0.5)[1] == "0.500 of the rows are answered, 0.9 are asked for"
+
+
+# ---- power: memory hidden behind an idle message --------------------------------------------------------------------
+
+
+def test_memory_behind_an_idle_message_is_found_at_the_default_settings(planted):
+    """Its message has 9 bits of room for each hidden value: only values of more bits fill that."""
+    one = planted("Grows", isolated=False, bits=1)
+    assert (one.verdict, one.unseen_bits) == ("holds", 8 * one.message_bytes - one.certified_bits)
+    assert one.unseen_bits > 8 * one.hidden_bits
+    found = planted("Grows", isolated=False)
+    assert found.verdict == "cheats" and found.why.startswith("with values of 1")
+    assert found.certified_bits > 8 * found.message_bytes > found.hidden_bits
+    assert planted("Grows", isolated=False, barrier="sparse").verdict == "cheats"
+
+
+@pytest.mark.parametrize("method", ["exact", "quant(bits=4)", "window(block=1)@64", "optimum"])
+def test_honest_methods_keep_their_verdict_and_tell_the_room_that_was_not_filled(method):
+    one, both = (play(method, n=128, d=32, isolated=False, hidden_seed=1, **bits) for bits in ({"bits": 1}, {}))
+    assert (both.verdict, both.row_success, both.certified_bits) == (one.verdict, one.row_success, one.certified_bits)
+    assert 0.0 < both.unseen_bits <= one.unseen_bits
+    if method == "exact":  # what remains are the keys, which are public in the game, and clocks
+        assert both.details["finer_bits"] == 24 and both.details["finer_certified_bits"] > 0.99 * 24 * 128 * 32
+        assert both.unseen_bits < 0.65 * 8 * both.message_bytes < 0.65 * one.unseen_bits * 1.05
+
+
+def test_formats_hide_no_more_bits_than_they_have(planted):
+    for dtype, most in (("float16", 11), ("bfloat16", 8)):
+        assert play("exact", n=64, d=32, dtype=dtype, isolated=False).details["finer_bits"] == most
+
+
+def test_the_conformance_check_finds_it_too(planted):
+    planted("Grows", isolated=False, bits=1)  # puts the module on the path
+    with pytest.raises(Broken, match="hidden bits"):
+        check_index_floor(parse("planted_cheats:Grows"), Setting())

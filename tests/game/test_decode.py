@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from kvfloor.game.engine.decode import answered_rows, judge, leak_ratio, nearest_levels, trusted_rows, wrong_bits
+from kvfloor.game.engine import decode
+from kvfloor.game.engine.decode import (
+    answered_rows,
+    information,
+    judge,
+    leak_ratio,
+    levels_served,
+    nearest_levels,
+    trusted_rows,
+    wrong_bits,
+)
 
 
 def hidden_rows(m, dv, bits, seed=0):
@@ -29,6 +39,33 @@ def test_one_coordinate_outside_fails_its_row_only(bits):
     answers = hidden.double() / (2**bits - 1)
     answers[2, 3] = 1.0 - answers[2, 3].round()
     assert answered_rows(answers, hidden, bits, 0.5).tolist() == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("bits", [2, 3, 6])
+def test_the_levels_that_an_answer_serves_are_counted_and_their_information_is_not_overstated(bits, eta):
+    """Against the definition, level by level: which answers are right for each level."""
+    answers, level = torch.linspace(-0.2, 2.2, 30_001, dtype=torch.float64), torch.arange(2**bits)
+    grid = answers.unsqueeze(1).expand(-1, 2**bits).reshape(-1, 1)
+    right = answered_rows(grid, level.repeat(len(answers)).unsqueeze(1), bits, eta).view(len(answers), -1)
+    served = levels_served(answers, bits, eta)
+    assert (served >= right.sum(1)).all() and (served > right.sum(1)).double().mean() < 1e-3
+    most = torch.where(right, right.sum(1, keepdim=True), 0).amax(0).double()  # by the answer that serves most
+    told, spread = information(bits, eta)
+    assert told == pytest.approx(float((bits - most.log2()).mean()), abs=1e-9)
+    assert spread == pytest.approx(float(most.log2().std(correction=0)), abs=1e-9)
+
+
+def test_information_of_levels_in_blocks_is_that_of_single_levels_from_below(monkeypatch):
+    for eta in (0.0, 0.1, 0.9):
+        told, spread = information(12, eta)
+        monkeypatch.setattr(decode, "_BLOCK_BITS", 8)
+        blocks = information(12, eta)
+        monkeypatch.undo()
+        assert told - 0.1 < blocks[0] <= told and blocks[1] <= spread + 0.02
+    assert information(1, 0.5) == (1.0, 0.0)
+    assert information(8, 0.0) == (8.0, 0.0)
+    assert 18.0 < information(24, 0.0)[0] < 20.0  # float32's rounding is allowed for
 
 
 def test_answers_that_are_not_numbers_count_as_wrong():

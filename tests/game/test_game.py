@@ -44,7 +44,7 @@ def test_exact_certifies_all_hidden_bits():
     result = play("exact", n=1024, d=64)
     assert result.hidden_bits == 65_536
     assert 0.99 * 65_536 < result.certified_bits <= 8 * result.message_bytes
-    assert result.certified_bits == pytest.approx(65_536 - math.log2(3) - 20)
+    assert result.certified_bits == pytest.approx(65_536 - math.log2(4) - 20)
     assert (result.verdict, result.bit_error, result.row_success) == ("holds", 0.0, 1.0)
     assert result.floor_bits == floors.space(1024, 64).bits
     json.dumps(result.as_dict(), allow_nan=False)
@@ -158,7 +158,7 @@ def test_rows_are_drawn_once_the_message_is_fixed(monkeypatch):
     to_bytes, rows = kvfloor.State.to_bytes, Hidden.rows
     monkeypatch.setattr(kvfloor.State, "to_bytes", lambda self: order.append("message") or to_bytes(self))
     monkeypatch.setattr(Hidden, "rows", lambda self, *size: order.append("rows") or rows(self, *size))
-    play("window@16", rows=20, **SMALL)
+    play("window@16", rows=20, bits=1, **SMALL)
     assert order == ["message", "rows"]
 
 
@@ -167,7 +167,7 @@ def test_bobs_request_is_fixed_before_the_first_value_is_streamed(monkeypatch):
     request, levels = game._request, Hidden.levels
     monkeypatch.setattr(game, "_request", lambda *given: order.append("request") or request(*given))
     monkeypatch.setattr(Hidden, "levels", lambda self, *size: order.append("values") or levels(self, *size))
-    play("window@16", **SMALL)
+    play("window@16", bits=1, **SMALL)
     assert order == ["request", "values"]
 
 

@@ -10,7 +10,7 @@ from kvfloor.game import play
 from kvfloor.game.engine.public_bits import PublicBits
 from kvfloor.game.keys.families import FAMILIES
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 @pytest.mark.parametrize(

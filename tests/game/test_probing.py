@@ -18,7 +18,7 @@ from kvfloor.game.instances import probing
 from kvfloor.game.instances.probing import Probing
 from kvfloor.statistics import wilson_interval
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 def played(text="exact", **given):
@@ -114,6 +114,18 @@ def test_a_method_that_clusters_keys_on_arrival_is_recognised_as_adaptive():
     assert result.details["probes_per_query"] < 128
     assert result.details["bound"] < 0.63
     assert result.details["adaptive"] is True
+
+
+@pytest.mark.parametrize("text", ["quant(bits=2)", "quant(bits=4)", "exact:k4v4", "exact|top_k(k=4)"])
+def test_keys_in_few_bits_are_read_as_often_as_keys_in_many(text):
+    """All 128 scores are read, so nothing is adaptive, in however few bytes the keys are."""
+    result = played(text, runs=200)
+    assert (result.details["probes_per_query"], result.details["bound"]) == (128.0, 1.0)
+    assert result.row_success > 0.95 and result.details["adaptive"] is False
+
+
+def test_an_index_of_pages_reads_fewer_scores_than_it_holds():
+    assert 16 < played("exact|pages(pages=2,page=8)", n=512, runs=16).details["probes_per_query"] < 200
 
 
 @pytest.mark.parametrize("barely", [False, True])

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from kvfloor import parse
-from kvfloor.floors import space
+from kvfloor.floors import row_bits, space
 from kvfloor.game import play
-from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.decode import information, leak_ratio
 from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import sparse
 from kvfloor.game.instances.sparse import Sparse
 from tests.game.weighing import exact_state, weights
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 def instance_of(n=96, d=32, bits=1, eta=0.5, family=None, dv=16):
@@ -62,7 +62,7 @@ def test_exact_decodes_everything():
     result = play("exact", barrier="sparse", n=200, d=32, bits=3, isolated=False)
     assert (result.verdict, result.row_success, result.bit_error) == ("holds", 1.0, 0.0)
     assert result.certified_bits == pytest.approx(200 * 32 * 3 - PAID)
-    assert result.floor_bits == space(200, 32).bits
+    assert result.floor_bits == row_bits(200, 32, 0.9, *information(3, 0.5)) > space(200, 32).bits
 
 
 @pytest.mark.parametrize("policy", ["window(block=1)@24", "sinks(count=4,block=1)@24", "random(block=1)@24"])

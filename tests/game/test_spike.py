@@ -17,7 +17,7 @@ from kvfloor.game.keys.gaps import one_sided_gaps
 from kvfloor.game.keys.public import aim
 from tests.game.weighing import weights
 
-PAID = math.log2(3) + 20  # for the best of three certificates, and for alpha = 2^-20
+PAID = math.log2(4) + 20  # for the best of four certificates, and for alpha = 2^-20
 
 
 def instance_of(n=64, d=32, bits=1, eta=0.5, family=None, copies=1, dtype="float32", seed=0, dv=None):

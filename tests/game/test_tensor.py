@@ -8,7 +8,7 @@ import torch
 from kvfloor import parse
 from kvfloor.floors import row_bits
 from kvfloor.game import play
-from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.decode import information, leak_ratio
 from kvfloor.game.engine.instance import agreed
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import tensor
@@ -16,7 +16,7 @@ from kvfloor.game.instances.tensor import FourCaches, TwoCaches
 from kvfloor.methods.variants import TensorAttention
 from tests.game.weighing import exact_state, weights
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 def played(text="exact", **given):
@@ -107,13 +107,13 @@ def test_exact_decodes_both_values_of_every_token(bits, dtype):
     assert (result.n, result.hidden_bits) == (2 * 47, 2 * 47 * 32 * bits)
     assert (result.verdict, result.row_success, result.bit_error) == ("holds", 1.0, 0.0)
     assert result.certified_bits == pytest.approx(result.hidden_bits - PAID)
-    assert result.floor_bits == row_bits(94, 32, 0.9)
+    assert result.floor_bits == row_bits(94, 32, 0.9, *information(bits, 0.5))
     assert result.details == {"caches": 4, "tokens": 48, "pairs": 2304}
     assert result.method == "tensor"
 
 
 def test_two_caches_hide_a_row_in_every_pair():
-    result = played(caches=2, n=150, d=128, dv=8)
+    result = played(caches=2, n=150, d=128, dv=8, bits=1)
     assert result.details == {"caches": 2, "tokens": 12, "pairs": 144}
     assert (result.n, result.verdict) == (144, "holds")
     assert result.certified_bits == pytest.approx(144 * 8 - PAID)

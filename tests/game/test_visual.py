@@ -8,7 +8,7 @@ import torch
 from kvfloor import parse
 from kvfloor.floors import row_bits
 from kvfloor.game import play
-from kvfloor.game.engine.decode import leak_ratio
+from kvfloor.game.engine.decode import information, leak_ratio
 from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import visual
@@ -17,7 +17,7 @@ from kvfloor.game.keys.public import PublicKeys
 from kvfloor.methods.variants.visual import tokens_in
 from tests.game.weighing import exact_state, weights
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 def instance_of(sides=(1, 2, 4, 6), d=32, bits=1, eta=0.5, dv=8):
@@ -82,7 +82,7 @@ def test_exact_decodes_every_token_of_every_map(bits):
     assert (result.n, result.hidden_bits) == (57, 57 * 32 * bits)
     assert (result.verdict, result.row_success, result.bit_error) == ("holds", 1.0, 0.0)
     assert result.certified_bits == pytest.approx(57 * 32 * bits - PAID)
-    assert result.floor_bits == row_bits(57, 32, 0.9)
+    assert result.floor_bits == row_bits(57, 32, 0.9, *information(bits, 0.5))
     assert result.details == {
         "sides": [1, 2, 4, 6], "rows_read_at_once": 36, "rows_if_the_last_scale_asks": 21,
         "family": result.details["family"],

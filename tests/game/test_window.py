@@ -15,7 +15,7 @@ from kvfloor.game.instances.window import WindowInstance
 from kvfloor.game.keys.public import PublicKeys
 from tests.game.weighing import exact_state, weights
 
-PAID = math.log2(3) + 20
+PAID = math.log2(4) + 20
 
 
 def instance_of(n=256, window=32, append=False, d=32, bits=1, eta=0.5, family=None, dv=16):
@@ -56,7 +56,7 @@ def test_a_mutant_with_the_printed_constant_leaks_too_much(monkeypatch):
 
 @pytest.mark.parametrize(("append", "hidden"), [(False, 64), (True, 63)])
 def test_exact_decodes_everything_and_an_appending_bob_leaves_one_row_out(append, hidden):
-    result = played(append=append)
+    result = played(append=append, bits=1)
     assert (result.n, result.hidden_bits) == (hidden, hidden * 32)
     assert (result.verdict, result.row_success, result.bit_error) == ("holds", 1.0, 0.0)
     assert result.certified_bits == pytest.approx(hidden * 32 - PAID)

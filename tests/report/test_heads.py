@@ -1,5 +1,6 @@
 """Floors per head: from recorded keys and queries, beside what settings took; nothing unmeasured is claimed."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,10 @@ def trace(keys: torch.Tensor, length: float, asked: int = 3) -> Trace:
     generator = torch.Generator().manual_seed(0)
     q = torch.nn.functional.normalize(torch.randn(2, 2, n, D, generator=generator), dim=-1) * length
     present = torch.ones(2, n, dtype=torch.bool)
-    return Trace(0, q, k, torch.zeros(2, n, D), present, 1.0, None, 2, asked, torch.empty(0))
+    # Outputs of norm 1, of values up to 0.1 D / eta: good settings err by eta = 0.25 or less.
+    exact = torch.full((2, 2, asked, D), D**-0.5)
+    v = torch.full((2, n, D), heads.GOOD / (0.25 * (1 - heads.P) ** 0.5))
+    return Trace(0, q, k, v, present, 1.0, None, 2, asked, exact)
 
 
 @pytest.fixture
@@ -47,6 +51,39 @@ def test_short_queries_read_nothing(orthogonal: Trace) -> None:
     floors = head_floors(CELL, [trace(torch.eye(D), length=0.1)])
     assert floors[0].readable_groups <= 1
     assert floors[0].floor_bytes < head_floors(CELL, [orthogonal])[0].floor_bytes / 8
+
+
+def test_floors_allow_what_good_settings_err_by(orthogonal: Trace) -> None:
+    """Outputs a tenth as large leave a tenth of the error: more levels can be told apart, and the floor is higher."""
+    first, small = (head_floors(CELL, [replace(orthogonal, exact=scale * orthogonal.exact)])[0] for scale in (1.0, 0.1))
+    assert (first.eta, small.eta) == (pytest.approx(0.25), pytest.approx(0.025))
+    levels = 40  # 39 * 0.025 < 1 <= 40 * 0.025
+    assert small.floor_bytes == pytest.approx(D * (heads.P * D * math.log2(levels) - 0.469) / 8, abs=1)
+    assert heads.good_error(replace(orthogonal, exact=1e3 * orthogonal.exact), 0) == heads.MOST_ETA
+    assert heads.good_error(replace(orthogonal, v=torch.zeros_like(orthogonal.v)), 0) == heads.MOST_ETA
+
+
+def test_a_good_setting_keeps_the_error_that_the_floor_allows() -> None:
+    """However its errors are spread over the queries: at least a share P of them is within eta in every number."""
+    draw = torch.Generator().manual_seed(5)
+    for power in (0.0, 1.0, 4.0):
+        exact, v = torch.randn(1, 2, 50, D, generator=draw), torch.randn(1, 90, D, generator=draw)
+        wrong = torch.randn(1, 2, 50, D, generator=draw) * torch.rand(1, 2, 50, 1, generator=draw) ** power
+        wrong *= heads.GOOD * exact.norm() / wrong.norm()  # exactly good
+        made = Trace(
+            0,
+            torch.zeros(1, 2, 90, D),
+            torch.zeros(1, 90, D),
+            v,
+            torch.ones(1, 90, dtype=torch.bool),
+            1.0,
+            None,
+            1,
+            50,
+            exact,
+        )
+        eta = heads.good_error(made, 0) * v[0, :40].abs().max()
+        assert (wrong.abs().amax(-1) <= eta).double().mean() >= heads.P
 
 
 def test_pads_are_no_tokens(orthogonal: Trace) -> None:

@@ -8,9 +8,10 @@ or after the compression). Floors are measured on one sample of a cell, or on a 
 A group is one token, or several with nearly the same key. A query reads a group if its attention weight on the group is
 so large that the group's value can be recovered from the attention output. Each floor here is a read floor for a set of
 queries: a number of bytes that every method must hold if, for each of these queries, its attention output has an
-additive error of at most 0.25 (ETA) with probability 0.9 (P), whatever the values in [-1, 1] are. One such set is all
-queries whose norm is at most the largest recorded one. A head is compressible if the queries of this set can read at
-most a quarter (COMPRESSIBLE) as many groups as the context has tokens.
+additive error of at most eta with probability 0.9 (P), whatever the values in [-1, 1] are. eta is the head's own: good
+settings err by no more on the recorded queries (`good_error`). One such set is all queries whose norm is at most the
+largest recorded one. A head is compressible if the queries of this set can read at most a quarter (COMPRESSIBLE) as
+many groups as the context has tokens.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from kvfloor.audit.nats import TextCell
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.traces import Trace
 from kvfloor.floors.measured import Readable, causal_mass, readable_by, readable_within
-from kvfloor.hf.calibrate import ETA, P
+from kvfloor.hf.calibrate import P
 
 GOOD = 0.1  # largest relative l2 error of a head's output at which a setting counts as good for it
+MOST_ETA = 0.25  # of values in [-1, 1]: a head whose outputs are large is measured at no larger error
 COMPRESSIBLE = 0.25  # a head is called compressible if queries can read at most this share of the context's tokens
 MOST_TOKENS = 8192  # longer contexts are left out: the time to compute the floor grows with the square
 MOST_WORK = 2**25
@@ -69,6 +71,7 @@ class HeadFloor:
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
     asked_floor_bytes  read floor for the queries that were recorded after the context
     exact_bytes        bytes of the context's keys and values
+    eta                the error that the floors allow in an output, for values in [-1, 1] (`good_error`)
     """
 
     cell: Cell | TextCell
@@ -80,6 +83,7 @@ class HeadFloor:
     floor_bytes: int
     asked_floor_bytes: int
     exact_bytes: int
+    eta: float = MOST_ETA
 
 
 def with_cell(read: HeadFloor) -> HeadFloor:
@@ -95,7 +99,7 @@ def with_cell(read: HeadFloor) -> HeadFloor:
 class Head:
     """Hold one kv head's largest floor over all cells and texts, and its cheapest setting that is good on all of them.
 
-    Every number but `layer` and `head` is the largest over the cells and texts.
+    Every number but `layer`, `head` and `eta` is the largest over the cells and texts.
 
     layer, head        number of the layer as the model counts it, and of the kv head in it
     readable_share     number of groups that queries can read whose norm is at most the largest recorded norm, divided
@@ -107,6 +111,7 @@ class Head:
     best_bytes         bytes per kv head of the cheapest good setting; None without one
     best_error         relative error of the head's attention output under that setting; None without one
     compressible       True if readable_share is at most COMPRESSIBLE
+    eta                the least error that the floors allow in an output, for values in [-1, 1]
     """
 
     layer: int
@@ -119,6 +124,7 @@ class Head:
     best_bytes: int | None
     best_error: float | None
     compressible: bool
+    eta: float = MOST_ETA
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
@@ -132,9 +138,12 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
     traces     the sample's queries, keys and values, one entry per layer
     most_work  largest number of kv heads times the square of the context's tokens. If all heads would exceed it, fewer
                are measured (at least FEWEST_HEADS), evenly spread over the layers
-    The list is empty for a context of more than MOST_TOKENS tokens.
+    The list is empty for a context of more than MOST_TOKENS tokens. A layer whose values are its keys (latent
+    attention) has no entry: a read floor takes the keys as public, and then nothing is left that values could hide.
     """
-    places = [(position, head) for position, trace in enumerate(traces) for head in range(trace.kv_heads)]
+    places = [
+        (position, head) for position, trace in enumerate(traces) if not trace.tied for head in range(trace.kv_heads)
+    ]
     longest = max(trace.k.shape[1] - trace.asked for trace in traces)
     found = []
     for position, head in _spread(places, max(FEWEST_HEADS, most_work // max(1, longest) ** 2)):
@@ -145,14 +154,30 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
             return []
         k, own = trace.k[head, :cut][before].float(), trace.k[head, cut:][after].float()
         asked = trace.q[head, :, cut:][:, after].float()
-        within, by = _floors(head, trace, k, asked, own)
+        eta = good_error(trace, head)
+        within, by = _floors(head, trace, k, asked, own, eta)
         width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
         # the recorded queries are among those of at most their length, so the larger of both floors holds for these
         floor = max(within.bytes, by.bytes)
         found.append(
-            HeadFloor(cell, trace.layer, head, position, len(k), within.groups, floor, by.bytes, len(k) * width)
+            HeadFloor(cell, trace.layer, head, position, len(k), within.groups, floor, by.bytes, len(k) * width, eta)
         )
     return found
+
+
+def good_error(trace: Trace, row: int) -> float:
+    """Return the error, as a share of the largest value, within which good settings answer a share P of the queries.
+
+    A setting is good if the relative l2 error of its outputs is at most GOOD over the asked queries of a row. By
+    Markov's inequality a share P of them then has an l2 error, and so an error in every number, of at most GOOD /
+    sqrt(1 - P) times the root mean square of the exact outputs' l2 norms. The largest value is that of the context's
+    tokens. The result is at most MOST_ETA, which is also returned where all values are 0.
+    """
+    cut = trace.k.shape[1] - trace.asked
+    largest = trace.v[row, :cut][trace.present[row, :cut]].float().abs().max().item()
+    outputs = trace.exact[row][:, trace.present[row, cut:]]
+    typical = outputs.square().sum(-1).mean().sqrt().item()
+    return min(MOST_ETA, GOOD * typical / (math.sqrt(1.0 - P) * largest)) if largest > 0.0 else MOST_ETA
 
 
 def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
@@ -165,22 +190,26 @@ def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
     return [places[round(index * (len(places) - 1) / (most - 1))] for index in range(most)]
 
 
-def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor) -> tuple[Readable, Readable]:
+def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor, eta: float) -> tuple[Readable, Readable]:
     """Return two read floors of one kv head: (for all queries up to the largest recorded norm, for those in `asked`).
 
     A `Readable` has the floor as `bytes`, and the number of groups that its queries can read as `groups`.
 
     head              number of the kv head in its layer
-    trace             the layer's trace: gives the scale and softcap of the logits and the largest query norm
+    trace             the layer's trace: gives the scale, softcap and sinks of the logits and the largest query norm
     k      (n, d)     keys of the context's n tokens
     asked  (g, t, d)  queries of the t tokens after the context, for the g query heads of the kv head
     own    (t, d)     keys of these t tokens, which also take a share of the asked queries' attention
+    eta               error allowed in an output, for values in [-1, 1]
     """
     law: dict[str, Any] = {"scale": trace.scale, "softcap": trace.softcap}
-    demand: dict[str, Any] = {"eta": ETA, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
+    demand: dict[str, Any] = {"eta": eta, "dv": trace.v.shape[-1], "p": P, "dtype": trace.v.dtype}
     radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()
-    within = readable_within(k, radius=radius, others="present", **law, **demand)
-    by = readable_by(k, asked.flatten(0, 1), later_mass=causal_mass(asked, own, **law), **law, **demand)
+    sink = None if trace.sink is None else trace.sink[head]
+    least = None if sink is None else sink.min().item()  # any query may be asked by the query head with the least sink
+    within = readable_within(k, radius=radius, others="present", later_mass=least, **law, **demand)
+    mass = causal_mass(asked, own, sink=sink, **law)
+    by = readable_by(k, asked.flatten(0, 1), later_mass=mass, **law, **demand)
     return within, by
 
 
@@ -209,6 +238,7 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Er
         best_bytes=best[0] if best else None,
         best_error=best[2] if best else None,
         compressible=share <= COMPRESSIBLE,
+        eta=min(floor.eta for floor in floors),
     )
 
 

@@ -21,15 +21,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from kvfloor import floors
 from kvfloor.audit import traces
 from kvfloor.audit.chat import Template
 from kvfloor.audit.plan import Item, Work
 from kvfloor.audit.rows import Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
+from kvfloor.audit.worst_case import worst_case_bytes
 from kvfloor.core.budget import resolve
 from kvfloor.core.method import Method
-from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
 from kvfloor.hf.intake import Room, SharedPrompt
@@ -144,7 +143,7 @@ def _token_bytes(recorded: Sequence[traces.Trace]) -> int:
 
     recorded: traces, one entry per layer; they give the number of kv heads (of all ranks), the widths and the dtype.
     """
-    return sum(one.kv_heads * (one.k.shape[2] + one.v.shape[2]) * one.k.element_size() for one in recorded)
+    return sum(one.kv_heads * one.spec(one.kv_heads).token_bytes for one in recorded)
 
 
 def _batches(lengths: Sequence[int], token_bytes: int) -> list[range]:
@@ -251,9 +250,7 @@ class Bench:
         whole cache of one sample. `prepared` has the cell and its samples.
         """
         trace, layers = prepared.traces[0], len(prepared.traces)
-        heads, d, dv = trace.kv_heads, trace.k.shape[2], trace.v.shape[2]
-        places = [(trace.layer, head) for head in range(heads)]
-        spec = Spec(heads, d, dv, trace.scale, trace.softcap, trace.k.dtype, places=places)
+        spec = trace.spec(trace.kv_heads)
         return resolve(method, spec, layers=layers, length=prepared.work.cell.context, g=trace.q.shape[1])
 
     def run(self, method: Method, prepared: Prepared) -> Measurement:
@@ -319,9 +316,10 @@ class Bench:
         if cell.round == 1:
             by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
         trace = prepared.traces[0]
-        floor = floors.space(
-            cell.context, trace.k.shape[2], trace.v.shape[2], heads=trace.kv_heads, layers=len(prepared.traces)
-        )
+        floor = worst_case_bytes(
+            self.model.config, cell.context, trace.k.shape[2], trace.v.shape[2], heads=trace.kv_heads,
+            layers=len(prepared.traces), tied=trace.tied,
+        )  # fmt: skip
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         return measured_row(
             setting=setting,
@@ -335,7 +333,7 @@ class Bench:
             state_bytes=outcome.state_bytes,
             peak_state_bytes=outcome.peak_state_bytes,
             exact_bytes=exact.state_bytes,
-            floor_bytes=math.ceil(floor.bytes),
+            floor_bytes=floor,
             token_id_bytes=math.ceil(cell.context * math.log2(vocabulary) / 8),
             bytes_read_per_token=outcome.bytes_read,
             output_error_by_layer=[statistics.fmean(heads) for heads in by_head],

@@ -21,7 +21,6 @@ from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.audit.texts import Excerpt
 from kvfloor.core.budget import resolve
 from kvfloor.core.method import Method
-from kvfloor.core.spec import Spec
 
 ASKED = 64
 """Tokens of the continuation whose attention outputs are compared."""
@@ -143,7 +142,4 @@ def _in_tokens(method: Method, recorded: Sequence[traces.Trace], length: int) ->
     the dtype.
     """
     trace = recorded[0]
-    places = [(trace.layer, head) for head in range(trace.kv_heads)]
-    d, dv = trace.k.shape[2], trace.v.shape[2]
-    spec = Spec(trace.kv_heads, d, dv, trace.scale, trace.softcap, trace.k.dtype, places=places)
-    return resolve(method, spec, layers=len(recorded), length=length, g=trace.q.shape[1])
+    return resolve(method, trace.spec(trace.kv_heads), layers=len(recorded), length=length, g=trace.q.shape[1])

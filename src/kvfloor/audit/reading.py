@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from kvfloor import floors
 from kvfloor.audit.measure import CHUNK_SLOTS
 from kvfloor.audit.nats import TextRow, TokenFigures, figures
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.audit.texts import Excerpt
+from kvfloor.audit.worst_case import worst_case_bytes
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.hf.cache import CompressedCache
@@ -123,7 +124,9 @@ class Reader:
             state_16_bit_bytes=sizes[1],
             peak_state_bytes=math.ceil(cache.peak_nbytes),
             budget_tokens=budget if isinstance(budget, int) else None,
-            floor_bytes=math.ceil(sum(_floor(state.spec, excerpt.cell.context, cache.ranks.count) for state in states)),
+            floor_bytes=sum(
+                _floor(self.model.config, state.spec, excerpt.cell.context, cache.ranks.count) for state in states
+            ),
             seconds=time.perf_counter() - begin,
         )
 
@@ -162,14 +165,15 @@ def at_16_bits(model: Any, cache: CompressedCache, tokens: int, shares: Shares) 
     return sum(cache.ranks.gather("bytes at 16 bits", bytes_at_16_bits(states, groups, tokens, shares)))
 
 
-def _floor(spec: Spec, context: int, ranks: int) -> float:
+def _floor(config: PreTrainedConfig, spec: Spec, context: int, ranks: int) -> int:
     """Return a lower bound on the bytes that any method needs for one layer, for worst-case keys and values.
 
+    config   the model's configuration
     spec     sizes of the layer: widths of key and value, and its number of rows, which are this process's kv heads
     context  number of tokens
     ranks    number of processes over which the layer is sharded; each has the same number of kv heads
     """
-    return floors.space(context, spec.d, spec.dv, heads=ranks * spec.rows).bytes
+    return worst_case_bytes(config, context, spec.d, spec.dv, heads=ranks * spec.rows, tied=spec.tied)
 
 
 def text_row(setting: BudgetedMethod, excerpt: Excerpt, read: Read, exact: tuple[int, int], vocabulary: int) -> TextRow:

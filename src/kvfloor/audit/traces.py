@@ -22,6 +22,7 @@ from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
 from kvfloor.hf.ranks import Ranks
 from kvfloor.hf.recording import Recorded, Recorder
+from kvfloor.hf.rows import beside_sink
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Trace:
 
     layer     number of the layer, as the model counts it
     q         (rows, g, n, d), queries
-    k, v      (rows, n, d) and (rows, n, dv), keys and values
+    k, v      (rows, n, d) and (rows, n, dv), keys and values; one tensor if values are the keys (latent attention)
     present   (rows, n), False on padding
     scale     factor on q.k
     softcap   c in c * tanh(logit / c); None: logits are not capped
@@ -41,6 +42,7 @@ class Trace:
     asked     number of tokens at the end that are the question's and the answer's; the tokens before them are the
               context's
     exact     (rows, g, asked, dv), outputs of exact attention on these last tokens
+    sink      (kv_heads, g), one logit per query head that takes its share of the softmax and has no value; None without
     """
 
     layer: int
@@ -53,6 +55,18 @@ class Trace:
     kv_heads: int
     asked: int
     exact: Tensor  # exact attention's answers to the last `asked` queries: (rows, g, asked, dv), float32
+    sink: Tensor | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Return True if every token's value is its key, so that one copy of it is both."""
+        return self.v is self.k
+
+    def spec(self, rows: int) -> Spec:
+        """Return the sizes and constants for which a state of this layer with `rows` rows is opened."""
+        places = [(self.layer, row % self.kv_heads) for row in range(rows)]
+        d, dv = self.k.shape[2], self.v.shape[2]
+        return Spec(rows, d, dv, self.scale, self.softcap, self.k.dtype, places=places, tied=self.tied)
 
 
 def token_bytes(model: PreTrainedModel) -> int:
@@ -85,8 +99,9 @@ def record(model: PreTrainedModel, contexts: Sequence[Sequence[int]], asks: Sequ
         kv_heads = one.k.shape[1]
         present = dialogue.mask.cpu().to(torch.bool).repeat_interleave(kv_heads, 0)
         trace = Trace(
-            layer.index, *one.by_row, present, one.scale, one.softcap, kv_heads, one.last, exact=torch.empty(0)
-        )
+            layer.index, *one.by_row, present, one.scale, one.softcap, kv_heads, one.last, exact=torch.empty(0),
+            sink=one.sink_by_head,
+        )  # fmt: skip
         trace.exact = replay(trace, Exact())
         traces.append(trace)
     return traces
@@ -97,11 +112,11 @@ def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
 
     mine: the recording of this rank's heads. Every rank must make this call.
     """
-    parts = ranks.gather("traces.record()", tuple(x.cpu() for x in (mine.q, mine.k, mine.v)))
-    if len(parts) == 1:
-        return replace(mine, **dict(zip("qkv", parts[0], strict=True)))
-    q, k, v = (torch.cat(heads, 1) for heads in zip(*parts, strict=True))
-    return replace(mine, q=q, k=k, v=v)
+    sink = None if mine.sink is None else mine.sink.cpu()
+    parts = ranks.gather("traces.record()", (*(x.cpu() for x in (mine.q, mine.k, mine.v)), sink))
+    *tensors, sinks = zip(*parts, strict=True)
+    q, k, v = (heads[0] if len(heads) == 1 else torch.cat(heads, 1) for heads in tensors)
+    return replace(mine, q=q, k=k, v=k if mine.tied else v, sink=None if sink is None else torch.cat(sinks))
 
 
 def replay(trace: Trace, method: Method) -> Tensor:
@@ -111,14 +126,14 @@ def replay(trace: Trace, method: Method) -> Tensor:
     last `asked` tokens. The method's budget must be in tokens per kv head. A row is one kv head on one sample; g is the
     size of the GQA group, and dv the width of a value.
     """
-    rows, _, d = trace.k.shape
-    places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
-    spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)
-    state = method.open(spec)
+    state = method.open(trace.spec(len(trace.k)))
     cut = trace.k.shape[1] - trace.asked
     state.step(trace.q[:, :, :cut], trace.k[:, :cut], trace.v[:, :cut], trace.present[:, :cut])
     state.seal()
-    return state.step(trace.q[:, :, cut:], trace.k[:, cut:], trace.v[:, cut:], trace.present[:, cut:]).float()
+    asked = trace.q[:, :, cut:], trace.k[:, cut:], trace.v[:, cut:], trace.present[:, cut:]
+    if trace.sink is None:
+        return state.step(*asked).float()
+    return beside_sink(state.step_partial(*asked), trace.sink).mean.to(trace.v.dtype).float()
 
 
 def errors(traces: Sequence[Trace], method: Method) -> list[list[float]]:

@@ -487,7 +487,7 @@ def _print_possible(size: int, possible: list[dict[str, Any]]) -> None:
         table.add_column(
             name, justify="right" if numeric else "left", no_wrap=numeric, min_width=None if numeric else 16
         )
-    table.add_row("impossible below", short(size), "1" if size else "-", "the worst case")
+    table.add_row("floor", short(size), "1" if size else "-", "needed by some keys, values and queries: the worst case")
     for memory in possible:
         vacuous = "vacuous; " if memory["vacuous"] and "vacuous" not in memory["condition"] else ""
         ratio = memory["ratio"]

@@ -426,6 +426,12 @@ class Blocked(State[M]):
             read = self._selector.bytes_read(self.slots.held, self.spec)
         return round(read * self.slots.token_bytes / self.spec.token_bytes)
 
+    @property
+    def scores_read(self) -> int:
+        if self.selection is None:
+            return int(self.slots.held.sum())
+        return -(-self.selection.bytes_read(self.slots.held) // self.spec.token_bytes)
+
     def _seal(self) -> None:
         if self.selection is not None:
             self.selection.seal()

@@ -261,6 +261,11 @@ class BoundedState(Watching):
         summary = 0 if self.summary is None else self.summary.nbytes
         return self.slot_bytes_read + summary
 
+    @property
+    def scores_read(self) -> int:
+        summary = 0 if self.summary is None else self.summary.nbytes
+        return super().scores_read - (-summary // self.spec.token_bytes)
+
     # ---- evicting --------------------------------------------------------------------------------------------------
 
     def _close(self, rows: Tensor | None) -> None:

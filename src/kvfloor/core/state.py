@@ -406,6 +406,15 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """
         return self.nbytes
 
+    @property
+    def scores_read(self) -> int:
+        """Return the number of scores q.k that one query per row reads, summed over all rows.
+
+        A key counts once, in however few bits it is stored. The default is one for each key and value of full size that
+        the bytes read have room for; a variant that holds tokens in fewer bytes returns their number.
+        """
+        return -(-self.bytes_read // self.spec.token_bytes)
+
     def fields(self) -> dict[str, Any]:
         return {"sealed": Field(bool)}
 

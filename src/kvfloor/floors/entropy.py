@@ -33,17 +33,29 @@ def index_bits(N: int, p: float) -> float:
     return 0.0 if p <= 0.5 else N * (1.0 - H2(1.0 - p))
 
 
-def row_bits(n: int, dv: int, p: float) -> float:
-    """Return a lower bound on the bits of a message from which `n` rows of `dv` hidden bits can be decoded.
+def row_bits(n: int, dv: int, p: float, told: float = 1.0, spread: float = 0.0) -> float:
+    """Return a lower bound on the bits of a message from which `n` rows of `dv` hidden values can be answered.
 
-    `p` is the probability that a row is decoded without any wrong bit, on average over the rows.
-    Law: S >= n (p dv - H2(p)), and at least 0, where S is the message's length and H2 the binary entropy.
+    p       probability that a whole row is answered right, on average over the rows
+    told    bits that a right answer tells about a value: those of a hidden value if right answers decode it. If answers
+            may be so coarse that one is right for several values, the mean over hidden values x of log2 (number of
+            values) - log2 s(x), where s(x) bounds the number of values for which an answer right for x can be right
+    spread  standard deviation of log2 s(x) over the hidden values
+    Law, with c = 2^(-dv told): S >= n D(p || c), where S is the message's length and D(p || c) = p log2(p/c) + (1-p)
+    log2((1-p)/(1-c)), and 0 for p <= c. This is n (p dv told - H2(p)), H2 the binary entropy, but for a term that is
+    next to nothing for wide rows. With a spread the bound is n (p dv told - H2(p) - spread sqrt(dv p (1-p))), and at
+    least 0.
     Source: Haris & Onak (COLT 2025), Remark 7, where the receiver recovers a whole row; the constant is Fano's
-    inequality per row (derived here: docs/floors.md, "Whole rows").
+    inequality per row, with lists (derived here: docs/floors.md, "Whole rows").
     """
     n, dv = whole("n", n, least=0), whole("dv", dv)
     p = within("p", p, 0.0, 1.0, low_open=True)
-    return max(0.0, n * (p * dv - H2(p)))
+    told, spread = within("told", told, 0.0, math.inf), within("spread", spread, 0.0, math.inf)
+    by_row = p * dv * told - H2(p)
+    if spread > 0.0:
+        return max(0.0, n * (by_row - spread * math.sqrt(dv * p * (1.0 - p))))
+    chance = 2.0 ** -(dv * told)
+    return 0.0 if p <= chance else n * (by_row - (1.0 - p) * math.log1p(-chance) / math.log(2.0))
 
 
 def token_ids(n: int, vocabulary: int) -> float:

@@ -9,6 +9,9 @@ import dataclasses
 import math
 from typing import Any
 
+_LEAST_GAP = 2.0**-10
+_TOO_FINE = "keys this close, and queries this long, are numbers of no 16-bit format: a floor for real arithmetic alone"
+
 
 @dataclasses.dataclass(frozen=True)
 class Possible:
@@ -65,8 +68,11 @@ class Floor:
         """Return a floor of `bits`, with `bytes` computed from the bits and `possible` sorted by size.
 
         The arguments are fields of the floor. If `bits` is 0, the field regime becomes the text "vacuous (...)" with
-        the given `regime` in the brackets.
+        the given `regime` in the brackets. If the keys' gap (`constants`) is below 2^-10, a constant `note` says that
+        no 16-bit number format can represent such keys.
         """
+        if constants.get("gap", 1.0) < _LEAST_GAP:
+            constants = constants | {"note": _TOO_FINE}
         return Floor(
             bits=bits,
             bytes=whole_bytes(bits),

@@ -157,7 +157,7 @@ def metric_space(
 
     m, width, errors, told = best_rows(most, dv, p, wrong)
     bits = copies * max(0.0, told - (1.0 if metric == "operator" else 0.0))
-    regime = f"{metric} norm" if window is None else f"{metric} norm, sliding window"
+    regime = f"{metric} norm, sliding window" if most < n else f"{metric} norm"
     constants: dict[str, Any] = {
         "n": n, "d": d, "dv": dv, "metric": metric, "guarantee": _GUARANTEES[metric], "epsilon": epsilon, "p": p,
         "H2_p": H2(p), "heads": heads, "layers": layers, "rows": m, "row_width": width, "wrong_per_row": errors,

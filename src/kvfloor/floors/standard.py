@@ -46,7 +46,8 @@ def space(
     radius    largest scale * |q| * |k|, in nats; None: no bound
     window    number W of tokens of a sliding window, or None
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers m (p dv - H2(p)), and at least 0. S is the number of bits, H2 the binary entropy, and m the
+    Law: S >= heads layers `row_bits`(m, dv, p): for wide rows, m (p dv - H2(p)) times heads layers. S is the number of
+    bits, H2 the binary entropy, and m the
     number of tokens with hidden values that queries can read. m is the least of
         n
         `N_dr`(d, radius, eta)  if `radius` is given: the number of keys that queries within the radius can tell apart
@@ -74,7 +75,7 @@ def space(
     rows = int(limits[rows_bound_by])
 
     bits = copies * row_bits(rows, dv, p)
-    regime = _regime(n, d, bounded=radius is not None, windowed=window is not None)
+    regime = _regime(n, d, bounded=radius is not None, windowed=rows_bound_by == "W - 1")
     constants: dict[str, Any] = {
         "n": n, "d": d, "dv": dv, "eta": eta, "p": p, "H2_p": H2(p), "heads": heads, "layers": layers,
         "bits_per_row": row_bits(1, dv, p), "rows": rows, "rows_bound_by": rows_bound_by,

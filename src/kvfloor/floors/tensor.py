@@ -95,7 +95,8 @@ def tensor_space(
     p       probability that a whole row, the dv values of one answer, is within the factor 1±eta
     radius  largest |score| in nats; None: no bound
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers m (p dv - H2(p)), and at least 0. S is the number of bits, H2 the binary entropy, and m the
+    Law: S >= heads layers `row_bits`(m, dv, p): for wide rows, m (p dv - H2(p)) times heads layers. S is the number of
+    bits, H2 the binary entropy, and m the
     number of hidden rows that queries can read. Without `radius`, m = `tensor_rows`(n, d).
     Under `radius`, fewer rows can be read. The leak of a query is (softmax mass off the queried key)/(mass on it). Let
     N(w, r, x) be the number of keys of width w, at most n, that queries with scores up to r can read at a leak of at

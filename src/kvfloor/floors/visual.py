@@ -94,7 +94,8 @@ def visual_space(
                False: a further map, as large as the last, asks
     p          probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers m (p dv - H2(p)), and at least 0. S is the number of bits, H2 the binary entropy, and m =
+    Law: S >= heads layers `row_bits`(m, dv, p): for wide rows, m (p dv - H2(p)) times heads layers. S is the number of
+    bits, H2 the binary entropy, and m =
     `visual_rows`(sides, last_asks) the number of tokens that hide values; m <= 2 for d = 1. Keys and queries may be of
     any length.
     Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises

@@ -7,6 +7,7 @@ answers. If he decodes enough of them, the message must be long. Every barrier i
 `Instance` (what Alice and Bob both know: keys, stream, queries) and a function `play`. docs/floors.md has the proofs.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Barrier:
         return tuple(inspect.signature(self.play).parameters)[1:]
 
 
+_SIGNIFICANT_BITS = {"float32": 24, "float16": 11, "bfloat16": 8}
+
 BARRIERS: dict[str, Barrier] = {
     "spike": Barrier(spike.play, "every key of a near-orthogonal set hides a row; one query reads each", 2**20),
     "packing": Barrier(packing.play, "few dimensions and bounded logits: as many keys as such queries separate", 2**20),
@@ -51,7 +54,7 @@ ARGUMENTS: dict[str, str] = {
     "n": "Tokens of the stream",
     "d": "Width of a key",
     "dv": "Width of a value; d (packing: 64) unless given",
-    "bits": "Hidden bits per value coordinate, 1 to 24",
+    "bits": "Hidden bits per value coordinate, 1 to 24; 1, then once more than the message can hold, unless given",
     "eta": "Relative error that answers may have, in [0, 1)",
     "seed": "Seeds the public keys and the method, never the hidden bits",
     "dtype": f"What the method is opened for: {', '.join(DTYPES)}",
@@ -85,6 +88,10 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
     method     a method object or its text: "h2o@16" is H2O with a budget of 16 tokens
     arguments  the barrier's own, such as n (tokens), d (width of a key) and seed. `ARGUMENTS` describes them in a line
                each, the barrier's module in `instances` in full
+    Unless `bits` is given, values are of one bit, and the game is then played again, in this process, with values of so
+    many bits that more is hidden than the message can hold (24 at most). A method that hides memory elsewhere, behind
+    an idle message, answers more of these than the message holds, and "cheats". Else the result's `unseen_bits` are
+    those of the finer game, and its details have `finer_bits` (hidden per value) and `finer_certified_bits`.
     Raises ValueError for an unknown barrier, for an argument that the barrier does not take (either error lists what is
     allowed), and for the errors of the barrier's own `play`.
     """
@@ -94,7 +101,28 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
     foreign = [name for name in arguments if name not in chosen.arguments]
     if foreign:
         raise ValueError(f"barrier {barrier!r} takes no {foreign[0]}; it takes {', '.join(chosen.arguments)}")
-    return chosen.play(method, **arguments)
+    result = chosen.play(method, **arguments)
+    chosen_bits = "bits" in arguments or "bits" not in chosen.arguments
+    return result if chosen_bits else _finer(method, chosen, arguments, result)
+
+
+def _finer(method: Method | str, chosen: Barrier, arguments: dict[str, Any], result: Result) -> Result:
+    """Play a game again with finer values, so that it can show hidden memory; return the first game's result with both.
+
+    The number of bits per value is the least with which more is hidden than the message of the first game holds, or the
+    most that the values' format has room for.
+    """
+    values = result.hidden_bits // result.bits
+    bits = min(_SIGNIFICANT_BITS[arguments.get("dtype", "float32")], 2 + 8 * result.message_bytes // values)
+    if result.verdict == "cheats" or bits <= result.bits:
+        return result
+    finer = chosen.play(method, **arguments | {"bits": bits, "isolated": False})
+    if finer.verdict == "cheats":
+        both = {"live_certified_bits": finer.live_certified_bits, "certified_bits": finer.certified_bits}
+        return dataclasses.replace(result, verdict="cheats", why=f"with values of {bits} bits, {finer.why}", **both)
+    details = {"finer_bits": bits, "finer_certified_bits": finer.certified_bits}
+    unseen = min(result.unseen_bits, finer.unseen_bits)
+    return dataclasses.replace(result, unseen_bits=unseen, details=result.details | details)
 
 
 def play_all(method: Method | str, **arguments: Any) -> list[Result]:

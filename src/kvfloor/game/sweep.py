@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from kvfloor.core.method import Method
 from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.norm_bounded import N_dr
+from kvfloor.game.engine.result import Verdict
 from kvfloor.game.instances import packing, spike
 
 BITS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24)
@@ -28,10 +29,12 @@ class Precision:
 
     hidden     bits hidden per value
     certified  bits per value that the message, i.e. the bytes of a method's state, provably carries
+    verdict    the game's verdict: "holds", "breaks" or "cheats" (more was answered than the bytes can hold)
     """
 
     hidden: int
     certified: float
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def precision(method: Method | str, seed: int = 0, bits: Sequence[int] = BITS, n
     carries. Where they fall below the hidden bits per value, the method's precision ends.
     """
     games = (spike.play(method, n=n, bits=b, seed=seed, isolated=False) for b in bits)
-    return [Precision(game.bits, game.bits_per_value) for game in games]
+    return [Precision(game.bits, game.bits_per_value, game.verdict) for game in games]
 
 
 def packings(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfloor.floors.measured import readable_by
+from kvfloor.floors.measured import readable_after
 from kvfloor.hf.allocate import Shares
 from kvfloor.hf.layers import watched_cache
 from kvfloor.hf.ranks import ranks_of
@@ -26,7 +26,7 @@ from kvfloor.hf.weights import input_device
 from kvfloor.hf.wrappers import unwrapped
 
 ETA, P = 0.25, 0.9  # error allowed in answers, of values in [-1, 1], and probability with which it must be kept
-MOST_QUERIES = 256  # of the calibration prompt's newest, per query head
+MOST_QUERIES = 256  # of the calibration prompt's newest half, per query head
 
 
 def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept: float = 0.5) -> Shares:
@@ -34,10 +34,11 @@ def floor_shares(model: PreTrainedModel, prompt: Sequence[int] | Tensor, *, kept
 
     A share is a multiple of the budget per head; the mean of all shares is 1.
     Law: for each head, let r be the number of groups of tokens of `prompt` whose common value could be recovered from
-    the attention outputs of the head's queries (`kvfloor.floors.measured.readable_by`). A group has one or more tokens.
-    Then share = kept + (1 - kept) * r / (mean of r over all heads).
+    the attention outputs of the head's queries (`kvfloor.floors.measured.readable_after`). A group has one or more
+    tokens. Then share = kept + (1 - kept) * r / (mean of r over all heads).
     prompt   token ids (n,) or (1, n) of a typical prompt, its question included. The model runs over it with a cache
-             that keeps every token; the head's queries are those of the prompt's newest 256 tokens
+             that keeps every token; the head's queries are those of the prompt's newest 256 tokens, or of its second
+             half if it has fewer than 512. The groups are of the tokens before these
     kept     share of the mean budget that every head gets in any case. With 0, a head that tells few tokens apart gets
              a very small budget. Such a budget is enough only if the cache keeps just these tokens. A head that
              averages over many tokens would lose most of them
@@ -73,15 +74,17 @@ def in_proportion(needs: Sequence[Sequence[float]], kept: float) -> Shares:
 def distinguished(seen: Recorded) -> list[int]:
     """Return, per kv head of a layer, how many groups of tokens its queries tell apart (at least 1).
 
-    The queries are those of the prompt's newest 256 tokens, one per token and query head of the GQA group. A group is
-    one or several tokens whose common value could be recovered from the outputs of these queries (see the module).
+    The queries are those of the prompt's newest 256 tokens (its second half at most), one per token and query head of
+    the GQA group. A group is one or several tokens before these, whose common value could be recovered from the outputs
+    of these queries (see the module). Each query also attends to the tokens after the groups' up to its own, and to its
+    query head's sink if there is one.
     seen: the queries, keys and values of the layer on the calibration prompt, of one batch item; on a sharded model,
     those of this process's heads.
     """
     q, k, v = seen.by_row
-    asked = q[:, :, -MOST_QUERIES:].flatten(1, 2).float()
-    law = {"scale": seen.scale, "softcap": seen.softcap, "dtype": v.dtype}
-    found = (
-        readable_by(k[head].float(), asked[head], eta=ETA, p=P, dv=v.shape[-1], **law) for head in range(k.shape[0])
-    )
+    n = k.shape[1]
+    found = readable_after(
+        q.float(), k.float(), n - min(MOST_QUERIES, n // 2), scale=seen.scale, softcap=seen.softcap,
+        sink=seen.sink_by_head, eta=ETA, p=P, dv=v.shape[-1], dtype=v.dtype,
+    )  # fmt: skip
     return [max(1, one.groups) for one in found]

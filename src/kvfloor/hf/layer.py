@@ -119,9 +119,8 @@ class CompressedLayer(CacheLayerMixin):
         self.batch = 0
         self.staged_bytes = 0
         self.served_by: weakref.ref[torch.nn.Module] | None = None  # last to call `answer`: leads `save` to the model
-        self.record: Callable[[Tensor, Tensor, Tensor, float, float | None], None] | None = (
-            None  # called with the inputs of every answer
-        )
+        # Called with the inputs of every answer: (query, key, value, scale, softcap, sink).
+        self.record: Callable[[Tensor, Tensor, Tensor, float, float | None, Tensor | None], None] | None = None
         self._meter, self._passage, self._presence = meter, passage, presence
         # For positions="cache": (query, key, value, positions) -> query and key without their rotation.
         self.turn_back: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
@@ -418,7 +417,7 @@ class CompressedLayer(CacheLayerMixin):
             if dropped is not None:
                 state.require_forgettable(*dropped)
             if self.record is not None:
-                self.record(query, key, value, scale, softcap)
+                self.record(query, key, value, scale, softcap, sink)
             if self.turn_back is not None:
                 asked = key
                 query, key = self.turn_back(query, key, value, positions)

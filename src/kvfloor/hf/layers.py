@@ -30,8 +30,10 @@ def watched_cache(config: PreTrainedConfig) -> tuple[Cache, list[CompressedLayer
     config: the configuration of the model that the cache is for. The listed layers are the full-attention ones. To
     record, set one of two attributes of a layer to a function. Every later forward then calls it with the layer's
     queries q, keys k and values v:
-    record(q, k, v, scale, softcap)   with the factor on q.k and the cap on logits (or None); returns nothing
-    turn_back(q, k, v, positions)     with the tokens' positions; returns the queries and keys that attention then uses
+    record(q, k, v, scale, softcap, sink)   with the factor on q.k, the cap on logits (or None) and the sink logit of
+                                            each query head (or None); returns nothing
+    turn_back(q, k, v, positions)           with the tokens' positions; returns the queries and keys that attention then
+                                            uses
     """
     opening = Opening(Exact(), layers_served(config), ranks=ranks_of(config))
     cache = Cache(layers=cache_layers(config, opening, Meter(), Passage.of(config), Presence()))

@@ -47,10 +47,17 @@ def step_rows(
     if sink is None:
         out = state.step(*folded)
     else:
-        part = state.step_partial(*folded)
-        by_head = sink.detach().to(part.log_mass.dtype).view(1, kv_heads, g, 1).expand(batch, -1, -1, n)
-        nothing = Partial(torch.zeros_like(part.mean), by_head.reshape(part.log_mass.shape))
-        out = part.merge(nothing).mean.to(query.dtype)
+        out = beside_sink(state.step_partial(*folded), sink.detach().view(kv_heads, g)).mean.to(query.dtype)
     if n > 1:
         out = out.view(batch, kv_heads, g, n, dv).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, n, heads, dv).contiguous()
+
+
+def beside_sink(part: Partial, sink: Tensor) -> Partial:
+    """Return outputs `part` (rows, g, n) with the share of the softmax that sinks take; a sink has no value.
+
+    sink: (Hkv, g), one logit per query head. Rows are in the order of the batch items, and then of the kv heads.
+    """
+    rows, g, n = part.log_mass.shape
+    logits = sink.to(part.log_mass.dtype).repeat(rows // sink.shape[0], 1).unsqueeze(-1)
+    return part.merge(Partial(torch.zeros_like(part.mean), logits.expand(rows, g, n)))

@@ -83,9 +83,10 @@ def _precision(result: Result) -> Chart:
     found = precision(result.method, result.seed)
     hidden = line(bound_mark(7, "hidden"), [(one.hidden, one.hidden) for one in found])
     kept = line(nth_mark(0, "certified"), [(one.hidden, one.certified) for one in found])
-    return line_chart(
-        "Precision that survives (spike)", "bits hidden per value", "Bits certified per value.", [hidden, kept]
-    )
+    cheats = [one.hidden for one in found if one.verdict == "cheats"]
+    told = f" Cheats from {min(cheats)} bits on: more came back than the bytes have room for." if cheats else ""
+    title, below = "Precision that survives (spike)", f"Bits certified per value.{told}"
+    return line_chart(title, "bits hidden per value", below, [hidden, kept])
 
 
 def _packing(result: Result) -> Chart:

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvfloor.audit.examples import SideBySide
 from kvfloor.audit.explain import cautions, what_breaks, why
-from kvfloor.audit.heads import ETA, GOOD, Head, summary
+from kvfloor.audit.heads import GOOD, Head, summary
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.output_errors import ErrorMap
@@ -121,7 +121,7 @@ def page(
             ladder_frame=ladder,
             heads=by_head,
             heads_summary=summary(by_head),
-            head_limits={"eta": ETA, "good": GOOD},
+            head_limits={"good": GOOD},
             baselines=BASELINES,
             min_samples=MIN_SAMPLES,
         )

@@ -114,7 +114,8 @@ def print_barriers(results: Sequence[Result]) -> None:
     a theorem, a state that lets all bits be decoded needs many bytes. A game's verdict is "holds" (enough outputs were
     right), "breaks" (too few were right) or "cheats" (the outputs told more bits than the state's bytes can hold). A
     barrier is one kind of game. The numbers that only games of one barrier have, such as the width of a window, follow
-    the verdict.
+    the verdict, and then the unseen room: the bits of the message that no game filled, as many as could be hidden
+    elsewhere unnoticed.
     """
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -130,7 +131,8 @@ def print_barriers(results: Sequence[Result]) -> None:
     console.print(table)
     console.print(Text("sizes in bits; rows: answered within 1±eta; floor at p = 0.9", style="dim"))
     for one in results:
-        console.print(_line(f"{one.barrier}: ", f"{one.why}; {details_text(one.details)}"))
+        unseen = f"unseen room {one.unseen_bits:,.0f} bits"
+        console.print(_line(f"{one.barrier}: ", f"{one.why}; {details_text(one.details)}; {unseen}"))
 
 
 def details_text(details: Mapping[str, Any]) -> str:

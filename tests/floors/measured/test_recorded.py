@@ -47,6 +47,22 @@ def test_weights_are_those_of_attention_over_the_whole_stream(draw):
             assert float(found.leaks[g]) == pytest.approx(float(mine[found.group > g].sum()), rel=1e-9, abs=1e-12)
 
 
+def test_a_sink_takes_its_share_of_every_weight(draw):
+    q, k, cut, sink = draw(2, 3, 30, 6), draw(2, 30, 6), 20, draw(2, 3) * 2.0
+    for row, found in enumerate(readable_after(q, k, cut, sink=sink, scale=0.8, eta=0.02, dv=8)):
+        logits = 0.8 * torch.einsum("gid,jd->gij", q[row], k[row])
+        logits = logits.masked_fill(torch.ones(30, 30, dtype=torch.bool).triu(1), -torch.inf)
+        with_sink = torch.cat([logits, sink[row].view(3, 1, 1).expand(3, 30, 1)], -1)
+        seen = torch.softmax(with_sink, -1)[:, cut:, :-1].reshape(30, 30)
+        for g in range(found.groups):
+            mine = seen[found.asked[g], found.stream]
+            assert float(found.weights[g]) == pytest.approx(float(mine[found.group == g].sum()), rel=1e-9)
+            assert float(found.leaks[g]) == pytest.approx(float(mine[found.group > g].sum()), rel=1e-9, abs=1e-12)
+        assert found.groups > 0 and play(parse("exact"), found, k[row]).decoded == 1.0
+    nothing = readable_after(q, k, cut, sink=torch.full((2, 3), 40.0), scale=0.8, eta=0.02, dv=8)
+    assert [found.bits for found in nothing] == [0.0, 0.0]
+
+
 def test_the_longest_query_is_among_real_tokens(draw):
     q, present = draw(2, 3, 5, 4), torch.ones(2, 5, dtype=torch.bool)
     q[0, 1, 2] *= 100.0

@@ -17,7 +17,13 @@ from kvfloor.validation import whole
 
 
 def causal_mass(
-    q: Tensor, k: Tensor, *, scale: float = 1.0, softcap: float | None = None, present: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    present: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Return the log-sum-exp of each query's logits on the tokens from a cut up to its own token: (g * t,) float64.
 
@@ -28,7 +34,8 @@ def causal_mass(
     k        (t, d), the keys of the same tokens
     present  (t,) bool, True for real tokens, False for padding; None: no padding
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
-    The result is in the order of q.reshape(g * t, d). It is -inf where a query sees no real token.
+    sink     (g,), one more logit of each query head, that of a sink without a value; None: no sinks
+    The result is in the order of q.reshape(g * t, d). It is -inf where a query sees no real token and no sink.
     """
     g, t, d = q.shape
     everything = slice(None)
@@ -36,7 +43,8 @@ def causal_mass(
     hidden = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
     if present is not None:
         hidden = hidden | ~present
-    return torch.logsumexp(logits.view(g, t, t).masked_fill(hidden, -torch.inf), -1).reshape(g * t)
+    mass = torch.logsumexp(logits.view(g, t, t).masked_fill(hidden, -torch.inf), -1)
+    return (mass if sink is None else torch.logaddexp(mass, sink.to(mass).unsqueeze(1))).reshape(g * t)
 
 
 def readable_after(
@@ -47,6 +55,7 @@ def readable_after(
     present: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    sink: Tensor | None = None,
     **demand: Any,
 ) -> list[Readable]:
     """Compute the read floor of each row of a recorded stream: of the first `cut` tokens, for all queries after them.
@@ -58,6 +67,7 @@ def readable_after(
     k        (rows, n, d)
     present  (rows, n) bool, True for real tokens, False for padding; None: no padding
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
+    sink     (rows, g), the logit of a sink without a value that each query head also attends to; None: no sinks
     demand   the accuracy required: eta, the largest error allowed in a value of an answer, for values in [-1, 1], and
              dv, the width of a value. Three more may be given: p, the probability that a whole answer is within eta
              (0.9); dtype, the values' number format; and most_levels, a cap on the number of levels of a value, such as
@@ -71,9 +81,10 @@ def readable_after(
         raise ValueError(f"cut must lie in 1..{k.shape[1] - 1}, so that tokens stand on both sides, got {cut}")
     rows, g = q.shape[:2]
     real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if present is None else present
+    sinks = [None] * rows if sink is None else list(sink)
     masses = [
-        causal_mass(q[row, :, cut:], k[row, cut:], scale=scale, softcap=softcap, present=real[row, cut:])
-        for row in range(rows)
+        causal_mass(q[row, :, cut:], k[row, cut:], scale=scale, softcap=softcap, present=real[row, cut:], sink=one)
+        for row, one in enumerate(sinks)
     ]
     return readable_by_rows(
         k[:, :cut],

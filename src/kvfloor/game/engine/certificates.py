@@ -15,6 +15,7 @@ lengths to S.
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kvfloor.floors.entropy import H2
@@ -67,10 +68,35 @@ def log_loss(gains: Sequence[float]) -> float:
     return max(gains) - math.log2(len(gains))
 
 
+def rows(log2_chance: Tensor, wrong: int) -> float:
+    """Return the gain T, in bits, of answers that serve all but `wrong` hidden rows.
+
+    A row is the dv hidden values that one query reads. log2_chance (m,) is, for each row, log2 of the share of all
+    possible rows that its answer serves, or an upper bound on it; it may depend on the answers, not on the hidden
+    values. T - log2(1/alpha) is a lower bound on the message's length at confidence 1 - alpha.
+    Law: T = -log2 of Chernoff's bound on the chance that at most `wrong` answers miss a uniform hidden row: the least
+    value over t >= 0 of e^(t wrong) times the product over rows of c + (1-c) e^-t, where c is the row's chance. If all
+    rows have the same c, and w = wrong/m, this is m D(1-w || c), as in the floor (`floors.row_bits`).
+    Raises ValueError where wrong > m.
+    """
+    m, wrong = len(log2_chance), whole("wrong", wrong, least=0)
+    if wrong > m:
+        raise ValueError(f"wrong must be at most m = {m}, got {wrong}")
+    log_hit = (log2_chance.double() * math.log(2.0)).clamp_max(0.0)
+    log_miss = torch.log1p(-log_hit.exp())  # -inf where every row is served
+    low, high = 0.0, 64.0 + math.log(m + 1.0) - 2.0 * log_hit[log_hit.isfinite()].min().item() if m else 0.0
+    for _ in range(200):  # any t gives a bound; at the best one, `wrong` answers miss on average
+        t = 0.5 * (low + high)
+        either = torch.logaddexp(log_hit, log_miss - t)
+        low, high = (t, high) if (log_miss - t - either).exp().sum() > wrong else (low, t)
+    bound = wrong * low + torch.logaddexp(log_hit, log_miss - low).sum().item()
+    return max(0.0, -bound / math.log(2.0))
+
+
 def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
     """Return the bits that a message certifiably carries at confidence 1 - alpha, given the gains of all certificates.
 
-    A gain is what `hard`, `erasure` or `log_loss` returns.
+    A gain is what `hard`, `erasure`, `log_loss` or `rows` returns.
     Law: max(gains) - log2 len(gains) - log2(1/alpha), and at least 0. Raises ValueError without a gain.
     """
     alpha = within("alpha", alpha, 0.0, 1.0, low_open=True)

@@ -8,10 +8,11 @@ state and queries it.
     leak     softmax mass on tokens other than the one that the query aims at
     message  the bytes of the state that Alice sends
     gain     bits that the message is shown to carry, before the allowance for chance is subtracted (`certificates`)
-A certificate is a rule that turns one decoding into bits that the message provably carries. There are four:
+A certificate is a rule that turns one decoding into bits that the message provably carries. There are five:
     hard          counts the wrong bits of all rows
     erasure       counts the wrong bits of trusted rows only: those whose answers look reliable
     log-loss      scores the probabilities that the answers give to the hidden levels
+    rows          counts the rows that are not answered within the allowed error
     sampled rows  counts the wrong rows in a random sample of rows
 Decoding uses the answers and the public sizes of the game only.
 """
@@ -25,7 +26,10 @@ from kvfloor.floors.separation import eps_s, level_eps_s, tau
 from kvfloor.game.engine import certificates
 from kvfloor.game.engine.predict import predictor_gains
 
+SUCCESS = 0.9  # p of the theorems: the share of rows that must be answered
 _ROUNDING = 2.0**-20  # error that float32 arithmetic may add to an answer in [0, 1], also at eta = 0
+_BOUNDARY = 1e-6  # of a level: rounding of the ends of a level's range
+_BLOCK_BITS = 16
 _LARGEST_ANSWER = 0.3  # a row whose largest answer is below it is no spike, whatever its pattern
 _OFF_LEVEL = 0.15  # mean distance to the nearest level, in level spacings, from which a row is not trusted
 _SPREAD = 0.15  # standard deviation in [0, 1] below which a row is an average of many tokens
@@ -105,12 +109,47 @@ def answered_rows(answers: Tensor, hidden: Tensor, bits: int, eta: float) -> Ten
     return inside.all(dim=1)
 
 
+def levels_served(answers: Tensor, bits: int, eta: float) -> Tensor:
+    """Count the levels of `bits` bits for which each answer counts as right by `answered_rows`: float64, as answers.
+
+    The count is 1 for single bits, which a threshold decodes. It may be 1 too high where an answer lies within rounding
+    of the end of a level's range.
+    """
+    if bits == 1:
+        return torch.ones_like(answers, dtype=torch.float64)
+    leak, top = leak_ratio(bits, eta), 2**bits - 1
+    z = torch.nan_to_num(answers.double(), nan=-1.0)
+    highest = (z + _ROUNDING) / ((1.0 - eta) * (1.0 - leak))
+    lowest = ((z - _ROUNDING) / (1.0 + eta) - leak) / (1.0 - leak)
+    first, last = (lowest * top - _BOUNDARY).ceil().clamp_min(0.0), (highest * top + _BOUNDARY).floor().clamp_max(top)
+    return (last - first + 1.0).clamp_min(0.0)
+
+
+def information(bits: int, eta: float) -> tuple[float, float]:
+    """Return (told, spread): the bits that an answer that counts as right tells about a level, over uniform levels.
+
+    told is the mean over levels x of bits - log2 s(x), and spread the standard deviation, where s(x) is the number of
+    levels that the answer serves which is right for x and serves most. This is the largest answer that is right for x,
+    unless that serves levels beyond the top one: then it is the least answer that serves the top level. So s grows with
+    x. Levels of more than 16 bits are taken in 2^16 blocks, each at its largest s.
+    """
+    leak, top = leak_ratio(bits, eta), 2**bits - 1
+    block = 2 ** max(0, bits - _BLOCK_BITS)
+    x = torch.arange(block - 1, 2**bits, block, dtype=torch.float64) / top
+    largest = (1.0 + eta) * (x + leak * (1.0 - x)) + _ROUNDING
+    serves_top = (1.0 - eta) * (1.0 - leak) - _ROUNDING
+    served = levels_served(largest.clamp_max(serves_top), bits, eta)
+    told = bits - torch.log2(served.clamp_min(1.0))
+    return told.mean().item(), told.std(correction=0).item()
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoded:
     """Record the decoding of one set of answers of a state.
 
     certified_bits  bits that the message (the bytes of the state) certifiably carries
-    certificate     name of the rule that proves these bits, as in the module: hard, erasure, log-loss or sampled rows
+    certificate     name of the rule that proves these bits, as in the module: hard, erasure, log-loss, rows or sampled
+                    rows
     bit_error       share of hidden bits decoded wrong
     row_success     share of rows (the dv values that one query reads) answered within the allowed relative error
     """
@@ -127,24 +166,26 @@ def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_fro
     A row is the dv values that one query reads. The message is the bytes of the state.
     bits          bits of a hidden level
     eta           relative error that answers may have
-    sampled_from  None: every row was asked once, in order, and the best of the hard, erasure and log-loss certificates
-                  counts. A number n: the m rows were drawn with replacement from n, and the sampled-rows certificate
-                  counts: a row is right if all its bits are
+    sampled_from  None: every row was asked once, in order, and the best of the hard, erasure, log-loss and rows
+                  certificates counts. A number n: the m rows were drawn with replacement from n, and the sampled-rows
+                  certificate counts: a row is right if all its bits are
     Returns the certified bits, and the shares of bits decoded wrong and of rows answered right (`Decoded`).
     """
     m, dv = hidden.shape
     decoded = nearest_levels(answers, bits, eta)
     wrong = wrong_bits(decoded, hidden, bits)
+    answered = answered_rows(answers, hidden, bits, eta)
     if sampled_from is not None:
         kind = "sampled rows"
         value = certificates.certified_from_sample(sampled_from, dv * bits, int((wrong > 0).sum()), m)
     else:
         trusted, trusted_levels = trusted_rows(answers, bits)
+        log2_chance = (torch.log2(levels_served(answers, bits, eta)) - bits).sum(dim=1)
         gains = {
             "hard": certificates.hard(m * dv * bits, int(wrong.sum())),
             "erasure": certificates.erasure(dv * bits, wrong_bits(trusted_levels, hidden, bits), trusted),
             "log-loss": certificates.log_loss(predictor_gains(answers, trusted, hidden, bits)),
+            "rows": certificates.rows(log2_chance, m - int(answered.sum())),
         }
         kind, value = max(gains, key=lambda name: gains[name]), certificates.certified(list(gains.values()))
-    success = answered_rows(answers, hidden, bits, eta).double().mean().item()
-    return Decoded(value, kind, int(wrong.sum()) / (m * dv * bits), success)
+    return Decoded(value, kind, int(wrong.sum()) / (m * dv * bits), answered.double().mean().item())

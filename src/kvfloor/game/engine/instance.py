@@ -20,6 +20,8 @@ from torch import Tensor
 from kvfloor.core.method import Method, standard_law
 from kvfloor.core.spec import DTYPES, Spec
 from kvfloor.core.state import State
+from kvfloor.floors.entropy import row_bits
+from kvfloor.game.engine.decode import SUCCESS, information
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.public import PublicKeys
 from kvfloor.validation import one_of, relative_error, whole
@@ -127,6 +129,15 @@ class Instance(ABC):
     def hidden_bits(self) -> int:
         """Return the number of bits that Alice hides in all streams together."""
         return self.copies * self.rows * self.dv * self.bits
+
+    @property
+    def floor_bits(self) -> float:
+        """Return a lower bound on the bits of any message from which a share SUCCESS of the rows is answered.
+
+        It is for the values that are hidden here, uniform levels of `bits` bits, and for answers within a factor 1±eta:
+        with several bits, one answer may be right for several levels (`floors.row_bits`).
+        """
+        return row_bits(self.copies * self.rows, self.dv, SUCCESS, *information(self.bits, self.eta))
 
     def spec(self) -> Spec:
         """Return the sizes, dtype, scale and seed for which the method opens Alice's state.

@@ -50,7 +50,7 @@ class Played:
                    if Bob could not answer from the message, and `why` then gives the reason
     message_bytes  size of the message; payload_bytes of it are not header or digest
     state_bytes    size of Alice's state
-    bytes_read     bytes of the state that are read to answer one query token, over all streams
+    scores_read    scores q.k that are read to answer one query token, over all streams
     hidden_seed    seed that repeats the hidden values
     seconds        duration of the game
     """
@@ -64,7 +64,7 @@ class Played:
     message_bytes: int
     payload_bytes: int
     state_bytes: int
-    bytes_read: int = 0  # bytes read to answer one query token, over all streams
+    scores_read: int = 0  # scores q.k read to answer one query token, over all streams
     hidden_seed: str = ""
     seconds: float = 0.0
     why: str = ""
@@ -128,7 +128,7 @@ def play_index(
 
     rows = None if sampled is None else hidden.rows(len(levels), sampled)
     live = instance.ask(state, rows)
-    bytes_read = state.bytes_read if message else 0
+    scores_read = state.scores_read if message else 0
     restored = None
     if not why:
         request["rows"] = None if rows is None else rows.tolist()
@@ -139,7 +139,7 @@ def play_index(
     return Played(
         method=str(method), rows=torch.arange(len(levels)) if rows is None else rows, sampled=rows is not None,
         hidden=levels if rows is None else levels[rows], live=live, restored=restored, message_bytes=len(message),
-        payload_bytes=payload_bytes, state_bytes=state_bytes, bytes_read=bytes_read, hidden_seed=hidden.seed,
+        payload_bytes=payload_bytes, state_bytes=state_bytes, scores_read=scores_read, hidden_seed=hidden.seed,
         seconds=time.perf_counter() - started, why=why,
     )  # fmt: skip
 

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.game.engine.certificates import ALPHA
-from kvfloor.game.engine.decode import Decoded
+from kvfloor.game.engine.decode import SUCCESS, Decoded
 from kvfloor.game.engine.decode import judge as judge_rows
 from kvfloor.game.engine.instance import Instance
 from kvfloor.game.engine.play import Played, play_index
 from kvfloor.game.engine.secret import Hidden
-
-SUCCESS = 0.9  # p of the theorems
 
 Verdict = Literal["holds", "breaks", "cheats"]
 
@@ -46,15 +44,18 @@ class Result:
     alpha                1 - alpha is the confidence of the certified bits
     message_bytes        size of the message; payload_bytes of it are the state's tensors, the rest is header and digest
     state_bytes          size of Alice's state
-    floor_bits           bits that any method must hold that answers within 1±eta on this instance
+    unseen_bits          bits of the message beyond those certified: as many could be hidden elsewhere, and no game that
+                         was played would show it
+    floor_bits           bits that any method must hold whose answers to these hidden values count as right for nine of
+                         ten rows (`Instance.floor_bits`)
     verdict              cheats: more bits are certified than the bytes can hold, or the live and the restored state
                          answer differently, or no state could be restored from the message; breaks: row_success < 0.9;
                          else holds
     why                  the reason for the verdict, in words
     certificate          name of the proof of the certified bits: hard (from the number of wrong bits), erasure (the
                          same, in trusted rows only), log-loss (from the probabilities that the answers give to the
-                         hidden values) or sampled rows (from the wrong rows in a sample). If all rows were queried, it
-                         is the best of the first three
+                         hidden values), rows (from the number of rows that are not answered) or sampled rows (from the
+                         wrong rows in a sample). If all rows were queried, it is the best of the first four
     details              further numbers, which differ from barrier to barrier: key family, window, probes, measured
                          sparsity ...
     rows_asked           number of rows that were queried
@@ -79,6 +80,7 @@ class Result:
     message_bytes: int
     payload_bytes: int
     state_bytes: int
+    unseen_bits: float
     floor_bits: float
     verdict: Verdict
     why: str
@@ -99,7 +101,6 @@ def run(
     instance: Instance,
     *,
     seed: int,
-    floor_bits: float,
     hidden_seed: int | str | None = None,
     sampled: int | None = None,
     isolated: bool = True,
@@ -109,14 +110,13 @@ def run(
     method       a method or its text, or the word "optimum": the known method of least memory for the instance
     instance     what Alice and Bob both know of the game: keys, stream and queries
     seed         seed of the public keys, recorded in the result
-    floor_bits   lower bound on the bits that any method needs on this instance, recorded in the result
     hidden_seed  seed of the hidden values and of the sampled rows; None: fresh from the operating system
     sampled      number of rows to query, drawn with replacement; None: every row once
     isolated     True: Bob restores the state in a fresh process; False: in this process
     A row is the dv hidden values that one query reads.
     """
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
-    return conclude(played, instance, seed=seed, floor_bits=floor_bits)
+    return conclude(played, instance, seed=seed)
 
 
 def conclude(
@@ -124,7 +124,6 @@ def conclude(
     instance: Instance,
     *,
     seed: int,
-    floor_bits: float,
     judge: Callable[[Tensor, Played], Decoded] | None = None,
     **details: Any,
 ) -> Result:
@@ -134,7 +133,6 @@ def conclude(
     played      the game's answers and sizes
     instance    what Alice and Bob both know of the game: keys, stream and queries
     seed        seed of the public keys, recorded in the result
-    floor_bits  lower bound on the bits that any method needs on this instance, recorded in the result
     judge       decoder for games that need another one than `decode.judge`. It is called with answers and `played`,
                 compares the answers with the hidden values, and returns the certified bits and the shares of right
                 answers. None: `decode.judge`
@@ -156,9 +154,11 @@ def conclude(
         eta=eta, seed=seed, alpha=ALPHA, hidden_bits=instance.hidden_bits, bit_error=sent.bit_error,
         certified_bits=certified, live_certified_bits=live.certified_bits,
         bits_per_value=certified / (total * instance.dv), message_bytes=played.message_bytes,
-        payload_bytes=played.payload_bytes, state_bytes=played.state_bytes, floor_bits=floor_bits, verdict=verdict,
-        why=why, row_success=sent.row_success, rows_asked=len(played.rows), certificate=sent.certificate,
-        details=instance.details() | details, hidden_seed=played.hidden_seed, seconds=played.seconds,
+        payload_bytes=played.payload_bytes, state_bytes=played.state_bytes,
+        unseen_bits=max(0.0, 8 * played.message_bytes - certified), floor_bits=instance.floor_bits,
+        verdict=verdict, why=why, row_success=sent.row_success, rows_asked=len(played.rows),
+        certificate=sent.certificate, details=instance.details() | details, hidden_seed=played.hidden_seed,
+        seconds=played.seconds,
     )  # fmt: skip
 
 

@@ -62,6 +62,11 @@ class Codebook(KeyedInstance):
     def hidden_bits(self) -> int:
         return int(log2_choose(self.codebook, self.n)) + self.n * self.dv * self.bits
 
+    @property
+    def floor_bits(self) -> float:
+        """Return a lower bound on the bits of any message that tells a share SUCCESS of the keys and their bits."""
+        return subset_bits(self.codebook, self.n, SUCCESS) + row_bits(self.n, self.dv, SUCCESS, self.bits)
+
     def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
         chosen = hidden.subset(self.codebook, self.n)
         yield from pieces(self.keys[chosen], values[:, chosen])
@@ -166,8 +171,7 @@ def play(
     def judged(answers: Tensor, played: Played) -> Decoded:
         return instance.judge(answers, played.hidden, present)
 
-    floor = subset_bits(codebook, n, SUCCESS) + row_bits(n, instance.dv * bits, SUCCESS)
-    result = conclude(played, instance, seed=seed, floor_bits=floor, judge=judged)
+    result = conclude(played, instance, seed=seed, judge=judged)
     values = max(0.0, result.certified_bits - log2_choose(codebook, n))
     return dataclasses.replace(result, n=n, bits_per_value=values / (n * instance.dv))
 

@@ -145,7 +145,5 @@ def play(
     instance = Packing(**shared, m=m, repeats=n // m, radius=radius, public=public)
     played = play_index(method, instance, Hidden(hidden_seed), isolated=isolated)
     claimed = min(float(n), N_dr(shared["d"], radius, eta))
-    return conclude(
-        played, instance, seed=seed, floor_bits=row_bits(m, instance.dv, SUCCESS),
-        closed_form_floor_bits=row_bits(int(claimed), instance.dv, SUCCESS),
-    )  # fmt: skip
+    closed_form = row_bits(int(claimed), instance.dv, SUCCESS)
+    return conclude(played, instance, seed=seed, closed_form_floor_bits=closed_form)

@@ -2,8 +2,8 @@
 
 A bit that Alice hides chooses the case of each stream: all keys zero, or one heavy key, which takes nearly all softmax
 mass, at a secret position. Bob decodes the bit from a method's answer, given from the message (the bytes of the
-method's state, i.e. of its KV cache). The bytes that the method reads per query are counted. The method's success, the
-share of streams answered right, is compared with that of simple readers: rules that choose positions beforehand and
+method's state, i.e. of its KV cache). The scores q.k that the method reads per query are counted. The method's success,
+the share of streams answered right, is compared with that of simple readers: rules that choose positions beforehand and
 look up the scores q.k there.
 The game is that of Haris & Onak (COLT 2025), Theorems 19 and 26, on corrected streams. With the streams as printed,
 answers separate the two cases only at relative errors below 1/3, and each case has its own query (docs/floors.md,
@@ -21,7 +21,6 @@ from torch import Tensor
 from kvfloor.core.method import Method
 from kvfloor.core.spec import DTYPES
 from kvfloor.core.state import State
-from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.separation import tau
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
@@ -108,8 +107,8 @@ def play(
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
     Its `details` include these numbers, in which success is the share of streams answered right:
-    probes_per_query  tokens that the method reads to answer one query
-    bound             largest success of a method that has not read the keys on arrival and reads as many tokens
+    probes_per_query  scores q.k that the method reads to answer one query, of keys in however few bits
+    bound             largest success of a method that has not read the keys on arrival and reads as many scores
     floor_probes      scores that any such method must read for success p = 0.9: (2 - 1/p)(n - 1)
     adaptive          True if the success of the method played is above `bound` with 99.9 % confidence, so that it must
                       have read the keys on arrival
@@ -126,12 +125,11 @@ def play(
         runs = max(16, min(_RUNS, _NUMBERS_AT_MOST // (n * (shared["d"] + 1))))
     instance, hidden = Probing(**shared, n=n, copies=whole("runs", runs)), Hidden(hidden_seed)
     played = play_index(method, instance, hidden, isolated=isolated)
-    token_bytes = (shared["d"] + 1) * DTYPES[instance.dtype].itemsize
-    probes = played.bytes_read / (instance.copies * token_bytes)
+    probes = played.scores_read / instance.copies
     shares = sorted({max(1, round(share * (n - 1))) for share in _SHARES})
     readers = curve(n, shares, max(_RUNS, min(_RUNS_OF_READERS, _PROBES_OF_READERS // n)), hidden, seed)
     result = conclude(
-        played, instance, seed=seed, floor_bits=row_bits(instance.copies, 1, SUCCESS),
+        played, instance, seed=seed,
         probes_per_query=probes, bound=success_bound(n, probes), floor_probes=(2.0 - 1.0 / SUCCESS) * (n - 1),
         readers=as_rows(readers),
     )  # fmt: skip

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors import space
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
-from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.result import Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.validation import whole
 
@@ -140,5 +139,4 @@ def play(
     if whole("n", n) > _MOST_TOKENS:
         raise ValueError(f"n must be at most {_MOST_TOKENS} for barrier 'sparse', got {n}")
     instance = Sparse(**shared, n=n, public=keys_for(shared, n, family))
-    floor = space(n, d, instance.dv, eta=eta, p=SUCCESS)
-    return run(method, instance, seed=seed, floor_bits=floor.bits, hidden_seed=hidden_seed, isolated=isolated)
+    return run(method, instance, seed=seed, hidden_seed=hidden_seed, isolated=isolated)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors import space
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
 from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.public_bits import PublicBits
-from kvfloor.game.engine.result import SUCCESS, Result, conclude
+from kvfloor.game.engine.result import Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.codebook import play as play_codebook
 from kvfloor.validation import whole
@@ -122,8 +121,7 @@ def play(
     if rows is None:
         rows = copies * n if copies * n <= ALL_ROWS_UP_TO else ROWS_SAMPLED
     sampled = rows if whole("rows", rows) < copies * n else None
-    floor = space(n, d, instance.dv, eta=eta, p=SUCCESS, heads=heads, layers=layers)
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     row = played.rows % n
     worst = instance.queries(row)[1].min().item()
-    return conclude(played, instance, seed=seed, floor_bits=floor.bits, worst_gap=worst)
+    return conclude(played, instance, seed=seed, worst_gap=worst)

@@ -24,12 +24,11 @@ from torch import Tensor
 from kvfloor.core.method import Method
 from kvfloor.core.spec import DTYPES
 from kvfloor.core.state import State
-from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import Instance, agreed, derived_seed, pieces
-from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.result import Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import rademacher
 from kvfloor.game.keys.public import aim
@@ -203,10 +202,7 @@ def play(
     else:
         instance = TwoCaches(**shared, n=isqrt(n))
     sampled = _ROWS_SAMPLED if isinstance(instance, FourCaches) and instance.rows > _ALL_ROWS_UP_TO else None
-    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
-    return run(
-        method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, sampled=sampled, isolated=isolated
-    )
+    return run(method, instance, seed=seed, hidden_seed=hidden_seed, sampled=sampled, isolated=isolated)
 
 
 def _pairs_tokens(method: Method | str) -> bool:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for
-from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.result import Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.methods.variants.visual import NextScale, scale_by_scale, tokens_in
 from kvfloor.validation import whole
@@ -141,5 +140,4 @@ def play(
         raise ValueError("sides must hold the side of at least one map, got none")
     sides = doubling(whole("n", n)) if sides is None else tuple(whole("side", side) for side in sides)
     instance = Visual(**shared, sides=sides, public=keys_for(shared, tokens_in(sides), family))
-    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
-    return run(method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, isolated=isolated)
+    return run(method, instance, seed=seed, hidden_seed=hidden_seed, isolated=isolated)

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
-from kvfloor.floors.entropy import row_bits
 from kvfloor.floors.spike import window_C
 from kvfloor.game.engine.asking import by_appending, by_reading
 from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
-from kvfloor.game.engine.result import SUCCESS, Result, run
+from kvfloor.game.engine.result import Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.validation import whole
 
@@ -111,5 +110,4 @@ def play(
     if window > n:
         raise ValueError(f"window must be at most n = {n}, got {window}")
     instance = WindowInstance(**shared, n=n, window=window, append=append, public=keys_for(shared, window, family))
-    floor_bits = row_bits(instance.rows, instance.dv, SUCCESS)
-    return run(method, instance, seed=seed, floor_bits=floor_bits, hidden_seed=hidden_seed, isolated=isolated)
+    return run(method, instance, seed=seed, hidden_seed=hidden_seed, isolated=isolated)
