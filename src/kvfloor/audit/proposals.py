@@ -101,9 +101,7 @@ def _costs(question: AuditRequest, model: Any, tokenizer: Any, track: Track, ann
             announce(f"{str(path)!r} has this model's costs by layer (--fresh measures again)")
             return known
     announce(f"measuring {len(METHODS)} methods in each of {-(-layers // together)} groups of layers on {excerpt.cell}")
-    table = costs_on(
-        model, excerpt, METHODS, together=together, seed=question.seed, track=_Estimate(track, announce)
-    )
+    table = costs_on(model, excerpt, METHODS, together=together, seed=question.seed, track=_Estimate(track, announce))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_costs(path, table)
     return table

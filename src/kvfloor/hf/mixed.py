@@ -74,7 +74,7 @@ def choose(
 def choose_smallest(
     table: CostTable, most_nats: float, shapes: Sequence[LayerShape], context: int, dtype: torch.dtype
 ) -> tuple[Layered, OptionChoice]:
-    """Return the methods of all layers of fewest bytes whose sum of measured costs is at most `most_nats`, and that sum.
+    """Return the smallest methods of all layers whose measured costs add up to at most `most_nats`, and that sum.
 
     The other arguments are those of `choose`. Raises ValueError if all measured options cost more.
     """

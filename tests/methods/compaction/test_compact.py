@@ -251,10 +251,15 @@ def _query_to_come(fields: dict[str, Any]) -> None:
 
 
 def _fewer_places(fields: dict[str, Any]) -> None:
-    fields["references"]["queries"] = fields["references"]["queries"][:, :3]
+    for name in ("codes", "scale"):
+        fields["references"][name] = fields["references"][name][:, :3]
 
 
-@pytest.mark.parametrize("spoil", [_weight_of_nan, _span_beyond, _no_span, _query_to_come, _fewer_places])
+def _no_scale(fields: dict[str, Any]) -> None:
+    fields["references"]["scale"] = None
+
+
+@pytest.mark.parametrize("spoil", [_weight_of_nan, _span_beyond, _no_span, _query_to_come, _fewer_places, _no_scale])
 def test_a_changed_message_is_refused(spoil: Callable[[dict[str, Any]], None]) -> None:
     from kvfloor.core.method import rebuilt
 
