@@ -128,7 +128,7 @@ class _Estimate:
         if self._steps == 1 + _TIMED:
             minutes = (time.perf_counter() - self._began) / _TIMED * total / 60
             self._announce(
-                f"the costs of {total - 1} pairs of layers and method take about {max(1, round(minutes))} min"
+                f"{total - 1} costs of a method in a group of layers take about {max(1, round(minutes))} min"
             )
         self._steps += 1
         self._track(total, text)
