@@ -353,3 +353,14 @@ def test_what_compact_cannot_do_is_refused_with_a_reason() -> None:
         q, k, v = drawn(2)
         state.step(q[:, :1], k, v)
     assert parse("attention_matching(queries=64)") == Compact(64) and str(Compact(64)) == "compact(queries=64)"
+
+
+def test_the_sample_and_the_log_weights_are_small_beside_the_tokens() -> None:
+    n, spec = 4096, Spec(1, 64, 64)
+    q, k, v = (torch.randn(1, *size, 64) for size in ((3, n), (n,), (n,)))
+    state: Any = Compact().open(spec)
+    exact = parse("exact").open(spec)
+    for one in (state, exact):
+        one.append(k, v)
+    state.references.record(q, torch.tensor([0]), torch.tensor([n]))
+    assert exact.nbytes < state.nbytes <= 1.025 * exact.nbytes
