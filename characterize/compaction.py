@@ -4,7 +4,8 @@
 
 A text's first tokens (the context) are taken in: under `compact`, which then shrinks all of them to a share, or under
 an eviction policy that keeps every token until the context ends and then as many tokens per kv head. "Queries as they
-came" are not turned to the positions to come, as in a cache that was given the configuration alone. The following
+came" are not turned to the positions to come, as in a cache that was given the configuration alone. "Bytes of" an
+evictor: compacted to as many tokens as fit into the bytes that it holds at the context's end. The following
 tokens are predicted from the true ones before them, and compared with an exact cache's predictions. Each row gives the
 bytes held at the context's end, and the mean KL divergence in nats per token with its 95 % interval over blocks of 64
 tokens of all texts. Rows of `compact` also give, of the worst text, the processor time of the compaction for 4,096
@@ -40,13 +41,14 @@ from kvfloor.models import load
 from kvfloor.statistics import blocks, mean_interval
 
 UNTURNED = "compact, queries as they came"
-COMPACTORS = ("compact", "compact(queries=512)", UNTURNED)
+COMPACTORS = ("compact", "compact(queries=256)", UNTURNED)
 DENSE = ("h2o(prefill=dense)", "tova(prefill=dense)", "expected(prefill=dense)")
 FIELDS = (
     "model",
     "context",
     "method",
     "share",
+    "kept",
     "state_bytes",
     "exact_bytes",
     "kl",
@@ -76,9 +78,19 @@ PARTS = {
     for part in (
         CompactionPart("builtin", 512, 256, MIXTURES, (0.125, 0.05), ("snapkv(window=8)", *DENSE)),
         CompactionPart("smollm2", 2048, 512, TEXTS, (0.05, 0.02), ("snapkv", *DENSE)),
-        CompactionPart("smollm2", 4096, 512, TEXTS, (0.05, 0.02), ("snapkv", *DENSE)),
+        CompactionPart("smollm2", 4096, 512, TEXTS, (0.05,), ("snapkv",)),
     )
 }
+
+
+class CompactionReading(NamedTuple):
+    """Hold one setting's reading of a text: tokens kept per kv head, bytes at the context's end, figures, costs."""
+
+    kept: int
+    nbytes: int
+    exact_bytes: int
+    told: TokenFigures
+    cost: tuple[float, ...]
 
 
 class CompactionBench:
@@ -120,23 +132,30 @@ class CompactionBench:
         cache, dialogue = self._filled(f"{evictor}@{self.tokens(share)}")
         return cache.nbytes, self._figures(dialogue)
 
-    def compacted(self, method: str) -> Iterator[tuple[float, int, TokenFigures, tuple[float, float, float]]]:
-        """Yield (share, bytes, figures, (processor seconds for 4,096 tokens, sample share, peak share)) per share."""
+    def taken_in(self, method: str) -> tuple[CompressedCache, Dialogue]:
+        """Return a cache under a form of `compact` that has taken in the context, and its dialogue."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a configuration, which does not tell how queries can be turned
             source = self.model.config if method == UNTURNED else self.model
             filled = CompressedCache(source, method.partition(",")[0])
         dialogue = Dialogue.start(self.model, filled, 1)
         dialogue.feed([self.context], CHUNK_SLOTS)
-        sample = filled.nbytes / self.exact_bytes - 1
-        for share in self.part.shares:
-            cache = copy.deepcopy(filled)
-            before, begin = peak_resident_bytes(anew=True), time.process_time()
-            cache.compact(to=share)
-            seconds = time.process_time() - begin
-            grown = (peak_resident_bytes() - before) / self.exact_bytes
-            held, fresh = cache.nbytes, Dialogue(self.model, cache, dialogue.mask.clone(), dialogue.logits)
-            yield share, held, self._figures(fresh), (seconds * 4096 / len(self.context), sample, grown)
+        return filled, dialogue
+
+    def compacted(
+        self, filled: CompressedCache, dialogue: Dialogue, kept: int
+    ) -> tuple[int, TokenFigures, tuple[float, float, float]]:
+        """Compact a copy of a cache to so many tokens per kv head, and predict.
+
+        Return (bytes, figures, (processor seconds for 4,096 tokens, sample share, peak share)).
+        """
+        cache, sample = copy.deepcopy(filled), filled.nbytes / self.exact_bytes - 1
+        before, begin = peak_resident_bytes(anew=True), time.process_time()
+        cache.compact(to=kept / len(self.context))
+        seconds = time.process_time() - begin
+        grown = (peak_resident_bytes() - before) / self.exact_bytes
+        held, fresh = cache.nbytes, Dialogue(self.model, cache, dialogue.mask.clone(), dialogue.logits)
+        return held, self._figures(fresh), (seconds * 4096 / len(self.context), sample, grown)
 
 
 def peak_resident_bytes(anew: bool = False) -> int:
@@ -152,27 +171,45 @@ def measured(part: CompactionPart) -> list[Row]:
     torch.set_num_threads(1)
     model, tokenizer = load(part.model)
     model = prepare(model)
-    found: dict[tuple[str, float], list[tuple[int, int, TokenFigures, tuple[float, ...]]]] = {}
+    found: dict[tuple[str, float], list[CompactionReading]] = {}
+
+    def note(text: str, method: str, share: float, reading: CompactionReading) -> None:
+        found.setdefault((method, share), []).append(reading)
+        print(text, method, share, sum(reading.told.kl) / len(reading.told.kl), *reading[:2], reading.cost, flush=True)
+
     for text in part.texts:
         bench = CompactionBench(model, tokenizer, text, part)
-        for method in COMPACTORS:
-            for share, held, told, cost in bench.compacted(method):
-                found.setdefault((method, share), []).append((held, bench.exact_bytes, told, cost))
-                print(text, method, share, sum(told.kl) / len(told.kl), held, cost, flush=True)
         for evictor in part.evictors:
             for share in part.shares:
                 held, told = bench.evicted(evictor, share)
-                found.setdefault((evictor, share), []).append((held, bench.exact_bytes, told, ()))
-                print(text, evictor, share, sum(told.kl) / len(told.kl), held, flush=True)
+                note(text, evictor, share, CompactionReading(bench.tokens(share), held, bench.exact_bytes, told, ()))
+        for method in COMPACTORS:
+            filled, dialogue = bench.taken_in(method)
+            for share in part.shares:
+                kept, best = bench.tokens(share), part.evictors[0]
+                reading = CompactionReading(kept, *_with_exact(bench, filled, dialogue, kept))
+                note(text, method, share, reading)
+                if method == "compact":
+                    most = found[best, share][-1].nbytes * kept // reading.nbytes
+                    reading = CompactionReading(most, *_with_exact(bench, filled, dialogue, most))
+                    note(text, f"compact, bytes of {best}", share, reading)
     rows: list[Row] = []
     for (method, share), texts in found.items():
-        held, exact = sum(one[0] for one in texts) // len(texts), texts[0][1]
-        interval = mean_interval([block for one in texts for block in blocks(one[2].kl, BLOCK_TOKENS)], 0.95)
-        same = [x for one in texts for x in one[2].same_top]
-        costs = [f"{max(column):.3g}" for column in zip(*(one[3] for one in texts), strict=True)] or ["", "", ""]
-        row = (part.model, part.context, method, share, held, exact, *interval, sum(same) / len(same), len(same))
+        kept, held = (sum(column) // len(texts) for column in zip(*(one[:2] for one in texts), strict=True))
+        interval = mean_interval([block for one in texts for block in blocks(one.told.kl, BLOCK_TOKENS)], 0.95)
+        same = [x for one in texts for x in one.told.same_top]
+        costs = [f"{max(column):.3g}" for column in zip(*(one.cost for one in texts), strict=True)] or ["", "", ""]
+        exact, agreed = texts[0].exact_bytes, sum(same) / len(same)
+        row = (part.model, part.context, method, share, kept, held, exact, *interval, agreed, len(same))
         rows.append((*row, *costs))
-    return sorted(rows, key=lambda row: (-float(str(row[3])), float(str(row[6]))))
+    return sorted(rows, key=lambda row: (-float(str(row[3])), float(str(row[7]))))
+
+
+def _with_exact(
+    bench: CompactionBench, filled: CompressedCache, dialogue: Dialogue, kept: int
+) -> tuple[int, int, TokenFigures, tuple[float, ...]]:
+    held, told, cost = bench.compacted(filled, dialogue, kept)
+    return held, bench.exact_bytes, told, cost
 
 
 def with_other_parts(rows: list[Row]) -> list[Row]:

@@ -100,12 +100,12 @@ def test_an_audit_measures_the_layers_that_auto_chooses(table: CostTable, tmp_pa
     asked = f"auto(rows='{tmp_path}/costs.json')@250KiB"
     said: list[str] = []
     question = AuditRequest(methods=("h2o", asked), texts=GENERATED[:1], tasks=(), contexts=(CONTEXT,), out=tmp_path)
-    found = with_chosen(question, said.append, said.append)
+    found, notes = with_chosen(question, lambda total, text: said.append(text), said.append)
     model, _ = load()
     wanted = str(CompressedCache(prepare(model), asked, context=CONTEXT).method)
     assert found.methods == ("h2o", wanted) and parse(wanted).kinds and f"{asked} after 90 tokens is {wanted}" in said
     plain = AuditRequest(methods=("h2o",), texts=GENERATED[:1], tasks=(), contexts=(CONTEXT,))
-    assert with_chosen(plain, said.append, said.append) is plain
+    assert not notes and with_chosen(plain, lambda total, text: said.append(text), said.append)[0] is plain
     with pytest.raises(ValueError, match="choose first"):
         AuditRequest(methods=(asked,), prompts=tmp_path / "prompts.jsonl").check()
 

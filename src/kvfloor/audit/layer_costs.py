@@ -14,7 +14,7 @@ from typing import Any
 
 from kvfloor.audit.nats import BLOCK_TOKENS
 from kvfloor.audit.reading import Reader
-from kvfloor.audit.texts import check_scored, excerpts
+from kvfloor.audit.texts import Excerpt, check_scored, excerpts
 from kvfloor.core.exact import Exact
 from kvfloor.core.method import Method, standard_law
 from kvfloor.hf.fingerprint import fingerprint
@@ -55,29 +55,63 @@ def measure_layers(
     track     called with the number of all steps, and a line of text, before each
     Raises ValueError for a method that is no method of one layer, for texts too short, and for too few scored tokens.
     """
-    whole("together", together)
     whole("context", context)
     check_scored(len(texts), whole("scored", scored), False)
+    asked = _of_layers(methods, together)
+    return _costs(model, excerpts(texts, [context], scored, encode), asked, together, seed, track)
+
+
+def costs_on(
+    model: Any,
+    excerpt: Excerpt,
+    methods: Sequence[str],
+    *,
+    together: int,
+    seed: int,
+    track: Callable[[int, str], None],
+) -> CostTable:
+    """Return the costs of each method in each unit of a prepared model, measured on one excerpt.
+
+    The other arguments and errors are those of `measure_layers`.
+    """
+    return _costs(model, [excerpt], _of_layers(methods, together), together, seed, track)
+
+
+def _of_layers(methods: Sequence[str], together: int) -> list[Method]:
+    """Return the methods but `exact`, each once; raise ValueError for what cannot be the method of one layer."""
+    whole("together", together)
     asked = list(dict.fromkeys(standard_law(parse(text), "a layer") for text in methods if text != "exact"))
-    Layered((Exact(), *asked))  # refuses what cannot be the method of one layer
+    Layered((Exact(), *asked))
+    return asked
+
+
+def _costs(
+    model: Any,
+    read: Sequence[Excerpt],
+    methods: Sequence[Method],
+    together: int,
+    seed: int,
+    track: Callable[[int, str], None],
+) -> CostTable:
     layers = layers_served(unwrapped(model).config)
     units = [(first, min(first + together, layers) - 1) for first in range(0, layers, together)]
     kls: dict[tuple[tuple[int, int], Method], list[tuple[float, int]]] = {}
-    total = len(texts) * (1 + len(units) * len(asked))
-    for excerpt in excerpts(texts, [context], scored, encode):
+    total = len(read) * (1 + len(units) * len(methods))
+    for excerpt in read:
         track(total, f"{excerpt.cell}: exact")
         reader = Reader(model, seed)
         reference = reader.reference(excerpt)
         for unit in units:
-            for method in asked:
+            for method in methods:
                 track(total, f"{excerpt.cell}: layers {unit[0]} to {unit[1]}, {method}")
                 found = reader.read(_alone(method, unit, layers), excerpt, reference).figures.kl
                 kls.setdefault((unit, method), []).extend(blocks(found, BLOCK_TOKENS))
     rows = []
     for unit in units:
         rows.append(LayerCost(*unit, "exact", 0.0, 0.0, 0.0))
-        rows += [LayerCost(*unit, str(method), *mean_interval(kls[unit, method])) for method in asked]
-    return CostTable(fingerprint(unwrapped(model)), layers, tuple(texts), context, scored, tuple(rows))
+        rows += [LayerCost(*unit, str(method), *mean_interval(kls[unit, method])) for method in methods]
+    texts, cell = tuple(one.cell.text for one in read), read[0].cell
+    return CostTable(fingerprint(unwrapped(model)), layers, texts, cell.context, cell.continuation, tuple(rows))
 
 
 def _alone(method: Method, unit: tuple[int, int], layers: int) -> Layered:

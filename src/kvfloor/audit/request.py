@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from kvfloor.audit.chat import Wish, check_wish
 from kvfloor.audit.plan import BUDGETS, METHODS, TASKS, check_protocols
 from kvfloor.audit.recommend import KL_LIMIT, WEAK_EXACT_SCORE
 from kvfloor.audit.texts import GENERATED, SHIPPED, check_scored, check_texts
+from kvfloor.core.budget import size_bytes
 from kvfloor.methods.grammar import parse
 from kvfloor.methods.mixed.auto import Auto
 from kvfloor.models.load import BUILTIN
+from kvfloor.splitting import shortened
 from kvfloor.statistics import MIN_SAMPLES
 
 DEFAULT_SAMPLES = 40
@@ -20,6 +23,8 @@ DEFAULT_CONTEXT = {True: 512, False: 1024}
 """Tokens of context for the built-in model (True) and any other (False)."""
 _FEWEST_SCORED = 512
 ENGINES = ("local", "ray")
+LEAST_BYTES = "limit"
+"""Entry of `mixed` that asks for the fewest bytes within the limit of divergence."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class AuditRequest:
 
     model         "builtin", a local folder, a GGUF file or the name of a published model
     methods       texts of methods, e.g. `h2o`; the baselines, e.g. `exact`, `window` and `random`, always run too
+    mixed         what settings with one method per layer the audit adds, chosen from costs that it measures first, on
+                  text that it does not read: "limit": of the fewest bytes whose predicted divergence is within the
+                  limit; a size such as "8MiB": of the least predicted divergence in these bytes of one request's cache
     budgets       texts of budgets: tokens, shares or bytes; None: 64 and 192 tokens for the built-in model, a quarter
                   and a half of the context for any other
     tasks         names of tasks, or `module:TASK` for one in the user's own module; not used if `prompts` is given.
@@ -67,6 +75,7 @@ class AuditRequest:
 
     model: str = "builtin"
     methods: Sequence[str] = METHODS
+    mixed: Sequence[str] = ()
     budgets: Sequence[str] | None = None
     tasks: Sequence[str] | None = None
     prompts: Path | None = None
@@ -152,14 +161,30 @@ class AuditRequest:
         if not (self.task_names or self.prompts or self.text_names):
             raise ValueError("an audit needs texts or tasks: leave --texts out, or name --tasks")
         check_texts(self.text_names)
-        self._check_auto()
+        self._check_chosen()
         check_scored(len(self.text_names), self.scored, self.minutes is not None)
 
-    def _check_auto(self) -> None:
-        asked = [text for text in self.methods if isinstance(parse(text), Auto)]
-        if asked and (self.prompts is not None or self.tp is not None):
+    @cached_property
+    def autos(self) -> dict[str, Auto]:
+        """Return the methods that are chosen by layer from a file of costs: text -> method."""
+        parsed = ((text, parse(text)) for text in self.methods)
+        return {text: method for text, method in parsed if isinstance(method, Auto)}
+
+    def _check_chosen(self) -> None:
+        if self.autos and (self.prompts is not None or self.tp is not None):
             raise ValueError(
-                f"{asked[0]}: with --prompts or --tp, choose first (kvfloor.hf.choose_layers) and give the layers(...)"
+                f"{next(iter(self.autos))}: with --prompts or --tp, choose first (kvfloor.hf.choose_layers) and give "
+                f"the layers(...)"
+            )
+        for wish in self.mixed:
+            if wish != LEAST_BYTES and size_bytes(wish) is None:
+                raise ValueError(f"--mixed {shortened(wish)}: give {LEAST_BYTES}, or a size such as 8MiB")
+        others = (self.prompts, self.tp, self.minutes, self.shard)
+        names = ("--prompts", "--tp", "--minutes", "--shard")
+        if self.mixed and (given := [name for name, value in zip(names, others, strict=True) if value is not None]):
+            raise ValueError(
+                f"--mixed measures costs in this process before the audit: leave it out with {given[0]}, and give what "
+                f"it proposes, the layers(...), to --methods"
             )
 
     def _check_shard(self) -> None:

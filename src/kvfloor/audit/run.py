@@ -114,10 +114,10 @@ def run(question: AuditRequest, track: Track, announce: Announce = _silent) -> A
     Rows that are in the folder `question.out` already, of an audit that was stopped, are not measured again. Raises
     ValueError with one line for anything in `question` that cannot be done.
     """
-    question = with_chosen(question, lambda text: track(0, text), announce)
+    question, notes = with_chosen(question, track, announce)
     plan, required = _checked(question)
     with Journal(open_folder(question.out)) as journal:
-        _measure(question, plan, journal, track, announce)
+        _measure(question, plan, journal, track, announce, notes)
         return answer(journal, question.kl_limit, required, question.command)
 
 
@@ -128,7 +128,7 @@ def measure_part(question: AuditRequest, track: Track, announce: Announce = _sil
     `track(total, text)` is called before each of `total` measurements, `announce` with lines of text that tell the
     expected time and what was measured before. Raises ValueError as `run` does.
     """
-    question = with_chosen(question, lambda text: track(0, text), announce)
+    question, _ = with_chosen(question, track, announce)
     plan, _ = _checked(question)
     with Journal(open_folder(question.out)) as journal:
         return _measure(question, plan, journal, track, announce)
@@ -185,7 +185,12 @@ def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condit
 
 
 def _measure(
-    question: AuditRequest, plan: Sequence[BudgetedMethod], journal: Journal, track: Track, announce: Announce
+    question: AuditRequest,
+    plan: Sequence[BudgetedMethod],
+    journal: Journal,
+    track: Track,
+    announce: Announce,
+    notes: Sequence[str] = (),
 ) -> int:
     """Make the measurements that have no row yet, write the journal's files anew, and return the number of rows.
 
@@ -193,6 +198,7 @@ def _measure(
     plan      the settings
     track     function `track(total, text)` that is called before each of `total` measurements, which `text` names
     announce  function that is called with a line of text that tells what was measured before
+    notes     sentences for the report
     """
     begin, began = time.perf_counter(), time.time()
     folder = find(question.model, question.accept_terms, lambda text: track(0, text))
@@ -218,7 +224,7 @@ def _measure(
         missing = journal.missing(asked(journal.rows))
         total = len(missing) + len({place for place, _ in missing})
         engine.measure(asked, journal, clock, lambda text: track(total, text))
-        count = _finish(question, journal, asked, clock.note())
+        count = _finish(question, journal, asked, (*notes, *clock.note()))
         if question.shard is None:
             _look_closer(question, engine, journal, lambda text: track(total, text))
     return count

@@ -25,10 +25,14 @@ SHIPPED = ("speech", "novel", "facts")
 GENERATED = ("mixture-0", "mixture-1", "mixture-2")
 """Texts in the built-in model's own vocabulary: facts of several tasks among filler, unlike those of its training."""
 
+UNREAD = "mixture-3"
+"""A generated text that no audit reads unless it is named, to choose settings on."""
+
 MOST_PASSAGES = 8
 """Passages of one text that a race may read, the first included."""
 
 MOST_TEXT_BYTES = 2**27
+_GENERATED = (*GENERATED, UNREAD)
 _GENERATED_FROM = 1_000_000  # index of the first generated text: far from the indices of any sample
 
 
@@ -54,8 +58,8 @@ def check_texts(names: Sequence[str]) -> None:
     The report names a file without its folder and ending, so `a/x.txt` and `b/x.md` have one name.
     """
     for name in names:
-        if name not in (*SHIPPED, *GENERATED) and not Path(name).exists():
-            raise ValueError(f"no text {name!r}: give a file, or one of {', '.join((*SHIPPED, *GENERATED))}")
+        if name not in (*SHIPPED, *_GENERATED) and not Path(name).exists():
+            raise ValueError(f"no text {name!r}: give a file, or one of {', '.join((*SHIPPED, *_GENERATED))}")
     stems = [Path(name).stem for name in names]
     if len(set(stems)) != len(stems):
         raise ValueError(f"two of the texts are named {max(stems, key=stems.count)!r}: rename one")
@@ -70,8 +74,8 @@ def text_of(name: str, tokens: int) -> str:
     """
     if name in SHIPPED:
         return files("kvfloor.tasks").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
-    if name in GENERATED:
-        pieces, count, index = [], builtin_count(), _GENERATED_FROM * (1 + GENERATED.index(name))
+    if name in _GENERATED:
+        pieces, count, index = [], builtin_count(), _GENERATED_FROM * (1 + _GENERATED.index(name))
         while sum(map(count, pieces)) < tokens:
             pieces.append(mix(mixable(), 0, index + len(pieces), max(256, tokens), 0, count, FULL)[0])
         return " ".join(pieces)
@@ -111,7 +115,7 @@ def further_excerpts(
     passages, the first included, and no more than its tokens allow. Generated texts have no further passages.
     """
     found, head, length = [], encode(""), max(contexts) + continuation
-    bodies = {name: encode(text_of(name, length))[len(head) :] for name in names if name not in GENERATED}
+    bodies = {name: encode(text_of(name, length))[len(head) :] for name in names if name not in _GENERATED}
     for number in range(2, MOST_PASSAGES + 1):
         for name, body in bodies.items():
             begin = (number - 1) * length
@@ -147,3 +151,33 @@ def excerpts(
             cell = TextCell(Path(name).stem, context, continuation)
             found.append(Excerpt(cell, ids[:context], ids[context : context + continuation]))
     return found
+
+
+def unread_excerpt(
+    names: Sequence[str], read: int, context: int, continuation: int, encode: Callable[[str], list[int]]
+) -> Excerpt:
+    """Return an excerpt that has no token in common with the first passages of the texts `names`.
+
+    names                  names of texts, of which an audit reads the first passages
+    read                   tokens of such a passage
+    context, continuation  tokens of the excerpt's context and continuation
+    encode                 function that returns the token ids of a text
+    It lies behind the first passage of the first text that is long enough, or begins a shipped text that is not among
+    `names`; if all of `names` are generated texts, it is of another generated one. Its text is called "NAME (unread)".
+    Raises ValueError if no text is long enough.
+    """
+    if names and set(names) <= set(GENERATED):
+        (found,) = excerpts([UNREAD], [context], continuation, encode)
+        return found
+    head, length = encode(""), context + continuation
+    written = [name for name in names if name not in _GENERATED]
+    for name in (*written, *(name for name in SHIPPED if name not in names)):
+        begin = read if name in names else 0
+        body = encode(text_of(name, read + length))[len(head) :]
+        ids = head + body[begin : begin + length - len(head)]
+        if len(ids) == length:
+            cell = TextCell(f"{Path(name).stem} (unread)", context, continuation)
+            return Excerpt(cell, ids[:context], ids[context:])
+    raise ValueError(
+        f"none of the texts has {length:,} tokens that are not read already: give a longer text or a smaller context"
+    )

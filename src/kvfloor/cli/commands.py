@@ -152,6 +152,10 @@ def audit(
     methods: Annotated[
         str | None, typer.Option(help="Comma-separated methods; the baselines run beside them in any case.")
     ] = None,
+    mixed: Annotated[
+        str | None,
+        typer.Option(help="Also audit one method per layer, after measuring costs: limit (fewest bytes), or 8MiB."),
+    ] = None,
     budgets: Annotated[str | None, typer.Option(help="Comma-separated budgets: 64, 25%, 8MiB.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated tasks or groups (see kvfloor tasks), or module:TASK.")
@@ -237,7 +241,8 @@ def audit(
     from kvfloor.report.text import visible
 
     chosen: dict[str, Any] = {}
-    for name, text in (("methods", methods), ("budgets", budgets), ("tasks", tasks), ("protocols", protocols)):
+    lists = {"methods": methods, "mixed": mixed, "budgets": budgets, "tasks": tasks, "protocols": protocols}
+    for name, text in lists.items():
         if text is not None:
             chosen[name] = tuple(split_list(text))
     if texts is not None:
@@ -288,8 +293,10 @@ def audit(
         bar = progress.add_task("loading the model", total=None)
 
         def track(total: int, text: str) -> None:
-            started = progress.tasks[0].total is not None
-            progress.update(bar, total=total or None, advance=1 if started else 0, description=visible(text))
+            if total and total != progress.tasks[0].total:  # the costs by layer, or the audit, begin
+                progress.reset(bar, total=total, description=visible(text))
+            else:
+                progress.update(bar, advance=1 if total else 0, description=visible(text))
 
         def announce(text: str) -> None:
             stderr.print(text, markup=False, highlight=False, soft_wrap=True)

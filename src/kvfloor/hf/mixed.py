@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfloor.core.budget import size_bytes
+from kvfloor.core.method import Method
 from kvfloor.hf.fingerprint import fingerprint
 from kvfloor.hf.held import held_bytes
 from kvfloor.hf.layer_shape import LayerShape
@@ -26,7 +27,7 @@ from kvfloor.hf.weights import input_device
 from kvfloor.hf.wrappers import unwrapped
 from kvfloor.methods.grammar import parse
 from kvfloor.methods.mixed.auto import COMMAND, Auto
-from kvfloor.methods.mixed.choice import CacheOption, OptionChoice, cheapest
+from kvfloor.methods.mixed.choice import CacheOption, OptionChoice, cheapest, smallest
 from kvfloor.methods.mixed.costs import CostTable, read_costs
 from kvfloor.methods.mixed.layered import Layered
 from kvfloor.validation import whole
@@ -65,7 +66,27 @@ def choose(
     shapes      sizes of the compressed layers
     Raises ValueError for bytes too few for the smallest options.
     """
-    units = list(table.units())
+    options = _options(table, shapes, context, dtype)
+    found = cheapest(options, most_bytes)
+    return _layered(table, options, found), found
+
+
+def choose_smallest(
+    table: CostTable, most_nats: float, shapes: Sequence[LayerShape], context: int, dtype: torch.dtype
+) -> tuple[Layered, OptionChoice]:
+    """Return the smallest methods of all layers whose measured costs add up to at most `most_nats`, and that sum.
+
+    The other arguments are those of `choose`. Raises ValueError if all measured options cost more.
+    """
+    options = _options(table, shapes, context, dtype)
+    found = smallest(options, most_nats)
+    return _layered(table, options, found), found
+
+
+def _options(
+    table: CostTable, shapes: Sequence[LayerShape], context: int, dtype: torch.dtype
+) -> list[list[CacheOption]]:
+    """Return each unit's options with their bytes; the arguments are those of `choose`."""
     known: dict[tuple[object, ...], int] = {}
 
     def sized(method: str, place: int) -> int:
@@ -75,19 +96,21 @@ def choose(
             known[sizes] = held_bytes(parse(method), (one,), context, dtype, 1)[1].after
         return known[sizes]
 
-    options = [
+    return [
         [
             CacheOption(row.method, sum(sized(row.method, place) for place in range(first, last + 1)), row.nats)
             for row in rows
         ]
-        for (first, last), rows in units
+        for (first, last), rows in table.units()
     ]
-    found = cheapest(options, most_bytes)
-    picked = [
-        (parse(rows[index].method), last + 1 - first)
-        for ((first, last), rows), index in zip(units, found.picks, strict=True)
-    ]
-    return Layered(tuple(method for method, count in picked for _ in range(count))), found
+
+
+def _layered(table: CostTable, options: list[list[CacheOption]], found: OptionChoice) -> Layered:
+    """Return the methods of all layers that a choice among the units' options stands for."""
+    methods: list[Method] = []
+    for ((first, last), _), unit, index in zip(table.units(), options, found.picks, strict=True):
+        methods += [parse(unit[index].method)] * (last + 1 - first)
+    return Layered(tuple(methods))
 
 
 def cache_shapes(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], torch.dtype]:

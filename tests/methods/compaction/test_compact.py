@@ -251,10 +251,15 @@ def _query_to_come(fields: dict[str, Any]) -> None:
 
 
 def _fewer_places(fields: dict[str, Any]) -> None:
-    fields["references"]["queries"] = fields["references"]["queries"][:, :3]
+    for name in ("codes", "scale"):
+        fields["references"][name] = fields["references"][name][:, :3]
 
 
-@pytest.mark.parametrize("spoil", [_weight_of_nan, _span_beyond, _no_span, _query_to_come, _fewer_places])
+def _no_scale(fields: dict[str, Any]) -> None:
+    fields["references"]["scale"] = None
+
+
+@pytest.mark.parametrize("spoil", [_weight_of_nan, _span_beyond, _no_span, _query_to_come, _fewer_places, _no_scale])
 def test_a_changed_message_is_refused(spoil: Callable[[dict[str, Any]], None]) -> None:
     from kvfloor.core.method import rebuilt
 
@@ -348,3 +353,14 @@ def test_what_compact_cannot_do_is_refused_with_a_reason() -> None:
         q, k, v = drawn(2)
         state.step(q[:, :1], k, v)
     assert parse("attention_matching(queries=64)") == Compact(64) and str(Compact(64)) == "compact(queries=64)"
+
+
+def test_the_sample_and_the_log_weights_are_small_beside_the_tokens() -> None:
+    n, spec = 4096, Spec(1, 64, 64)
+    q, k, v = (torch.randn(1, *size, 64) for size in ((3, n), (n,), (n,)))
+    state: Any = Compact().open(spec)
+    exact = parse("exact").open(spec)
+    for one in (state, exact):
+        one.append(k, v)
+    state.references.record(q, torch.tensor([0]), torch.tensor([n]))
+    assert exact.nbytes < state.nbytes <= 1.025 * exact.nbytes

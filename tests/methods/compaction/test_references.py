@@ -10,13 +10,17 @@ from torch import Tensor
 
 from kvfloor import Spec
 from kvfloor.core.rotation import Rotation
-from kvfloor.methods.compaction.references import HORIZON, TURNS, ReferenceQueries
+from kvfloor.methods.compaction.references import HORIZON, ReferenceQueries
 
 G, D, MOST = 2, 4, 22  # 11 places: 6 for the newest tokens, 5 spread
 
 
 def stream(rows: int, n: int) -> Tensor:
-    return torch.randn(rows, G, n, D, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    """Return queries (rows, G, n, D) that 8 bits hold exactly: multiples of a power of two, the largest 127 of it."""
+    source = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (rows, G, n, D), generator=source)
+    codes[..., 0] = 127
+    return codes * 2.0 ** torch.randint(-9, 3, (rows, G, n, 1), generator=source)
 
 
 def expected(n: int, start: int = 0) -> set[int]:
@@ -32,8 +36,8 @@ def held(sample: ReferenceQueries, row: int) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for place, position in enumerate(sample.position[row].tolist()):
         if position >= 0:
-            assert sample.queries is not None
-            q = sample.queries[row, place].float()
+            assert sample.codes is not None and sample.scale is not None
+            q = (sample.codes[row, place].float() - 128) * sample.scale[row, place].unsqueeze(-1)
             assert torch.equal(found.setdefault(position, q), q)
     return found
 
@@ -70,7 +74,7 @@ def test_one_token_at_a_time_gives_the_same_sample_and_a_restart_begins_anew() -
         sample.record_one(q[:, :, i : i + 1], i)
         require_sample(sample, q, [i + 1] * 3, [0] * 3)
     sample.restart(torch.full((3,), 70))
-    assert sample.queries is None and sample.nbytes < 100
+    assert sample.codes is None and sample.scale is None and sample.nbytes < 100
     for i in range(70, 90):
         sample.record_one(q[:, :, i : i + 1], i)
     require_sample(sample, q, [90] * 3, [70] * 3)
@@ -86,35 +90,45 @@ def test_a_sample_of_every_kept_token_but_the_newest_is_refused_by_the_check() -
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_queries_are_turned_to_positions_that_cover_the_horizon(interleaved: bool) -> None:
-    """A query turned to position p gives the logits that the same content would have there."""
-    rotation = Rotation((1.0, 0.01), interleaved=interleaved)
+    """A query turned to position p gives the logits that the same content would have there, but for its codes."""
+    n, rotation = 100, Rotation((1.0, 0.01), interleaved=interleaved)
     spec = Spec(1, D, D, dtype=torch.float64, applied=rotation)
-    content = torch.randn(1, 1, 40, D, generator=torch.Generator().manual_seed(2)).bfloat16().double()
-    place = torch.arange(40)
-    asked = rotation.turned(content, rotation.circle(place, torch.float64))
-    sample = ReferenceQueries(spec, 80)
-    sample.record(asked, torch.tensor([0]), torch.tensor([40]))
-    sample.queries = asked.transpose(1, 2)  # without the rounding to 16 bits
-    sample.position = torch.arange(40).unsqueeze(0)
-    got = sample.of(0, 40)[0].view(TURNS, 40, D)
+    content = torch.randn(1, 1, n, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    asked = rotation.turned(content, rotation.circle(torch.arange(n), torch.float64))
+    sample = ReferenceQueries(spec, 2 * n)
+    sample.record(asked, torch.tensor([0]), torch.tensor([n]))
+    got = sample.of(0, n)[0]
+    positions = sample.position[0][sample.position[0] >= 0]
     targets = []
-    for turn in range(TURNS):
-        for token in range(40):
-            errors = [
-                float((rotation.turned(content[0, 0, token], _at(rotation, p)) - got[turn, token]).abs().max())
-                for p in range(40, 40 + HORIZON)
-            ]
-            targets.append(min(range(HORIZON), key=errors.__getitem__))
-            assert errors[targets[-1]] < 1e-5
+    for query, token in zip(got, positions.tolist(), strict=True):
+        errors = [
+            float((rotation.turned(content[0, 0, token], _at(rotation, p)) - query).abs().max())
+            for p in range(n, n + HORIZON)
+        ]
+        targets.append(min(range(HORIZON), key=errors.__getitem__))
+        assert errors[targets[-1]] < 0.02
     counts = torch.bincount(torch.tensor(targets), minlength=HORIZON)
-    assert int(counts.max()) - int(counts.min()) <= 2, "every position of the horizon is covered alike"
-    assert all(
-        len({targets[t * 40 + token] // (HORIZON // TURNS) for t in range(TURNS)}) == TURNS for token in range(40)
-    )
+    assert len(targets) > HORIZON and int(counts.max()) - int(counts.min()) <= 2, "the horizon is covered evenly"
 
 
 def _at(rotation: Rotation, place: int) -> tuple[Tensor, Tensor]:
     return rotation.circle(torch.tensor(place), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_codes_are_within_half_a_step_of_the_queries(dtype: torch.dtype) -> None:
+    q = torch.randn(2, G, 11, D, generator=torch.Generator().manual_seed(5)).to(dtype)
+    q[0, 0, 3], q[1, 0, 4] = 0.0, 1000 * q[1, 0, 4]
+    sample = ReferenceQueries(Spec(2, D, D, dtype=dtype), 1000)
+    sample.record(q, torch.zeros(2, dtype=torch.int64), torch.tensor([11, 11]))
+    for row in range(2):
+        mine = held(sample, row)
+        assert set(mine) == set(range(11))
+        for position, found in mine.items():
+            asked = q[row, :, position].double()
+            step = asked.abs().amax(-1, keepdim=True) / 127
+            rounding = asked.abs().amax(-1, keepdim=True) * torch.finfo(dtype).eps  # of the scale, in the dtype
+            assert bool(((found.double() - asked).abs() <= 0.5001 * step + rounding).all())
 
 
 def test_without_a_known_rotation_queries_are_used_as_they_came() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfloor.methods.mixed.choice import CacheOption, OptionChoice, by_price, cheapest
+from kvfloor.methods.mixed.choice import CacheOption, OptionChoice, by_price, cheapest, smallest
 
 Units = list[list[CacheOption]]
 Solver = Callable[[Sequence[Sequence[CacheOption]], int], OptionChoice]
@@ -56,6 +56,23 @@ def is_best(solve: Solver, units: Units, most_bytes: int) -> bool:
 @given(UNITS, st.integers(0, 50))
 def test_the_choice_is_the_best_of_all(units: Units, most_bytes: int) -> None:
     assert is_best(cheapest, units, most_bytes)
+
+
+@given(UNITS, st.sampled_from([-0.2, 0.0, 0.15, 0.3, 0.65, 1.0, 3.0]))
+def test_the_smallest_choice_within_a_cost_is_the_smallest_of_all(units: Units, most_nats: float) -> None:
+    totals = [
+        (sum(one.nbytes for one in picked), sum((Fraction(one.nats) for one in picked), Fraction(0)))
+        for picked in product(*units)
+    ]
+    wanted = min((total for total in totals if float(total[1]) <= most_nats), default=None)
+    if wanted is None:
+        with pytest.raises(ValueError, match="too few"):
+            smallest(units, most_nats)
+        return
+    found = smallest(units, most_nats)
+    picked = [unit[index] for unit, index in zip(units, found.picks, strict=True)]
+    assert (sum(one.nbytes for one in picked), sum(Fraction(one.nats) for one in picked)) == wanted
+    assert found.nbytes == wanted[0]
 
 
 def one_byte_less(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> OptionChoice:

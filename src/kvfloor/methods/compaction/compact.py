@@ -63,7 +63,7 @@ class Compact(Method):
     name: ClassVar[str] = "compact"
     paper: ClassVar[str] = "arXiv 2602.16284 (Attention Matching)"
     wants_rotation: ClassVar[bool] = True
-    queries: int = 256
+    queries: int = 512
 
     def __post_init__(self) -> None:
         count(self.name, least=1, queries=self.queries)
@@ -210,7 +210,8 @@ class CompactState(Blocked[Compact]):
         """Fit `room` tokens of a row to its slots in the mask `inside` (width,); the indices are slots of the row."""
         spec, slots = self.spec, self.slots
         slot = inside.nonzero().squeeze(1)
-        place = (slots.offset[row] + slot).to(spec.device)
+        begin, is_run = int(slots.offset[row]), int(slot[-1] - slot[0]) + 1 == len(slot)
+        place = slice(begin + int(slot[0]), begin + int(slot[-1]) + 1) if is_run else (begin + slot).to(spec.device)
         k, v, log_weight = (x[place].unsqueeze(0) for x in (slots.k, slots.v, getattr(slots.columns, LOG_WEIGHT)))
         kept = match(k, v, log_weight, self.references.of(row, int(self.seen[row])), room, spec)
         return replace(kept, index=slot[kept.index.cpu()])

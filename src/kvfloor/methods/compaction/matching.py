@@ -51,17 +51,18 @@ def match(k: Tensor, v: Tensor, log_weight: Tensor, q: Tensor, t: int, spec: Spe
     log_mass = q.new_full(q.shape[:2], -torch.inf, dtype=spec.compute_dtype)
     for _, raw in law.by_tile(k, log_weight):
         log_mass = torch.logaddexp(log_mass, raw.logsumexp(-1))
-    score = log_weight.new_empty(log_weight.shape, dtype=wide)
+    score = log_mass.new_empty(log_weight.shape)
     output = q.new_zeros(*q.shape[:2], v.shape[2], dtype=wide)
     for at, raw in law.by_tile(k, log_weight):
         share = raw.sub_(log_mass.unsqueeze(-1)).exp_()
         output += share @ aligned(v[:, at]).to(share.dtype)
-        score[:, at] = share.square_().sum(1, dtype=wide)
+        score[:, at] = share.square_().sum(1)
     index = score[0].sort(descending=True, stable=True).indices[:t].sort().values
-    share = (law.over(k[:, index], log_weight[:, index]) - log_mass.unsqueeze(-1)).exp().to(wide)
+    share = law.over(k[:, index], log_weight[:, index]).sub_(log_mass.unsqueeze(-1)).exp_().to(wide)
     weight = _weights(share)
-    among = share * weight.unsqueeze(1)
-    value = nearest(among / among.sum(-1, keepdim=True), output, v[:, index].to(wide), VALUE_RIDGE)
+    among = share.mul_(weight.unsqueeze(1))
+    among /= among.sum(-1, keepdim=True)
+    value = nearest(among, output, v[:, index].to(wide), VALUE_RIDGE)
     return Kept(index, (log_weight[:, index] + weight.log())[0], value[0])
 
 

@@ -74,6 +74,28 @@ def cheapest(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> OptionC
     return _choice(units, _picks(labels[-1]), relaxed[0].bound(most_bytes))
 
 
+def smallest(units: Sequence[Sequence[CacheOption]], most_nats: float) -> OptionChoice:
+    """Return the choice of one option per unit with the fewest total bytes, among those of at most `most_nats` nats.
+
+    Of several such choices it is one of the least nats. Raises ValueError if there is no unit, if a unit has no option,
+    and if even the options of least cost exceed the limit: the error names the nats that they cost.
+    """
+    bytes_of = [[one.nbytes for one in unit] for unit in units]
+    enough = sum(max(sizes, default=0) for sizes in bytes_of)
+    best = cheapest(units, enough)
+    if best.nats > most_nats:
+        raise ValueError(f"{most_nats:g} nats are too few: the best of the measured options cost {best.nats:.3g} nats")
+    too_few = sum(min(sizes) for sizes in bytes_of) - 1
+    while best.nbytes - too_few > 1:
+        middle = (best.nbytes + too_few) // 2
+        tried = cheapest(units, middle)
+        if tried.nats <= most_nats:
+            best = tried
+        else:
+            too_few = middle
+    return best
+
+
 def by_price(units: Sequence[Sequence[CacheOption]], most_bytes: int) -> OptionChoice:
     """Return the choice that buys bytes where a byte saves most nats, along each unit's lower convex hull.
 
