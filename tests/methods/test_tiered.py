@@ -70,7 +70,7 @@ def given(keys: Keys, dtype: torch.dtype, seed: int = 0, **how: Any) -> tuple[An
     """Return (state, q, k, v): a state with these tokens appended, and queries."""
     draw = seeded(seed)
     k, v, q = keys(draw).to(dtype), draw(ROWS, N, DV, dtype=dtype), draw(ROWS, M, D, dtype=dtype) * 2
-    state = opened("tiered(page=16)", ROWS, D, DV, dtype=dtype, scale=D**-0.5, **how)
+    state = opened("tiered(page=16,recent=0)", ROWS, D, DV, dtype=dtype, scale=D**-0.5, **how)
     state.append(k, v)
     return state, q, k, v
 
@@ -103,7 +103,7 @@ def test_queries_that_climb_towards_the_bound_do_not_reach_it(seed: int) -> None
     """Follow the gradient of error over bound from 200 starts."""
     draw = seeded(seed)
     k, v, starts = draw(1, 100, 6) * 2, draw(1, 100, 3), draw(1, 200, 6) * 2
-    state = opened("tiered(page=16)", 1, 6, 3)
+    state = opened("tiered(page=16,recent=0)", 1, 6, 3)
     state.append(k, v)
     q = starts.clone().requires_grad_()
     climb, best, first = torch.optim.Adam([q], lr=0.1), 0.0, 0.0
@@ -126,7 +126,7 @@ def test_epsilon_zero_reads_what_exact_reads_to_the_bit() -> None:
         q = draw(ROWS, 3, 600, D, dtype=dtype)
         spec = Spec(ROWS, D, D, D**-0.5, dtype=dtype)
         exact = parse("exact").open(spec)
-        zero, some = (Tiered(**how).open(spec) for how in ({"epsilon": 0}, {"page": 16}))
+        zero, some = (Tiered(**how).open(spec) for how in ({"epsilon": 0}, {"page": 16, "recent": 0}))
         for cut in (slice(0, 500), slice(500, 501), slice(501, 600)):
             tokens = q[:, :, cut], k[:, cut], v[:, cut]
             assert torch.equal(exact.step(*tokens), zero.step(*tokens))
@@ -142,7 +142,7 @@ def test_a_step_answers_within_epsilon() -> None:
     draw, g = seeded(6), 3
     k, v, q = draw(ROWS, 200, D) * 3, draw(ROWS, 200, DV), draw(ROWS, g, 200, D) * 3
     for epsilon in (0.3, 0.003):
-        state = opened(f"tiered(epsilon={epsilon},page=16)", ROWS, D, DV, scale=D**-0.5)
+        state = opened(f"tiered(epsilon={epsilon},page=16,recent=0)", ROWS, D, DV, scale=D**-0.5)
         out = torch.cat([state.step(q[:, :, a:b], k[:, a:b], v[:, a:b]) for a, b in ((0, 150), (150, 200))], 2)
         logits = q @ k.transpose(1, 2).unsqueeze(1) * D**-0.5
         later = torch.ones(200, 200, dtype=torch.bool).triu(1)
@@ -192,7 +192,7 @@ def test_a_state_that_forgot_tokens_still_bounds_its_error() -> None:
 def test_values_that_are_the_keys_are_bounded_too() -> None:
     draw = seeded(8)
     k, q = draw(ROWS, N, D) * 2, draw(ROWS, M, D)
-    state = Tiered(page=16).open(Spec(ROWS, D, D, dtype=torch.float64, tied=True))
+    state = Tiered(page=16, recent=0).open(Spec(ROWS, D, D, dtype=torch.float64, tied=True))
     state.append(k, k)
     assert violations(state, q, k, k, 1e6, 0.01, 1e-6) == 0
 
@@ -283,7 +283,7 @@ def test_a_planted_fault_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
         k, v, q = draw(1, 18, 1) * 60, draw(1, 18, 2), draw(1, 400, 1) * 2
         if "key" not in name and "scale" not in name:
             k = k * 0
-        state = opened("tiered(page=16,first=13)", 1, 1, 2, scale=0.5)
+        state = opened("tiered(page=16,first=13,recent=0)", 1, 1, 2, scale=0.5)
         state.append(k, v)
         cases.append((state, q, k, v))
     assert sum(violations(*case, 1e6) for case in cases) == 0

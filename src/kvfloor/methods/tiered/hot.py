@@ -30,7 +30,7 @@ _RADIUS = torch.bfloat16
 class Hot(Memory):
     """Keep every token in 8-bit codes (store `k8v8`), and the sums of the residuals' outer products by row.
 
-    codes         the coded tokens; the first ones and those of the open page as they were given
+    codes         the coded tokens; the first ones, the newest and those of the open page as they were given
     key_gram      (rows, d, d) sum over coded tokens of the key residual's outer product with itself
     value_gram    (rows, dv, dv) the same of the value residuals
     operator      (rows,) bound on the operator norm of the matrix of the value residuals
@@ -41,10 +41,16 @@ class Hot(Memory):
     the sums, which remain upper bounds.
     """
 
-    def __init__(self, spec: Spec, places: int, page: int, first: int) -> None:
+    def __init__(self, spec: Spec, places: int, page: int, first: int, late: int) -> None:
+        """Open an empty tier.
+
+        places       slots of each row
+        page         tokens that are coded together
+        first, late  number of a row's first and of its newest tokens that have no codes, `late` a multiple of `page`
+        """
         self.spec = spec
         store = Coded(8, 8, first)
-        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False)
+        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False, late=late)
         how: dict[str, Any] = {"dtype": spec.compute_dtype, "device": spec.device}
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
         self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
@@ -52,44 +58,37 @@ class Hot(Memory):
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
-    def settle(self, exact: Slots, seen: Tensor, rows: Tensor | None) -> None:
-        """Code the open pages that are complete in these rows (None: all), and add their residuals to the sums.
+    def settle(self, seen: Tensor, rows: Tensor | None) -> None:
+        """Code the pages that are due in these rows (None: all), and add their residuals to the sums.
 
-        exact  the same tokens as they were given, in the same slots
-        seen   (rows,) tokens that each row has seen
+        seen: (rows,) tokens that each row has seen.
         """
-        before = self.codes.coded
-        self.codes.settle(seen, rows)
-        at = (self.codes.coded > before).nonzero().squeeze(1)
+        codes, device = self.codes, self.key_gram.device
+        at = codes.due(seen, rows)
         if not len(at):
             return
-        width, device = int(self.codes.held[at].max()), self.key_gram.device
-        position = self.codes.positions(at, width)
-        held = (torch.arange(width) < self.codes.held[at].unsqueeze(1)).to(device)
-        new = held & (position >= before[at].to(device).unsqueeze(1)) & self.codes.has_code(position, at)
-        row, slot = new.nonzero(as_tuple=True)
+        row, slot, from_page = codes.waiting(at)
         here = at.to(device)
-        place = self.codes.offset.to(device)[here[row]] + slot
-        beside = exact.offset.to(device)[here[row]] + slot
-        from_page, dtype = position[row, slot] % self.codes.group, self.spec.compute_dtype
+        place = codes.offset.to(device)[here[row]] + slot
 
         def paged(x: Tensor) -> Tensor:
-            pages = torch.zeros(len(at), self.codes.group, x.shape[-1], dtype=dtype, device=device)
+            pages = torch.zeros(len(at), codes.group, x.shape[-1], dtype=self.spec.compute_dtype, device=device)
             pages[row, from_page] = x
             return pages
 
-        k = exact.keys(beside).to(dtype)
-        given, residual = paged(k), paged(k - self.codes.keys(place))
+        k, v = codes.keys(place), codes.values(place)  # as they were given
+        codes.settle(seen, rows)
+        residual = paged(k - codes.keys(place))
         self.key_gram[here] += product(residual.transpose(1, 2), residual)
-        self._bound_keys(here, given, residual, self.codes.coded[at] // self.codes.group - 1)
+        self._bound_keys(here, paged(k), residual, codes.coded[at] // codes.group - 1)
         if not self.spec.tied:
-            residual = paged(exact.values(beside).to(dtype) - self.codes.values(place))
+            residual = paged(v - codes.values(place))
         self.value_gram[here] += product(residual.transpose(1, 2), residual)
-        terms = unit(dtype) * (self.codes.group + self._pages + 8)
-        self.operator[here] = operator_norm(self.value_gram[here], terms).to(dtype) * (1 + unit(dtype))
+        terms = unit(self.spec.compute_dtype) * (codes.group + self._pages + 8)
+        self.operator[here] = operator_norm(self.value_gram[here], terms).to(residual.dtype) * (1 + unit(residual.dtype))
         radius = length(residual)[row, from_page] * (1 + 2.0**-7)  # bfloat16 rounds by at most 2^-8
         radius = torch.where(radius > 0, radius.clamp_min(torch.finfo(_RADIUS).tiny), radius)
-        self.codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
+        codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
 
     def _bound_keys(self, here: Tensor, given: Tensor, residual: Tensor, page: Tensor) -> None:
         """Update `excess` and `reach` of the rows `here` by a page of keys (r, page, d) and their residuals."""

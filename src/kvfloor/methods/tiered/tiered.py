@@ -41,6 +41,7 @@ class Tiered(Method):
     epsilon  the largest error allowed; 0: all tokens are read exactly, and no codes are kept
     page     tokens that are coded together
     first    number of a row's first tokens that are never coded
+    recent   least number of a row's newest tokens that have no codes yet, rounded up to whole pages
     """
 
     name: ClassVar[str] = "tiered"
@@ -51,11 +52,12 @@ class Tiered(Method):
     epsilon: float = 0.02
     page: int = 64
     first: int = 4
+    recent: int = 256
 
     def __post_init__(self) -> None:
         require_epsilon(self.epsilon)
         count("tiered", page=self.page)
-        count("tiered", least=0, first=self.first)
+        count("tiered", least=0, first=self.first, recent=self.recent)
 
     @property
     def traits(self) -> Traits:
@@ -95,7 +97,8 @@ class TieredState(Blocked[Tiered]):
     def __init__(self, method: Tiered, spec: Spec) -> None:
         slots = (Cold if method.epsilon else Slots)(spec, [_SLOTS] * spec.rows, lose=False)
         super().__init__(method, spec, slots, method.block, in_order=True)
-        self.hot = Hot(spec, _SLOTS, method.page, method.first) if method.epsilon else None
+        late = -(-method.recent // method.page) * method.page
+        self.hot = Hot(spec, _SLOTS, method.page, method.first, late) if method.epsilon else None
         self.tally = Tally()
 
     @whole
@@ -182,7 +185,7 @@ class TieredState(Blocked[Tiered]):
 
     def _close(self, rows: Tensor | None) -> None:
         if self.hot is not None:
-            self.hot.settle(self.slots, self.seen, rows)
+            self.hot.settle(self.seen, rows)
 
     @property
     def _plainly_read(self) -> bool:
