@@ -21,14 +21,15 @@ from kvfloor.core.rowwise import length, product, total
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
-from kvfloor.methods.stores.coded import Coded, CodedSlots
-from kvfloor.methods.stores.codes import ChannelCodes
+from kvfloor.methods.stores.coded import CodedSlots
+from kvfloor.methods.stores.codes import GroupCodes
+from kvfloor.methods.tiered.hot_store import HotStore
 
 _RADIUS = torch.bfloat16
 
 
 class Hot(Memory):
-    """Keep every token in 8-bit codes (store `k8v8`), and the sums of the residuals' outer products by row.
+    """Keep every token in codes of 8 bits and more, and the sums of the residuals' outer products by row.
 
     codes         the coded tokens; the first ones, the newest and those of the open page as they were given
     key_gram      (rows, d, d) sum over coded tokens of the key residual's outer product with itself
@@ -41,15 +42,15 @@ class Hot(Memory):
     the sums, which remain upper bounds.
     """
 
-    def __init__(self, spec: Spec, places: int, page: int, first: int, late: int) -> None:
+    def __init__(self, spec: Spec, places: int, store: HotStore, page: int, late: int) -> None:
         """Open an empty tier.
 
-        places       slots of each row
-        page         tokens that are coded together
-        first, late  number of a row's first and of its newest tokens that have no codes, `late` a multiple of `page`
+        places  slots of each row
+        store   how keys and values are coded
+        page    tokens that are coded together
+        late    number of a row's newest tokens that have no codes, a multiple of `page`
         """
         self.spec = spec
-        store = Coded(8, 8, first)
         self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False, late=late)
         how: dict[str, Any] = {"dtype": spec.compute_dtype, "device": spec.device}
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
@@ -93,7 +94,7 @@ class Hot(Memory):
     def _bound_keys(self, here: Tensor, given: Tensor, residual: Tensor, page: Tensor) -> None:
         """Update `excess` and `reach` of the rows `here` by a page of keys (r, page, d) and their residuals."""
         codes = self.codes.key_codes
-        assert isinstance(codes, ChannelCodes)
+        assert isinstance(codes, GroupCodes)
         half = codes.steps(here.cpu())[torch.arange(len(here)), page.to(here.device)] / 2
         over = (residual.abs().amax(1) - half).clamp_min(0)
         grown = 1 + unit(given.dtype) * (given.shape[-1] + 8)
@@ -125,7 +126,7 @@ class Hot(Memory):
         rounding = logit_rounding(asked, size, spec)
         grown = 1 + eps * (2 * spec.d + 32)
         codes = self.codes.key_codes
-        assert isinstance(codes, ChannelCodes)
+        assert isinstance(codes, GroupCodes)
         half = codes.steps(None)[:, : max(1, self._pages)] / 2
         square = (torch.matmul(asked, self.key_gram) * asked).sum(-1).clamp_min(0)
         trace = total(self.key_gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)

@@ -23,8 +23,10 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import whole
 from kvfloor.methods.tiered.fetch import CertifiedReader, shaped
 from kvfloor.methods.tiered.hot import Hot, logit_rounding
+from kvfloor.methods.tiered.hot_store import HotStore
 from kvfloor.methods.tiered.tally import Tally
 from kvfloor.validation import count, within
+from kvfloor.validation import whole as whole_number
 
 _SLOTS = 64
 _AT_ONCE = 256  # queries of an exact read at once, as in `exact`
@@ -42,6 +44,7 @@ class Tiered(Method):
     page     tokens that are coded together
     first    number of a row's first tokens that are never coded
     recent   least number of a row's newest tokens that have no codes yet, rounded up to whole pages
+    extra    bits that half of the keys' channels, those of the wider ranges, have beyond 8: 0 to 8
     """
 
     name: ClassVar[str] = "tiered"
@@ -53,11 +56,13 @@ class Tiered(Method):
     page: int = 64
     first: int = 4
     recent: int = 256
+    extra: int = 2
 
     def __post_init__(self) -> None:
         require_epsilon(self.epsilon)
         count("tiered", page=self.page)
         count("tiered", least=0, first=self.first, recent=self.recent)
+        whole_number("extra", self.extra, least=0, most=8)
 
     @property
     def traits(self) -> Traits:
@@ -98,7 +103,8 @@ class TieredState(Blocked[Tiered]):
         slots = (Cold if method.epsilon else Slots)(spec, [_SLOTS] * spec.rows, lose=False)
         super().__init__(method, spec, slots, method.block, in_order=True)
         late = -(-method.recent // method.page) * method.page
-        self.hot = Hot(spec, _SLOTS, method.page, method.first, late) if method.epsilon else None
+        store = HotStore(method.first, method.extra)
+        self.hot = Hot(spec, _SLOTS, store, method.page, late) if method.epsilon else None
         self.tally = Tally()
 
     @whole
