@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvfloor.certify.certified import Certified
 from kvfloor.certify.glimpse import Glimpse
+from kvfloor.certify.rounding import products
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -73,7 +74,7 @@ class CertifiedReader:
         asked = (q.to(dtype) * self.spec.scale).transpose(1, 2)
 
         def times(x: Tensor) -> Tensor:
-            return torch.matmul(asked, x.transpose(2, 3)).transpose(1, 2).flatten(1, 2)
+            return products(asked, x).transpose(1, 2).flatten(1, 2)
 
         def shared(x: Tensor) -> Tensor:
             return x.unsqueeze(1).expand(-1, g, *x.shape[1:]).flatten(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfloor.certify.glimpse import Glimpse
 from kvfloor.certify.operator_norm import operator_norm
-from kvfloor.certify.rounding import LEAST, unit
+from kvfloor.certify.rounding import LEAST, RUN, product_rounding, products, unit
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.rowwise import length, product, total
@@ -138,7 +138,7 @@ class Hot(Memory):
             page = (position // self.codes.group).clamp_max(half.shape[1] - 1)
             doubt = by_page.gather(2, page.unsqueeze(1).expand(-1, q.shape[1], -1)) * grown
             doubt = torch.minimum(doubt, gram.unsqueeze(2)) * coded.unsqueeze(1)
-        logits = capped(torch.matmul(asked, k.transpose(1, 2)), spec.softcap)
+        logits = capped(products(asked, k), spec.softcap)
         if hide is not None:
             logits = logits.masked_fill(hide, -torch.inf)
         radius = self.codes.column("radius", None, view.width).to(dtype) * coded
@@ -154,6 +154,15 @@ class Hot(Memory):
             self.operator,
         )
         return found, k
+
+    @property
+    def bytes_read(self) -> int:
+        """Return the bytes that one query per row reads: codes, bounds and sums, and the tokens without codes."""
+        codes = self.codes
+        coded = torch.minimum((codes.coded - codes.first).clamp_min(0), codes.held)
+        each = codes.token_bytes + torch.finfo(_RADIUS).bits // 8
+        sums = sum(x.nbytes for x in (self.key_gram, self.operator, self.excess, self.reach))
+        return round(int(coded.sum()) * each + int((codes.held - coded).sum()) * self.spec.token_bytes + sums)
 
     # ---- as a part of a state --------------------------------------------------------------------------------------
 
@@ -176,12 +185,13 @@ class Hot(Memory):
         self.codes.require_settled(codes, seen)
 
 
-def logit_rounding(asked: Tensor, size: Tensor, spec: Spec) -> Tensor:
+def logit_rounding(asked: Tensor, size: Tensor, spec: Spec, run: int = RUN) -> Tensor:
     """Return a bound (r, m, s) on what rounding makes of logits, and of the weights computed from them.
 
     asked  (r, m, d) queries times the scale
     size   (r, s) bounds on the keys' norms, and on what they are decoded from
+    run    most terms of a product that are summed at once: those of `products` by default
     """
     eps, dtype = unit(asked.dtype), asked.dtype
     fixed = eps * (16 - LEAST[dtype] + 8 * (spec.softcap or 0.0))
-    return eps * (2 * spec.d + 16) * length(asked).unsqueeze(2) * size.unsqueeze(1) + fixed
+    return product_rounding(spec.d, dtype, run) * length(asked).unsqueeze(2) * size.unsqueeze(1) + fixed

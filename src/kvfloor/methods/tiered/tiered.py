@@ -141,7 +141,7 @@ class TieredState(Blocked[Tiered]):
         live = torch.ones_like(view.v[..., 0], dtype=torch.bool) if view.live is None else view.live
         norms = (x.to(dtype).norm(dim=-1) * live for x in (view.k, view.v))
         key, value = (x.amax(1) if x.shape[1] else x.sum(1) for x in norms)
-        logit = logit_rounding(q.to(dtype) * spec.scale, key.unsqueeze(1), spec).squeeze(2)
+        logit = logit_rounding(q.to(dtype) * spec.scale, key.unsqueeze(1), spec, run=spec.d).squeeze(2)
         # A fused kernel rounds the weights to the cache's dtype.
         rounding = torch.expm1(logit) + unit(dtype) * (view.width + 32) + torch.finfo(spec.dtype).eps
         largest = value.unsqueeze(1).expand_as(rounding)
@@ -232,7 +232,7 @@ class TieredState(Blocked[Tiered]):
         """Return the bytes that one query per row reads, summed over rows, if the codes alone certify its answer."""
         if self.hot is None:
             return self.slot_bytes_read
-        return round(int(self.held.sum()) * self.hot.codes.token_bytes)
+        return self.hot.bytes_read
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
