@@ -18,7 +18,6 @@ from kvfloor.certify.rounding import LEAST, RUN, product_rounding, products, uni
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.rowwise import length, product, total
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
 from kvfloor.methods.stores.coded import CodedSlots
@@ -86,7 +85,9 @@ class Hot(Memory):
             residual = paged(v - codes.values(place))
         self.value_gram[here] += product(residual.transpose(1, 2), residual)
         terms = unit(self.spec.compute_dtype) * (codes.group + self._pages + 8)
-        self.operator[here] = operator_norm(self.value_gram[here], terms).to(residual.dtype) * (1 + unit(residual.dtype))
+        self.operator[here] = operator_norm(self.value_gram[here], terms).to(residual.dtype) * (
+            1 + unit(residual.dtype)
+        )
         radius = length(residual)[row, from_page] * (1 + 2.0**-7)  # bfloat16 rounds by at most 2^-8
         radius = torch.where(radius > 0, radius.clamp_min(torch.finfo(_RADIUS).tiny), radius)
         codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]

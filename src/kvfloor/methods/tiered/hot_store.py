@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvfloor.core.spec import Spec
-from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, TokenCodes
 from kvfloor.methods.stores.coded import Coding
+from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, TokenCodes
 from kvfloor.methods.stores.loud import LoudChannels
 
 _BITS = 8
