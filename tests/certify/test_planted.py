@@ -40,7 +40,7 @@ def on_glimpse(change: Callable[[Hot, Glimpse], dict[str, Tensor]]) -> Fault:
 
 
 def on_settle(spoil: Callable[[Hot, dict[str, Tensor]], None]) -> Fault:
-    """Return a fault that spoils the hot tier after each page; `spoil` gets the tier and its tensors before the page."""
+    """Return a fault that spoils the hot tier after a page; `spoil` gets the tier and its tensors from before."""
 
     def plant(patch: Patch) -> None:
         real = Hot.settle
@@ -150,7 +150,7 @@ def of_large_logits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tiered]:
 
 
 def at_the_lower_end(seed: int) -> tuple[Tensor, Tensor, Tensor, Tiered]:
-    """Return tokens of which the heavy ones were all rounded up by nearly half a step, so that the mass is too large."""
+    """Return tokens whose heavy ones were all rounded up by nearly half a step, so that the mass is too large."""
     k, v = torch.zeros(1, 20, 1, dtype=torch.float64), torch.zeros(1, 20, 2, dtype=torch.float64)
     k[:, :4], k[:, 5], k[:, 6:16], v[:, 4:16, 0] = 253.0, 255.0, 254.51, 1.0
     q = torch.linspace(0.1, 3, 400, dtype=torch.float64).view(1, -1, 1) * (1 + 0.01 * seed)

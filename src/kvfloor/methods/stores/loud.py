@@ -21,7 +21,7 @@ class LoudChannels(GroupCodes):
     most of it: `extra` bits for half of the channels lessen it more than half as many for all.
 
     extra      bits that the wider half of the channels gets beyond `bits`, 1 to 8
-    fine       (places, bytes) uint8, these bits of each slot's key: the lowest ones, in the order of the channels' ranges
+    fine       (places, bytes) uint8, these bits of each slot's key, the lowest ones, in the order of falling ranges
     low, high, range   as in `ChannelCodes`
     """
 
@@ -37,7 +37,7 @@ class LoudChannels(GroupCodes):
         self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
 
     def loud(self, width: Tensor) -> Tensor:
-        """Return the indices (..., w // 2) of the channels that get further bits, from their ranges' widths (..., w)."""
+        """Return the indices (..., w // 2) of the channels with further bits, from their ranges' widths (..., w)."""
         return torch.sort(width, dim=-1, descending=True, stable=True).indices[..., : self.width // 2]
 
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
