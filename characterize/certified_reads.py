@@ -4,10 +4,10 @@
     python -m characterize.certified_reads [--keys "SmolLM2 2k"] [--chart-only]
 
 Recorded keys and values (`characterize.lib.real_keys`), rounded to bfloat16: of SmolLM2 two texts, and a chat with a
-lookup at its end, ten of 30 layers; of Gemma 3 270M two texts at 2,048 tokens and one at 8,192, all three layers of full
-attention. The queries of the last 64 tokens attend to all tokens before them, through `tiered`. A stream is one kv head
-of one layer on one text, a group the queries of a token that share a kv head and what they fetch. Each line is one
-epsilon:
+lookup at its end, ten of 30 layers; of Gemma 3 270M two texts at 2,048 tokens and one at 8,192, all three layers of
+full attention. The queries of the last 64 tokens attend to all tokens before them, through `tiered`. A stream is one
+kv head of one layer on one text, a group the queries of a token that share a kv head and what they fetch. Each line is
+one epsilon:
   certified      share of queries whose error the codes alone bound by epsilon, relative to the largest value norm
   low, high      its 95 % interval over streams
   groups         share of groups that fetch nothing

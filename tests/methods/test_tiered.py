@@ -203,6 +203,43 @@ def test_an_epsilon_that_bounds_nothing_is_refused(epsilon: Any) -> None:
         type(state.method)(epsilon=epsilon)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_numbers_whose_squares_have_no_finite_sum_are_refused(name: str, dtype: torch.dtype) -> None:
+    state, q, k, v = given(KEYS["normal"], dtype)
+    before = state.to_bytes()
+    huge = {"k": k, "v": v} | {name: (k if name == "k" else v) * 1e30}
+    with pytest.raises(ValueError, match=f"^{name} has a number of size .*at most 1.13e"):
+        state.append(huge["k"], huge["v"])
+    with pytest.raises(ValueError, match=f"^{name} has a number of size"):
+        state.step(q.unsqueeze(1)[:, :, :1], huge["k"][:, :1], huge["v"][:, :1])
+    assert state.to_bytes() == before
+    zero = opened("tiered(epsilon=0)", ROWS, D, DV, dtype=dtype)
+    zero.append(huge["k"], huge["v"])  # nothing is squared
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_numbers_that_are_taken_are_coded_soundly(dtype: torch.dtype) -> None:
+    draw = seeded(4)
+    large = min(2.0**50, torch.finfo(dtype).max)
+    k, v, q = (draw(ROWS, n, D).clamp(-1, 1) for n in (N, N, M))
+    k, v, q = (k * large).to(dtype), (v * large).to(dtype), (q / large).to(dtype)
+    state = opened("tiered(page=16,recent=0)", ROWS, D, D, dtype=dtype)
+    state.append(k, v)
+    assert violations(state, q, k, v, 1e6, 0.02, 1e-6) == 0
+    again = state.method.from_bytes(state.to_bytes())
+    assert torch.equal(again.read_certified(q, 0.02).bound, state.read_certified(q, 0.02).bound)
+
+
+def test_queries_whose_logits_overflow_get_no_finite_bound() -> None:
+    state, q, _, _ = given(KEYS["peaked"], torch.float32)
+    for epsilon in (1e6, 0.01):
+        found = state.read_certified(q * (1e38 / q.abs().max()), epsilon)
+        assert not bool(found.bound.isnan().any())
+        answered = found.partial.mean.isfinite().all(-1)
+        assert bool((answered | found.bound.isinf()).all())
+
+
 def test_a_long_stream_stays_within_its_bounds() -> None:
     draw = seeded(9)
     k, v, q = (draw(1, n, 32, dtype=torch.float32) for n in (5000, 5000, 16))

@@ -30,6 +30,8 @@ from kvfloor.validation import whole as whole_number
 
 _SLOTS = 64
 _AT_ONCE = 256  # queries of an exact read at once, as in `exact`
+_LARGEST = {torch.float32: 2.0**50, torch.float64: 2.0**500}
+"""Numbers of at most this size, squared and summed over channels and tokens, stay finite."""
 _NUMBERS = 1 << 25  # entries of a matrix of queries and tokens at once
 
 
@@ -214,6 +216,23 @@ class TieredState(Blocked[Tiered]):
         super()._require_tokens(k, v, take)
         if self.hot is not None and int((self.seen + take).max()) > self.hot.codes.longest:
             raise ValueError(f"{self.method} numbers tokens in 32 bits: a stream ends after {self.hot.codes.longest:,}")
+        if self.hot is not None:
+            for name, x in (("k", k), ("v", v)):
+                self._require_summable(name, x, take)
+
+    def _require_summable(self, name: str, x: Tensor, take: Tensor) -> None:
+        """Raise ValueError if the first take[r] tokens of row r of x (rows, t, w) have numbers too large to square."""
+        most = _LARGEST[self.spec.compute_dtype]
+        if torch.finfo(x.dtype).max <= most or not x.numel():
+            return
+        if max(abs(end.item()) for end in torch.aminmax(x)) > most:
+            real = (torch.arange(x.shape[1]) < take.unsqueeze(1)).to(x.device)
+            largest = float(x.abs().amax(-1).masked_fill(~real, 0).max())
+            if largest > most:
+                raise ValueError(
+                    f"{name} has a number of size {largest:.3g}: {self.method} sums squares, so give numbers of at "
+                    f"most {most:.3g}, or use exact; the state was not changed"
+                )
 
     def _pin(self, start: int, stop: int) -> None:
         """Do nothing for positions start .. stop - 1: no token is ever evicted, so every span is pinned."""
