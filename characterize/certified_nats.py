@@ -2,10 +2,11 @@
 
     python -m characterize.certified_nats
 
-SmolLM2 reads two texts through `tiered` at each epsilon, in every layer: 1,024 tokens are taken in, and the predictions
-of the next 256 are compared with those of its own attention. Each line has the KL divergence in nats per token, with its
-95 % interval over blocks of 64 tokens, and the share of tokens with the same likeliest next token. What is certified is
-each layer's attention output; that the divergence is small is measured, not proven. Ten minutes on one core.
+SmolLM2 reads two texts through `tiered` at each epsilon, in every layer: 1,024 tokens are taken in, and the
+predictions of the next 256 are compared with those of its own attention. Each line has the KL divergence in nats per
+token, with its 95 % interval over blocks of 64 tokens, and the share of tokens with the same likeliest next token.
+What is certified is each layer's attention output; that the divergence is small is measured, not proven. Ten minutes on
+one core.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def trial(name: str, seed: int, rows: int, n: int, m: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_answer_errs_more_than_its_bound(name: str) -> None:
-    found = [trial(name, seed, 2, 150, 24) for seed in range(8)]
-    assert sum(count for count, _ in found) == 8 * 2 * 24 * 6
+    found = [trial(name, seed, 2, 150, 24) for seed in range(6)]
+    assert sum(count for count, _ in found) == 6 * 2 * 24 * 6
     assert sum(wrong for _, wrong in found) == 0
 
 
@@ -76,7 +76,7 @@ def climbed(draw: Draw, keys: Tensor, starts: int, steps: int) -> tuple[float, f
     q = queries(draw, keys, starts).requires_grad_()
     climb, best, first = torch.optim.Adam([q], lr=0.1), 0.0, 0.0
     for _ in range(steps):
-        found, _ = state.hot.glimpse(q, None)[0].answer()
+        found = state.hot.upright(state.hot.glimpse(q, None)[0].answer()[0])
         error = (found.partial.mean - truth(q, keys, v, state.spec)).norm(dim=-1)
         ratio = (error - 1e-13) / found.bound
         ratio = torch.where(torch.isfinite(found.bound), ratio, 0.0 * q.sum(-1))
@@ -96,7 +96,7 @@ SMOOTH = [name for name in FAMILIES if name not in ("zeros", "edge_of_float16", 
 def test_queries_that_climb_towards_the_bound_do_not_reach_it(name: str) -> None:
     draw = seeded(5)
     keys = draw(1, 100, 6) * 2 if name == "normal" else FAMILIES[name](draw, 1, 100, 6)
-    first, best = climbed(draw, keys, 100, 25)
+    first, best = climbed(draw, keys, 60, 20)
     assert first < best <= 1
 
 

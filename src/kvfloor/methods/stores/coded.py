@@ -30,7 +30,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
 from kvfloor.methods.stores import fused
 from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, SlotCodes, TokenCodes
-from kvfloor.methods.stores.turn import matrix
+from kvfloor.methods.stores.turn import matrix, turned
 from kvfloor.validation import count
 
 GROUP = 32
@@ -358,7 +358,7 @@ class CodedSlots(Slots):
         x = part.decode(entries, rows, None if self.ordered else position // self.group, turn)
         given = fresh.to(x.dtype)
         if turn and part.turns:
-            given = given @ matrix(part.width, x.dtype, str(x.device)).T
+            given = turned(given)
         return self._with_fresh(x, given, position, rows)
 
     def keys(self, place: Tensor) -> Tensor:

@@ -7,21 +7,25 @@ queries, s slots, d and dv the widths of a key and a value.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfloor.certify.certified import Certified
 from kvfloor.certify.glimpse import Glimpse
 from kvfloor.certify.operator_norm import operator_norm
 from kvfloor.certify.rounding import LEAST, RUN, product_rounding, products, unit
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
+from kvfloor.core.partial import Partial
 from kvfloor.core.rowwise import length, product, total
 from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
 from kvfloor.methods.stores.coded import CodedSlots
 from kvfloor.methods.stores.codes import GroupCodes
+from kvfloor.methods.stores.turn import turned, turned_back
 from kvfloor.methods.tiered.hot_store import HotStore
 
 _RADIUS = torch.bfloat16
@@ -112,11 +116,12 @@ class Hot(Memory):
     def glimpse(self, q: Tensor, hide: Tensor | None) -> tuple[Glimpse, Tensor]:
         """Return what the codes tell q (r, m, d) of all tokens, and the decoded keys (r, s, d).
 
+        The values are rotated (`turned`), so the answer's mean is too: `upright` rotates it back.
         hide: bool (r, m, s), True for tokens that a query does not see; None: it sees all.
         """
         spec, dtype = self.spec, self.spec.compute_dtype
         view: Any = self.codes.view()  # a `CodedView`
-        k, v = self.codes.decoded(view, turn=False)
+        k, v = self.codes.decoded(view, turn=True)
         position = view.position
         coded = self.codes.has_code(position, None)
         if view.live is not None:
@@ -155,6 +160,20 @@ class Hot(Memory):
             self.operator,
         )
         return found, k
+
+    @property
+    def _turns(self) -> bool:
+        return self.codes.value_codes is not None and self.codes.value_codes.turns
+
+    def turned(self, v: Tensor) -> Tensor:
+        """Rotate values (..., dv) as those of a glimpse are."""
+        return turned(v) if self._turns else v
+
+    def upright(self, found: Certified) -> Certified:
+        """Return a glimpse's answer with its mean rotated back."""
+        if not self._turns:
+            return found
+        return replace(found, partial=Partial(turned_back(found.partial.mean), found.partial.log_mass))
 
     @property
     def bytes_read(self) -> int:
