@@ -52,8 +52,8 @@ def trial(name: str, seed: int, rows: int, n: int, m: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_answer_errs_more_than_its_bound(name: str) -> None:
-    found = [trial(name, seed, 2, 150, 24) for seed in range(6)]
-    assert sum(count for count, _ in found) == 6 * 2 * 24 * 6
+    found = [trial(name, seed, 2, 150, 24) for seed in range(4)]
+    assert sum(count for count, _ in found) == 4 * 2 * 24 * 6
     assert sum(wrong for _, wrong in found) == 0
 
 

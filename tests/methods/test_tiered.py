@@ -240,6 +240,40 @@ def test_queries_whose_logits_overflow_get_no_finite_bound() -> None:
         assert bool((answered | found.bound.isinf()).all())
 
 
+def test_the_newest_tokens_have_no_codes_until_as_many_newer_ones_came() -> None:
+    draw = seeded(12)
+    k, v, q = (draw(ROWS, n, D) for n in (N, N, M))
+    state, cut = opened("tiered(page=16,recent=40)", ROWS, D, D), opened("tiered(page=16,recent=40)", ROWS, D, D)
+    none = opened("tiered(page=16,recent=1000)", ROWS, D, D)
+    for start in range(0, N, 7):
+        cut.append(k[:, start : start + 7], v[:, start : start + 7])
+    for one in (state, none):
+        one.append(k, v)
+    assert state.hot.codes.coded.tolist() == [N // 16 * 16 - 48] * ROWS  # 40 tokens are three pages
+    position = torch.arange(N).expand(ROWS, -1)
+    uncoded = ~state.hot.codes.has_code(position, None)
+    assert torch.equal(uncoded, (position < 4) | (position >= N // 16 * 16 - 48))
+    slots = state.hot.codes
+    for name, given in (("k", k), ("v", v)):
+        read = slots.numbers(name, None, N)
+        assert torch.equal(read[uncoded], given[uncoded]) and not torch.equal(read, given)
+    mine, theirs = state.read_certified(q, 1e6), cut.read_certified(q, 1e6)
+    assert torch.equal(mine.partial.mean, theirs.partial.mean) and torch.equal(mine.bound, theirs.bound)
+    exact = none.read_certified(q, 1e6)
+    assert float(exact.bound.max()) < 1e-11 < float(mine.bound.max())
+    again = state.method.from_bytes(state.to_bytes())
+    again.append(k, v)
+    state.append(k, v)
+    assert torch.equal(again.read_certified(q, 1e6).bound, state.read_certified(q, 1e6).bound)
+    assert none.bytes_read > state.bytes_read
+
+
+@pytest.mark.parametrize("option", ["recent=-1", "extra=9", "extra=-1", "page=0"])
+def test_impossible_options_are_named(option: str) -> None:
+    with pytest.raises(ValueError, match=option.split("=")[0]):
+        parse(f"tiered({option})")
+
+
 def test_a_long_stream_stays_within_its_bounds() -> None:
     draw = seeded(9)
     k, v, q = (draw(1, n, 32, dtype=torch.float32) for n in (5000, 5000, 16))
