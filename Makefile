@@ -122,10 +122,9 @@ mixed-bits: $(VENV)/.development
 frontier: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier smollm2-2048 smollm2-4096
 
-# Bounds of certified reads on real models' keys: tables by epsilon and by head, chart, nats. Recording them takes 4 GB.
+# Bounds of certified reads on real models' keys: tables by epsilon and by head, and the chart. Recording them takes 4 GB.
 evidence-certify: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.certified_reads
-	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.certified_nats
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) $(FAST) out site

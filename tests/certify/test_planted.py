@@ -83,7 +83,11 @@ def in_bfloat16(hot: Hot, before: dict[str, Tensor]) -> None:
 
 def with_the_wrong_sign(patch: Patch) -> None:
     real = Glimpse.fetched
-    patch.setattr(Glimpse, "fetched", lambda self, *given: real(self, *given[:-1], -given[-1]))
+
+    def faulty(self: Glimpse, index: Tensor, known: Tensor, logits: Tensor, eta: Tensor, change: Tensor) -> Glimpse:
+        return real(self, index, known, logits, eta, -change)
+
+    patch.setattr(Glimpse, "fetched", faulty)
 
 
 def removed_twice(patch: Patch) -> None:

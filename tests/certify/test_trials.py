@@ -84,7 +84,8 @@ def climbed(draw: Draw, keys: Tensor, starts: int, steps: int) -> tuple[float, f
         first = first or best
         climb.zero_grad()
         (-ratio.clamp_min(1e-12).log().sum()).backward()
-        q.grad = torch.nan_to_num(q.grad)
+        if q.grad is not None:
+            q.grad = torch.nan_to_num(q.grad)
         climb.step()
     return first, best
 

@@ -62,7 +62,7 @@ class Tiered(Method):
 
     def __post_init__(self) -> None:
         require_epsilon(self.epsilon)
-        count("tiered", page=self.page)
+        count("tiered", least=1, page=self.page)
         count("tiered", least=0, first=self.first, recent=self.recent)
         whole_number("extra", self.extra, least=0, most=8)
 
