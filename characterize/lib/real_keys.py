@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfloor import Spec
+from kvfloor.audit.chat import Template
 from kvfloor.audit.texts import GENERATED, SHIPPED, excerpts
 from kvfloor.core.bounded import BoundedState
 from kvfloor.core.method import Method
@@ -32,8 +33,11 @@ from kvfloor.hf.layers import watched_cache
 from kvfloor.hf.recording import Recorder
 from kvfloor.models import load
 from kvfloor.models.gguf import cache_folder
+from kvfloor.tasks.turns import TURNS_TASK
 
 SYNTHETIC = "synthetic"
+CHAT = "chat"
+"""Name of a text that is a conversation: an essay that hides numbers, and at its end the question for one of them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ class Streams:
 
 @dataclass(frozen=True)
 class RealKeys:
-    """Name a source of streams: a model and the first `tokens` tokens of each of `texts`; `recorded` tokens on disk."""
+    """Name a source of streams: a model and the first `tokens` tokens of each of `texts`; `recorded` tokens on disk.
+
+    The text `CHAT` has at most `recorded` tokens, and its question is at its end, so `tokens` must not be fewer.
+    """
 
     name: str
     model: str
@@ -86,8 +93,9 @@ class RealKeys:
         for text in self.texts:
             path = _recording(self.model, text, self.recorded)
             with safe_open(path, framework="pt") as file:
-                scale, count = float(file.metadata()["scale"]), int(file.metadata()["layers"])
-                for layer in spaced(count, layers or count):
+                scale = float(file.metadata()["scale"])
+                recorded = sorted(int(name.split(".")[0]) for name in file.keys() if name.endswith(".q"))  # noqa: SIM118
+                for layer in (recorded[i] for i in spaced(len(recorded), layers or len(recorded))):
                     q = file.get_slice(f"{layer}.q")[:, :, : self.tokens]
                     k, v = (file.get_slice(f"{layer}.{name}")[:, : self.tokens] for name in "kv")
                     places = tuple((layer, head) for head in range(len(k)))
@@ -143,15 +151,19 @@ def spaced(count: int, wanted: int) -> list[int]:
 def record(model_name: str, text: str, tokens: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Run a model over the first tokens of a text; return "LAYER.q", "LAYER.k", "LAYER.v" by name, and what they are.
 
-    Shapes are those of `Streams`. Raises ValueError for a text of fewer tokens.
+    Shapes are those of `Streams`. Raises ValueError for a text of fewer tokens; the text `CHAT` is as long as it fits.
     """
     model, tokenizer = load(model_name)
-    (excerpt,) = excerpts([text], [tokens], 0, lambda given: tokenizer(given).input_ids)
+    if text == CHAT:
+        ids = conversation(tokenizer, tokens)
+    else:
+        (excerpt,) = excerpts([text], [tokens], 0, lambda given: tokenizer(given).input_ids)
+        ids = excerpt.context
     prepare(model)
     cache, layers = watched_cache(model.config)
     seen = Recorder(layers)
     with torch.inference_mode():
-        model(torch.tensor([excerpt.context]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
     found: dict[str, Tensor] = {}
     scale = 0.0
     for layer in layers:
@@ -159,8 +171,15 @@ def record(model_name: str, text: str, tokens: int) -> tuple[dict[str, Tensor], 
         assert one.softcap is None
         scale = one.scale
         found |= {f"{layer.index}.{name}": x.contiguous() for name, x in zip("qkv", one.by_row, strict=True)}
-    ids = hashlib.sha256(json.dumps(excerpt.context).encode()).hexdigest()
-    return found, {"scale": repr(scale), "layers": str(len(layers)), "ids_sha256": ids}
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return found, {"scale": repr(scale), "layers": str(len(layers)), "ids_sha256": digest}
+
+
+def conversation(tokenizer: Any, tokens: int) -> list[int]:
+    """Return token ids, at most `tokens`, of the text `CHAT` up to where the model is to name the number."""
+    template = Template(tokenizer)
+    sample = TURNS_TASK.generate(0, 0, tokens, count=template.count)
+    return tokenizer("".join(template.first(sample.context, sample.questions[0])), add_special_tokens=False).input_ids
 
 
 def _recording(model_name: str, text: str, tokens: int) -> Path:

@@ -115,7 +115,7 @@ class Glimpse:
         lengths = (weight * (self.length + self.radius).unsqueeze(1)).sum(-1) / share
         count = seen.sum(-1)
         floor = count * math.exp(least)
-        terms = eps * (_PAGE + (count / _PAGE).ceil() + 2 * self.v.shape[-1] + 32)
+        terms = eps * (_PAGE + (count / _PAGE).ceil() + 2 * self.v.shape[-1] + 96)
         told = terms + 4 * eps * (log_mass.abs().nan_to_num(posinf=0.0) + 1)  # of the log-mass as a number
         loose = (1 + eps * (count + 4 * self.v.shape[-1] + 64)) * (1 + told)
         widest = far.amax(-1) if s else torch.zeros_like(top)

@@ -30,7 +30,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
 from kvfloor.methods.stores import fused
 from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, SlotCodes, TokenCodes
-from kvfloor.methods.stores.turn import matrix
+from kvfloor.methods.stores.turn import matrix, turned
 from kvfloor.validation import count
 
 GROUP = 32
@@ -194,12 +194,14 @@ class CodedView:
 class CodedSlots(Slots):
     """Store the held tokens of every row in few bits per number, except its first tokens and those of its open group.
 
-    fresh_k, fresh_v  (rows, first + group, d or dv): the tokens that are kept as they were given. One of a row's first
-                      tokens has its position as index, one of the open group `first` + position % `group`. Zeros
-                      elsewhere
+    late              number of tokens before the open group that have no codes yet either, a multiple of `group`
+    fresh_k, fresh_v  (rows, first + late + group, d or dv): the tokens that are kept as they were given. One of a row's
+                      first tokens has its position as index, one without a code `first` + position % (`late` +
+                      `group`). Zeros elsewhere
     ordered           True if slot i of each row holds the token at position i, as no token ever left
     position          arrival index of each slot's token; without entries while `ordered` is True, when they are known
-    coded             (rows,) number of tokens that came before the row's open group. Later tokens have no codes yet
+    coded             (rows,) number of tokens that came before the row's open group, less `late`. Later tokens have no
+                      codes yet
     key_codes         codes of the keys of all slots
     value_codes       codes of the values of all slots; None if the values are the keys (`spec.tied`)
     """
@@ -215,14 +217,16 @@ class CodedSlots(Slots):
         group: int,
         columns: dict[str, torch.dtype] | None = None,
         lose: bool = True,
+        late: int = 0,
     ) -> None:
         """Open empty slots, capacities[r] in row r.
 
         group    number of tokens that are coded together
         columns  name -> dtype of the policy's columns (tensors with one number per slot)
         lose     True if tokens may leave the slots while others stay
+        late     number of tokens before the open group that get their codes later, a multiple of `group`
         """
-        self.group, self.first = group, store.first
+        self.group, self.first, self.late = group, store.first, late
         super().__init__(spec, capacities, columns, lose)
         self.key_codes = store.key_codes(spec, self._places, group, lose)
         self.value_codes = None if spec.tied else store.value_codes(spec, self._places)
@@ -232,7 +236,7 @@ class CodedSlots(Slots):
     def _open(self, lose: bool) -> None:
         spec = self.spec
         self.bare = None
-        fresh = (spec.rows, self.first + self.group)
+        fresh = (spec.rows, self.first + self._ring)
         self.fresh_k = torch.zeros(*fresh, spec.d, dtype=spec.dtype, device=spec.device)
         self.fresh_v = self.fresh_k
         if not spec.tied:
@@ -241,6 +245,11 @@ class CodedSlots(Slots):
         self.ordered = not lose
         if self.ordered:
             self.position = self.position.new_zeros(0)
+
+    @property
+    def _ring(self) -> int:
+        """Return how many tokens behind the first ones can be without codes at once."""
+        return self.late + self.group
 
     @property
     def parts(self) -> list[SlotCodes]:
@@ -349,7 +358,7 @@ class CodedSlots(Slots):
         x = part.decode(entries, rows, None if self.ordered else position // self.group, turn)
         given = fresh.to(x.dtype)
         if turn and part.turns:
-            given = given @ matrix(part.width, x.dtype, str(x.device)).T
+            given = turned(given)
         return self._with_fresh(x, given, position, rows)
 
     def keys(self, place: Tensor) -> Tensor:
@@ -379,7 +388,7 @@ class CodedSlots(Slots):
     def _with_fresh(self, x: Tensor, fresh: Tensor, position: Tensor, rows: Tensor | None) -> Tensor:
         """Replace, in the decoded x (r, s, w), tokens that have no code by their entries in `fresh`; return x.
 
-        fresh     (rows, first + group, w), of all rows: `fresh_k` or `fresh_v`, in the dtype of x
+        fresh     (rows, first + late + group, w), of all rows: `fresh_k` or `fresh_v`, in the dtype of x
         position  (r, s) position of each slot's token
         rows      (r,) indices of the rows of x; None: all rows
         """
@@ -399,7 +408,7 @@ class CodedSlots(Slots):
 
     def _fresh_index(self, position: Tensor) -> Tensor:
         first = self.first
-        return torch.where(position < first, position, first + position % self.group)
+        return torch.where(position < first, position, first + position % self._ring)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -425,7 +434,7 @@ class CodedSlots(Slots):
         if not self.ordered:
             self.position[at :: self.stride] = position
         first = self.first
-        index = position if position < first else first + position % self.group
+        index = position if position < first else first + position % self._ring
         self.fresh_k[:, index] = k.squeeze(1)
         if not self.spec.tied:
             self.fresh_v[:, index] = v.squeeze(1)
@@ -450,41 +459,60 @@ class CodedSlots(Slots):
         self.move("position", self.arrived(place).to(self.position_dtype))
         self.ordered = False
 
-    def settle(self, seen: Tensor, rows: Tensor | None) -> None:
-        """Code the open groups that are complete, in these rows (None: all).
+    def due(self, seen: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the rows, of `rows` (None: all), whose next group is complete and followed by `late` tokens.
 
         seen: (rows,) number of tokens that each row has seen.
         """
-        due = (seen % self.group == 0) & (seen > self.coded)
+        old = seen - self.late
+        due = (old % self.group == 0) & (old > self.coded)
         if rows is not None:
             asked = torch.zeros_like(due)
             asked[rows] = True
             due &= asked
-        at = due.nonzero().squeeze(1)
+        return due.nonzero().squeeze(1)
+
+    def waiting(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the held tokens of the next group to code in the rows `at` (r,), without the first tokens of a row.
+
+        They are three tensors with an entry for each: the index of its row in `at`, its slot, its index in the group.
+        """
+        device = self.position.device
+        start = self.coded[at].to(device).unsqueeze(1)
+        width = int(self.held[at].max())
+        position = self.positions(at, width)
+        held = (torch.arange(width) < self.held[at].unsqueeze(1)).to(device)
+        among = (position >= start) & (position < start + self.group) & (position >= self.first)
+        i, slot = (held & among).nonzero(as_tuple=True)
+        return i, slot, position[i, slot] % self.group
+
+    def settle(self, seen: Tensor, rows: Tensor | None) -> None:
+        """Code the groups that are complete, and followed by `late` tokens, in these rows (None: all).
+
+        seen: (rows,) number of tokens that each row has seen.
+        """
+        at = self.due(seen, rows)
         if not len(at):
             return
         device, first, dtype = self.position.device, self.first, self.spec.compute_dtype
         group, here = self.coded[at] // self.group, at.to(device)
-        start = self.coded[at].to(device).unsqueeze(1)
-        width = int(self.held[at].max())
-        held = torch.arange(width) < self.held[at].unsqueeze(1)
-        position = self.positions(at, width)
-        i, slot = (held.to(device) & (position >= start) & (position >= first)).nonzero(as_tuple=True)
+        i, slot, from_group = self.waiting(at)
         place = self.offset.to(device)[here[i]] + slot
-        from_group = position[i, slot] % self.group
         real = torch.zeros(len(at), self.group, dtype=torch.bool, device=device)
         real[i, from_group] = True  # neither the first tokens nor those that are gone
+        start = self.coded[at].to(device).unsqueeze(1)
+        here, kept = here.unsqueeze(1), first + (start + torch.arange(self.group, device=device)) % self._ring
         for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
             if part is not None:
-                entries = part.encode(at, group, fresh[here, first:].to(dtype), real)
+                entries = part.encode(at, group, fresh[here, kept].to(dtype), real)
                 for name, coded in entries.items():
                     getattr(part, name)[place] = coded[i, from_group]
-        self.fresh_k[here, first:] = 0
-        self.fresh_v[here, first:] = 0
-        self.coded = torch.where(due, seen, self.coded)
+        self.fresh_k[here, kept] = 0
+        self.fresh_v[here, kept] = 0
+        self.coded = self.coded.index_copy(0, at, seen[at] - self.late)
 
     def require_settled(self, fields: dict[str, Any], seen: Tensor) -> None:
-        require_equal(fields["coded"], seen - seen % self.group, "coded tokens")
+        require_equal(fields["coded"], (seen - seen % self.group - self.late).clamp_min(0), "coded tokens")
 
     # ---- size and rows ---------------------------------------------------------------------------------------------
 

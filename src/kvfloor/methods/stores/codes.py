@@ -219,9 +219,17 @@ class GroupCodes(SlotCodes):
         entries = self._ranged(low.masked_fill(none, 0), high.masked_fill(none, 0))
         for name, entry in zip(self.shared, entries, strict=True):
             getattr(self, name)[at] = entry
-        start, step = (found.unsqueeze(1) for found in self._steps(*(getattr(self, name)[at] for name in self.shared)))
-        code = ((x - start) / step.clamp_min(torch.finfo(x.dtype).tiny)).round().clamp(0, 2**self.bits - 1)
-        return {"packed": pack(code.to(torch.uint8), self.bits)}
+        shared = [getattr(self, name)[at].unsqueeze(1) for name in self.shared]
+        start, step = self._steps(*shared)
+        return self._packed(((x - start) / step.clamp_min(torch.finfo(x.dtype).tiny)).round(), shared)
+
+    def _packed(self, number: Tensor, shared: list[Tensor]) -> dict[str, Tensor]:
+        """Return the entries of the attributes in `own` for numbers (r, t, w) of steps above the offset.
+
+        shared: entries (r, 1, ...) of what their groups share.
+        """
+        del shared
+        return {"packed": pack(number.clamp(0, 2**self.bits - 1).to(torch.uint8), self.bits)}
 
     def decode(
         self, entries: dict[str, Tensor], rows: Tensor | None, group: Tensor | None, turn: bool = False
@@ -232,11 +240,10 @@ class GroupCodes(SlotCodes):
         if not groups:
             return torch.zeros(*packed.shape[:2], self.width, dtype=self.spec.compute_dtype, device=device)
         if group is None:
-            return self._decoded_in_order(packed, rows)
+            return self._decoded_in_order(entries, rows)
         every = torch.arange(len(packed), device=device) if rows is None else rows.to(device)
         at = (every.unsqueeze(1), group.clamp(0, groups - 1))
-        start, step = self._steps(*(getattr(self, name)[at] for name in self.shared))
-        return torch.addcmul(start, self._numbers(packed), step)
+        return self._numbers(entries, [getattr(self, name)[at] for name in self.shared])
 
     def bounds(self, entries: dict[str, Tensor], group: Tensor) -> tuple[Tensor, Tensor]:
         y = self.decode(entries, None, group)
@@ -253,24 +260,30 @@ class GroupCodes(SlotCodes):
         del start
         return step / 2
 
-    def _decoded_in_order(self, packed: Tensor, rows: Tensor | None) -> Tensor:
-        """Decode the first t tokens of each of `rows` (None: all), packed (r, t, bytes): return (r, t, w)."""
-        t, groups = packed.shape[1], min(self._groups, packed.shape[1] // self.group)
+    def _decoded_in_order(self, entries: dict[str, Tensor], rows: Tensor | None) -> Tensor:
+        """Decode the first t tokens of each of `rows` (None: all), from entries (r, t, ...): return (r, t, w)."""
+        t = entries["packed"].shape[1]
+        groups = min(self._groups, t // self.group)
         every = [getattr(self, name) for name in self.shared]
-        shared = every if rows is None else [x[rows.to(packed.device)] for x in every]
-        start, step = (x.unsqueeze(2) for x in self._steps(*(x[:, :groups] for x in shared)))
+        shared = every if rows is None else [x[rows.to(x.device)] for x in every]
         whole = groups * self.group
-        codes = self._numbers(packed[:, :whole]).unflatten(1, (groups, self.group))
-        x = torch.nn.functional.pad(torch.addcmul(start, codes, step).flatten(1, 2), (0, 0, 0, t - whole))
+        inside = {name: x[:, :whole].unflatten(1, (groups, self.group)) for name, x in entries.items()}
+        x = self._numbers(inside, [x[:, :groups].unsqueeze(2) for x in shared])
+        x = torch.nn.functional.pad(x.flatten(1, 2), (0, 0, 0, t - whole))
         if whole < t and groups < self._groups:  # the t tokens end within a group
-            start, step = (x.unsqueeze(1) for x in self._steps(*(x[:, groups] for x in shared)))
-            x[:, whole:] = torch.addcmul(start, self._numbers(packed[:, whole:]), step)
+            after = {name: x[:, whole:] for name, x in entries.items()}
+            x[:, whole:] = self._numbers(after, [x[:, groups].unsqueeze(1) for x in shared])
         return x
 
-    def _numbers(self, packed: Tensor) -> Tensor:
-        """Unpack codes from packed (r, t, bytes): return (r, t, w) in the compute dtype."""
-        numbers = torch.arange(2**self.bits, dtype=self.spec.compute_dtype, device=packed.device)
-        return looked_up(packed, self.width, self.bits, numbers)
+    def _numbers(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
+        """Return the numbers (..., w) of tokens, from their entries and from what their groups share, each (..., n)."""
+        start, step = self._steps(*shared)
+        return torch.addcmul(start, self._steps_above(entries, shared), step)
+
+    def _steps_above(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
+        """Return how many steps (..., w) above the offset each number is, in the compute dtype."""
+        del shared
+        return unpacked(entries["packed"], self.width, self.bits, self.spec.compute_dtype)
 
     @property
     def _groups(self) -> int:
@@ -339,18 +352,36 @@ class ChannelCodes(GroupCodes):
         self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
 
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-        codes, ranges = [], []
-        for bound, rounded in ((low, torch.floor), (high, torch.ceil)):
-            start = bound.amin(-1, keepdim=True)
-            step = (bound.amax(-1, keepdim=True) - start) / 255
-            step = step.clamp_min(torch.finfo(bound.dtype).tiny)
-            codes.append(rounded((bound - start) / step).clamp(0, 255).to(torch.uint8))
-            ranges += [start, step]
-        return *codes, torch.cat(ranges, -1)
+        return ranged(low, high)
 
     def _steps(self, *shared: Tensor) -> tuple[Tensor, Tensor]:
-        low, high, range_ = shared
-        dtype = range_.dtype
-        start, least, end, most = (x.unsqueeze(-1) for x in range_.unbind(-1))
-        start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
-        return start, (end - start).clamp_min(0) / (2**self.bits - 1)
+        start, width = ranges(*shared)
+        return start, width / (2**self.bits - 1)
+
+
+def ranged(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the codes of the ends of channels' ranges, and the range of all ends: `ChannelCodes` says what they are.
+
+    low, high: (r, w) the least and largest number of each channel. The results are (r, w), (r, w) and (r, 4).
+    """
+    codes, all_ends = [], []
+    for bound, rounded in ((low, torch.floor), (high, torch.ceil)):
+        start = bound.amin(-1, keepdim=True)
+        step = (bound.amax(-1, keepdim=True) - start) / 255
+        step = step.clamp_min(torch.finfo(bound.dtype).tiny)
+        codes.append(rounded((bound - start) / step).clamp(0, 255).to(torch.uint8))
+        all_ends += [start, step]
+    return codes[0], codes[1], torch.cat(all_ends, -1)
+
+
+def ranges(low: Tensor, high: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least number of channels, and the width of their range, (..., w), from what `ranged` returned."""
+    dtype = range_.dtype
+    start, least, end, most = (x.unsqueeze(-1) for x in range_.unbind(-1))
+    start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
+    return start, (end - start).clamp_min(0)
+
+
+def unpacked(packed: Tensor, width: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return packed codes (..., bytes) as numbers (..., width) in `dtype`."""
+    return looked_up(packed, width, bits, torch.arange(2**bits, dtype=dtype, device=packed.device))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvfloor.certify.certified import Certified
 from kvfloor.certify.glimpse import Glimpse
+from kvfloor.certify.rounding import products
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
@@ -61,7 +62,7 @@ class CertifiedReader:
             fetched[at] = torch.where(unsure[at].any(1), (picked >= 0).sum(-1), fetched[at])
             unsure = unsure & ~found.within(self.epsilon).unflatten(1, (g, m)) & (known > count).unsqueeze(1)
             count *= 2
-        return shaped(found, rows, g, m), fetched
+        return shaped(self.hot.upright(found), rows, g, m), fetched
 
     def _with(self, seen: Glimpse, q: Tensor, decoded: Tensor, index: Tensor, real: Tensor, at: Tensor) -> Glimpse:
         """Return what q (r, g, m, d) see once the tokens `index` (r, m, c) of the rows `at` are fetched."""
@@ -69,11 +70,11 @@ class CertifiedReader:
         place = self.exact.at(index, at.cpu())
         k, v = self.exact.keys(place).to(dtype), self.exact.values(place).to(dtype)
         row = torch.arange(len(at), device=q.device)[:, None, None]
-        moved, change = k - decoded[row, index], v - seen.v[row, index]
+        moved, change = k - decoded[row, index], self.hot.turned(v) - seen.v[row, index]
         asked = (q.to(dtype) * self.spec.scale).transpose(1, 2)
 
         def times(x: Tensor) -> Tensor:
-            return torch.matmul(asked, x.transpose(2, 3)).transpose(1, 2).flatten(1, 2)
+            return products(asked, x).transpose(1, 2).flatten(1, 2)
 
         def shared(x: Tensor) -> Tensor:
             return x.unsqueeze(1).expand(-1, g, *x.shape[1:]).flatten(1, 2)

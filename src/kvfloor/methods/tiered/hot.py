@@ -7,30 +7,34 @@ queries, s slots, d and dv the widths of a key and a value.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfloor.certify.certified import Certified
 from kvfloor.certify.glimpse import Glimpse
 from kvfloor.certify.operator_norm import operator_norm
-from kvfloor.certify.rounding import LEAST, unit
+from kvfloor.certify.rounding import LEAST, RUN, product_rounding, products, unit
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
+from kvfloor.core.partial import Partial
 from kvfloor.core.rowwise import length, product, total
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
-from kvfloor.methods.stores.coded import Coded, CodedSlots
-from kvfloor.methods.stores.codes import ChannelCodes
+from kvfloor.methods.stores.coded import CodedSlots
+from kvfloor.methods.stores.codes import GroupCodes
+from kvfloor.methods.stores.turn import turned, turned_back
+from kvfloor.methods.tiered.hot_store import HotStore
 
 _RADIUS = torch.bfloat16
 
 
 class Hot(Memory):
-    """Keep every token in 8-bit codes (store `k8v8`), and the sums of the residuals' outer products by row.
+    """Keep every token in codes of 8 bits and more, and the sums of the residuals' outer products by row.
 
-    codes         the coded tokens; the first ones and those of the open page as they were given
+    codes         the coded tokens; the first ones, the newest and those of the open page as they were given
     key_gram      (rows, d, d) sum over coded tokens of the key residual's outer product with itself
     value_gram    (rows, dv, dv) the same of the value residuals
     operator      (rows,) bound on the operator norm of the matrix of the value residuals
@@ -41,10 +45,16 @@ class Hot(Memory):
     the sums, which remain upper bounds.
     """
 
-    def __init__(self, spec: Spec, places: int, page: int, first: int) -> None:
+    def __init__(self, spec: Spec, places: int, store: HotStore, page: int, late: int) -> None:
+        """Open an empty tier.
+
+        places  slots of each row
+        store   how keys and values are coded
+        page    tokens that are coded together
+        late    number of a row's newest tokens that have no codes, a multiple of `page`
+        """
         self.spec = spec
-        store = Coded(8, 8, first)
-        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False)
+        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False, late=late)
         how: dict[str, Any] = {"dtype": spec.compute_dtype, "device": spec.device}
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
         self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
@@ -52,49 +62,44 @@ class Hot(Memory):
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
-    def settle(self, exact: Slots, seen: Tensor, rows: Tensor | None) -> None:
-        """Code the open pages that are complete in these rows (None: all), and add their residuals to the sums.
+    def settle(self, seen: Tensor, rows: Tensor | None) -> None:
+        """Code the pages that are due in these rows (None: all), and add their residuals to the sums.
 
-        exact  the same tokens as they were given, in the same slots
-        seen   (rows,) tokens that each row has seen
+        seen: (rows,) tokens that each row has seen.
         """
-        before = self.codes.coded
-        self.codes.settle(seen, rows)
-        at = (self.codes.coded > before).nonzero().squeeze(1)
+        codes, device = self.codes, self.key_gram.device
+        at = codes.due(seen, rows)
         if not len(at):
             return
-        width, device = int(self.codes.held[at].max()), self.key_gram.device
-        position = self.codes.positions(at, width)
-        held = (torch.arange(width) < self.codes.held[at].unsqueeze(1)).to(device)
-        new = held & (position >= before[at].to(device).unsqueeze(1)) & self.codes.has_code(position, at)
-        row, slot = new.nonzero(as_tuple=True)
+        row, slot, from_page = codes.waiting(at)
         here = at.to(device)
-        place = self.codes.offset.to(device)[here[row]] + slot
-        beside = exact.offset.to(device)[here[row]] + slot
-        from_page, dtype = position[row, slot] % self.codes.group, self.spec.compute_dtype
+        place = codes.offset.to(device)[here[row]] + slot
 
         def paged(x: Tensor) -> Tensor:
-            pages = torch.zeros(len(at), self.codes.group, x.shape[-1], dtype=dtype, device=device)
+            pages = torch.zeros(len(at), codes.group, x.shape[-1], dtype=self.spec.compute_dtype, device=device)
             pages[row, from_page] = x
             return pages
 
-        k = exact.keys(beside).to(dtype)
-        given, residual = paged(k), paged(k - self.codes.keys(place))
+        k, v = codes.keys(place), codes.values(place)  # as they were given
+        codes.settle(seen, rows)
+        residual = paged(k - codes.keys(place))
         self.key_gram[here] += product(residual.transpose(1, 2), residual)
-        self._bound_keys(here, given, residual, self.codes.coded[at] // self.codes.group - 1)
+        self._bound_keys(here, paged(k), residual, codes.coded[at] // codes.group - 1)
         if not self.spec.tied:
-            residual = paged(exact.values(beside).to(dtype) - self.codes.values(place))
+            residual = paged(v - codes.values(place))
         self.value_gram[here] += product(residual.transpose(1, 2), residual)
-        terms = unit(dtype) * (self.codes.group + self._pages + 8)
-        self.operator[here] = operator_norm(self.value_gram[here], terms).to(dtype) * (1 + unit(dtype))
+        terms = unit(self.spec.compute_dtype) * (codes.group + self._pages + 8)
+        self.operator[here] = operator_norm(self.value_gram[here], terms).to(residual.dtype) * (
+            1 + unit(residual.dtype)
+        )
         radius = length(residual)[row, from_page] * (1 + 2.0**-7)  # bfloat16 rounds by at most 2^-8
         radius = torch.where(radius > 0, radius.clamp_min(torch.finfo(_RADIUS).tiny), radius)
-        self.codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
+        codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
 
     def _bound_keys(self, here: Tensor, given: Tensor, residual: Tensor, page: Tensor) -> None:
         """Update `excess` and `reach` of the rows `here` by a page of keys (r, page, d) and their residuals."""
         codes = self.codes.key_codes
-        assert isinstance(codes, ChannelCodes)
+        assert isinstance(codes, GroupCodes)
         half = codes.steps(here.cpu())[torch.arange(len(here)), page.to(here.device)] / 2
         over = (residual.abs().amax(1) - half).clamp_min(0)
         grown = 1 + unit(given.dtype) * (given.shape[-1] + 8)
@@ -111,11 +116,12 @@ class Hot(Memory):
     def glimpse(self, q: Tensor, hide: Tensor | None) -> tuple[Glimpse, Tensor]:
         """Return what the codes tell q (r, m, d) of all tokens, and the decoded keys (r, s, d).
 
+        The values are rotated (`turned`), so the answer's mean is too: `upright` rotates it back.
         hide: bool (r, m, s), True for tokens that a query does not see; None: it sees all.
         """
         spec, dtype = self.spec, self.spec.compute_dtype
         view: Any = self.codes.view()  # a `CodedView`
-        k, v = self.codes.decoded(view, turn=False)
+        k, v = self.codes.decoded(view, turn=True)
         position = view.position
         coded = self.codes.has_code(position, None)
         if view.live is not None:
@@ -126,7 +132,7 @@ class Hot(Memory):
         rounding = logit_rounding(asked, size, spec)
         grown = 1 + eps * (2 * spec.d + 32)
         codes = self.codes.key_codes
-        assert isinstance(codes, ChannelCodes)
+        assert isinstance(codes, GroupCodes)
         half = codes.steps(None)[:, : max(1, self._pages)] / 2
         square = (torch.matmul(asked, self.key_gram) * asked).sum(-1).clamp_min(0)
         trace = total(self.key_gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)
@@ -138,7 +144,7 @@ class Hot(Memory):
             page = (position // self.codes.group).clamp_max(half.shape[1] - 1)
             doubt = by_page.gather(2, page.unsqueeze(1).expand(-1, q.shape[1], -1)) * grown
             doubt = torch.minimum(doubt, gram.unsqueeze(2)) * coded.unsqueeze(1)
-        logits = capped(torch.matmul(asked, k.transpose(1, 2)), spec.softcap)
+        logits = capped(products(asked, k), spec.softcap)
         if hide is not None:
             logits = logits.masked_fill(hide, -torch.inf)
         radius = self.codes.column("radius", None, view.width).to(dtype) * coded
@@ -154,6 +160,29 @@ class Hot(Memory):
             self.operator,
         )
         return found, k
+
+    @property
+    def _turns(self) -> bool:
+        return self.codes.value_codes is not None and self.codes.value_codes.turns
+
+    def turned(self, v: Tensor) -> Tensor:
+        """Rotate values (..., dv) as those of a glimpse are."""
+        return turned(v) if self._turns else v
+
+    def upright(self, found: Certified) -> Certified:
+        """Return a glimpse's answer with its mean rotated back."""
+        if not self._turns:
+            return found
+        return replace(found, partial=Partial(turned_back(found.partial.mean), found.partial.log_mass))
+
+    @property
+    def bytes_read(self) -> int:
+        """Return the bytes that one query per row reads: codes, bounds and sums, and the tokens without codes."""
+        codes = self.codes
+        coded = torch.minimum((codes.coded - codes.first).clamp_min(0), codes.held)
+        each = codes.token_bytes + torch.finfo(_RADIUS).bits // 8
+        sums = sum(x.nbytes for x in (self.key_gram, self.operator, self.excess, self.reach))
+        return round(int(coded.sum()) * each + int((codes.held - coded).sum()) * self.spec.token_bytes + sums)
 
     # ---- as a part of a state --------------------------------------------------------------------------------------
 
@@ -176,12 +205,13 @@ class Hot(Memory):
         self.codes.require_settled(codes, seen)
 
 
-def logit_rounding(asked: Tensor, size: Tensor, spec: Spec) -> Tensor:
+def logit_rounding(asked: Tensor, size: Tensor, spec: Spec, run: int = RUN) -> Tensor:
     """Return a bound (r, m, s) on what rounding makes of logits, and of the weights computed from them.
 
     asked  (r, m, d) queries times the scale
     size   (r, s) bounds on the keys' norms, and on what they are decoded from
+    run    most terms of a product that are summed at once: those of `products` by default
     """
     eps, dtype = unit(asked.dtype), asked.dtype
     fixed = eps * (16 - LEAST[dtype] + 8 * (spec.softcap or 0.0))
-    return eps * (2 * spec.d + 16) * length(asked).unsqueeze(2) * size.unsqueeze(1) + fixed
+    return product_rounding(spec.d, dtype, run) * length(asked).unsqueeze(2) * size.unsqueeze(1) + fixed

@@ -23,11 +23,15 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import whole
 from kvfloor.methods.tiered.fetch import CertifiedReader, shaped
 from kvfloor.methods.tiered.hot import Hot, logit_rounding
+from kvfloor.methods.tiered.hot_store import HotStore
 from kvfloor.methods.tiered.tally import Tally
 from kvfloor.validation import count, within
+from kvfloor.validation import whole as whole_number
 
 _SLOTS = 64
 _AT_ONCE = 256  # queries of an exact read at once, as in `exact`
+_LARGEST = {torch.float32: 2.0**50, torch.float64: 2.0**500}
+"""Numbers of at most this size, squared and summed over channels and tokens, stay finite."""
 _NUMBERS = 1 << 25  # entries of a matrix of queries and tokens at once
 
 
@@ -41,6 +45,8 @@ class Tiered(Method):
     epsilon  the largest error allowed; 0: all tokens are read exactly, and no codes are kept
     page     tokens that are coded together
     first    number of a row's first tokens that are never coded
+    recent   least number of a row's newest tokens that have no codes yet, rounded up to whole pages
+    extra    bits that half of the keys' channels, those of the wider ranges, have beyond 8: 0 to 8
     """
 
     name: ClassVar[str] = "tiered"
@@ -51,11 +57,14 @@ class Tiered(Method):
     epsilon: float = 0.02
     page: int = 64
     first: int = 4
+    recent: int = 256
+    extra: int = 2
 
     def __post_init__(self) -> None:
         require_epsilon(self.epsilon)
-        count("tiered", page=self.page)
-        count("tiered", least=0, first=self.first)
+        count("tiered", least=1, page=self.page)
+        count("tiered", least=0, first=self.first, recent=self.recent)
+        whole_number("extra", self.extra, least=0, most=8)
 
     @property
     def traits(self) -> Traits:
@@ -95,7 +104,9 @@ class TieredState(Blocked[Tiered]):
     def __init__(self, method: Tiered, spec: Spec) -> None:
         slots = (Cold if method.epsilon else Slots)(spec, [_SLOTS] * spec.rows, lose=False)
         super().__init__(method, spec, slots, method.block, in_order=True)
-        self.hot = Hot(spec, _SLOTS, method.page, method.first) if method.epsilon else None
+        late = -(-method.recent // method.page) * method.page
+        store = HotStore(method.first, method.extra)
+        self.hot = Hot(spec, _SLOTS, store, method.page, late) if method.epsilon else None
         self.tally = Tally()
 
     @whole
@@ -132,7 +143,7 @@ class TieredState(Blocked[Tiered]):
         live = torch.ones_like(view.v[..., 0], dtype=torch.bool) if view.live is None else view.live
         norms = (x.to(dtype).norm(dim=-1) * live for x in (view.k, view.v))
         key, value = (x.amax(1) if x.shape[1] else x.sum(1) for x in norms)
-        logit = logit_rounding(q.to(dtype) * spec.scale, key.unsqueeze(1), spec).squeeze(2)
+        logit = logit_rounding(q.to(dtype) * spec.scale, key.unsqueeze(1), spec, run=spec.d).squeeze(2)
         # A fused kernel rounds the weights to the cache's dtype.
         rounding = torch.expm1(logit) + unit(dtype) * (view.width + 32) + torch.finfo(spec.dtype).eps
         largest = value.unsqueeze(1).expand_as(rounding)
@@ -182,7 +193,7 @@ class TieredState(Blocked[Tiered]):
 
     def _close(self, rows: Tensor | None) -> None:
         if self.hot is not None:
-            self.hot.settle(self.slots, self.seen, rows)
+            self.hot.settle(self.seen, rows)
 
     @property
     def _plainly_read(self) -> bool:
@@ -205,6 +216,23 @@ class TieredState(Blocked[Tiered]):
         super()._require_tokens(k, v, take)
         if self.hot is not None and int((self.seen + take).max()) > self.hot.codes.longest:
             raise ValueError(f"{self.method} numbers tokens in 32 bits: a stream ends after {self.hot.codes.longest:,}")
+        if self.hot is not None:
+            for name, x in (("k", k), ("v", v)):
+                self._require_summable(name, x, take)
+
+    def _require_summable(self, name: str, x: Tensor, take: Tensor) -> None:
+        """Raise ValueError if the first take[r] tokens of row r of x (rows, t, w) have numbers too large to square."""
+        most = _LARGEST[self.spec.compute_dtype]
+        if torch.finfo(x.dtype).max <= most or not x.numel():
+            return
+        if max(abs(end.item()) for end in torch.aminmax(x)) > most:
+            real = (torch.arange(x.shape[1]) < take.unsqueeze(1)).to(x.device)
+            largest = float(x.abs().amax(-1).masked_fill(~real, 0).max())
+            if largest > most:
+                raise ValueError(
+                    f"{name} has a number of size {largest:.3g}: {self.method} sums squares, so give numbers of at "
+                    f"most {most:.3g}, or use exact; the state was not changed"
+                )
 
     def _pin(self, start: int, stop: int) -> None:
         """Do nothing for positions start .. stop - 1: no token is ever evicted, so every span is pinned."""
@@ -223,7 +251,7 @@ class TieredState(Blocked[Tiered]):
         """Return the bytes that one query per row reads, summed over rows, if the codes alone certify its answer."""
         if self.hot is None:
             return self.slot_bytes_read
-        return round(int(self.held.sum()) * self.hot.codes.token_bytes)
+        return self.hot.bytes_read
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)

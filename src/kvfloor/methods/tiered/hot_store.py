@@ -1,0 +1,39 @@
+"""Choose the codes of the tier that every query reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvfloor.core.spec import Spec
+from kvfloor.methods.stores.coded import Coding
+from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, TokenCodes
+from kvfloor.methods.stores.loud import LoudChannels
+
+_BITS = 8
+
+
+@dataclass(frozen=True)
+class HotStore(Coding):
+    """Code keys per channel of a page and values token by token in 8 bits per number, as the store `k8v8` does.
+
+    first  number of a row's first tokens that are never coded
+    extra  further bits for the half of a page's channels whose keys have the wider ranges, 0 to 8
+    """
+
+    name: ClassVar[str] = "hot"
+    loses: ClassVar[bool] = False
+    first: int
+    extra: int
+
+    def least_group(self) -> int:
+        return 1
+
+    def key_codes(self, spec: Spec, places: int, group: int, lose: bool) -> GroupCodes:
+        del lose
+        if self.extra and spec.d > 1:
+            return LoudChannels(spec, spec.d, _BITS, self.extra, places, group)
+        return ChannelCodes(spec, spec.d, _BITS, places, group)
+
+    def value_codes(self, spec: Spec, places: int) -> TokenCodes:
+        return TokenCodes(spec, spec.dv, _BITS, places, centred=False, unbiased=True)
