@@ -22,7 +22,7 @@ OnViolation = Literal["fallback", "flag", "raise"]
 class PromiseBroken(RuntimeError):
     """Report that a layer could not bound the error of an answer by the `max_error` that its cache promised.
 
-    The cache refuses further use until it is reset, as some layers have stored the forward's tokens and others have not.
+    Some layers have stored the forward's tokens and others have not, so the cache refuses use until it is reset.
     """
 
 

@@ -23,7 +23,7 @@ class Cold(Slots):
     plain: ClassVar[bool] = False
 
     def pair(self, place: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the keys (..., d) and values (..., dv) at the places `place` (...), int64; `wanted` changes nothing."""
+        """Return the keys (..., d) and values (..., dv) at the places `place` (...), int64; `wanted` is not used."""
         del wanted
         return self.keys(place), self.values(place)
 

@@ -54,6 +54,7 @@ class Blocks(ABC):
 
     def reserve(self, blocks: int) -> None:
         """Make sure that there is room for so many more blocks, where that can be told; raise ColdTierError if not."""
+        del blocks
 
     @abstractmethod
     def write(self, k: Tensor, v: Tensor) -> Tensor:

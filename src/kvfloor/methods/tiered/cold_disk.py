@@ -1,8 +1,8 @@
 """Keep exact tokens in a file that has no name, and check each of them when it is read.
 
 The file holds one record per token: its key, its value, zeros up to a multiple of 4 bytes, and a tag of 8 bytes. The
-tag is a checksum of the other bytes and of the record's index in the file, under numbers that are drawn for the file and
-never leave the process. It is multilinear hashing of 32-bit words (Carter and Wegman 1979; Lemire and Kaser 2014,
+tag is a checksum of the other bytes and of the record's index in the file, under numbers that are drawn for the file
+and never leave the process. It is multilinear hashing of 32-bit words (Carter and Wegman 1979; Lemire and Kaser 2014,
 "Strongly universal string hashing is fast"), twice: damage that does not depend on these numbers passes with
 probability 2^-64.
 
@@ -111,7 +111,7 @@ class DiskBlocks(Blocks):
                 records[:, self._key_bytes : self._key_bytes + self._value_bytes] = _raw(v, tokens)
             first = start * self.page
             records[:, -_TAG_BYTES:] = self._tags(records, np.arange(first, first + tokens, dtype=np.uint64))
-            self._put(memoryview(records).cast("B"), first * self._record_bytes)
+            self._put(records.reshape(-1).data, first * self._record_bytes)
             self.count = start + len(k)  # only now: after a failure the next write begins at the same place
         return torch.arange(start, self.count)
 
@@ -155,7 +155,7 @@ class DiskBlocks(Blocks):
         counts = last - first + 1
         place = np.cumsum(counts) - counts  # of each run's first record in what is read
         read = np.empty((int(counts.sum()), size), dtype=np.uint8)
-        into = memoryview(read).cast("B")
+        into = read.reshape(-1).data
         for at, start, count in zip(place.tolist(), first.tolist(), counts.tolist(), strict=True):
             self._fill(into[at * size : (at + count) * size], start * size)
         shift = np.repeat(place - first, np.diff(np.append(begins, len(wanted))))
@@ -179,7 +179,8 @@ class DiskBlocks(Blocks):
         low, high = index & np.uint64(0xFFFFFFFF), index >> np.uint64(32)
         own, place, rest = self._secret[: self._words], self._secret[self._words : -1], self._secret[-1]
         total = words @ own + low[:, None] * place[0] + high[:, None] * place[1] + rest  # modulo 2^64
-        return np.ascontiguousarray((total >> np.uint64(32)).astype(np.uint32)).view(np.uint8).reshape(len(records), -1)
+        tags = (total >> np.uint64(32)).astype(np.uint32)
+        return np.ascontiguousarray(tags).view(np.uint8).reshape(len(records), _TAG_BYTES)
 
 
 def _raw(x: Tensor, tokens: int) -> np.ndarray:

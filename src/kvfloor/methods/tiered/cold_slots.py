@@ -243,7 +243,7 @@ class ColdSlots(Slots):
             return
         used, again = self.table[row, page].unique(return_inverse=True)
         fresh, at_once = self.cold.anew(), max(1, _COPIED // self.page)
-        for piece in used.split(at_once):
+        for piece in used.split(at_once) if len(used) else ():
             token = (piece.unsqueeze(1) * self.page + torch.arange(self.page)).flatten()
             fresh.write(*(x.view(len(piece), self.page, -1) for x in self.cold.read(token)))
         table = self.table.clone()
