@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_copies_append_at_the_same_time(place: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_in_memory_does_not_grow_with_the_exact_tokens(place: str) -> None:
-    q, k, v = tokens()
+    _, k, v = tokens()
     states = {where: opened_at(where, 0.0) for where in ("device", place)}
     for _ in range(10):
         for state in states.values():
@@ -154,7 +155,7 @@ def test_a_fetch_is_one_read_of_ascending_tokens_for_all_rows(monkeypatch: pytes
     assert all(bool((token.diff() > 0).all()) for token in reads)
     starts = [at for at, _ in offsets]
     assert len(offsets) < sum(map(len, reads))  # neighbours come in one read
-    assert sum(a > b for a, b in zip(starts, starts[1:], strict=False)) < len(reads)  # sorted within each
+    assert sum(a > b for a, b in pairwise(starts)) < len(reads)  # sorted within each
 
 
 def test_the_file_has_no_name_and_is_closed_with_the_state(tmp_path: Path) -> None:
@@ -197,11 +198,9 @@ def test_a_folder_is_no_part_of_the_method(tmp_path: Path) -> None:
     assert isinstance(method, Tiered) and method.folder == str(tmp_path)
     assert str(method) == "tiered(epsilon=0.05,cold=disk)" and parse(str(method)) == method
     assert str(method.with_error(0.01)) == "tiered(epsilon=0.01,cold=disk)"
-    state = method.open(Spec(1, 4, 4))
-    assert state.slots.cold.folder == str(tmp_path)
-    assert type(state).__name__ == "TieredState" and method.from_bytes(state.to_bytes()).slots.cold.folder == str(
-        tmp_path
-    )
+    state: Any = method.open(Spec(1, 4, 4))
+    again: Any = method.from_bytes(state.to_bytes())
+    assert state.slots.cold.folder == again.slots.cold.folder == str(tmp_path)
 
 
 @pytest.mark.parametrize(

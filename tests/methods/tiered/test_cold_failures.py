@@ -300,7 +300,7 @@ def test_a_folder_that_is_removed_takes_nothing_away(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["missing", "file/inside"])
 def test_a_folder_that_cannot_hold_a_file_is_told(where: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ColdTierError, match="no file can be made: (No such file|Not a directory)"):
+    with pytest.raises(ColdTierError, match=r"no file can be made: (No such file|Not a directory)"):
         opened_at("disk", folder=tmp_path / where)
 
 
