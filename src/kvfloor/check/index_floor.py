@@ -31,7 +31,8 @@ def check_index_floor(method: Method, at: Setting) -> None:
     added. A short game tests the live state and one restored from the saved bytes: random bits are hidden in values,
     the tokens are appended, and the bits are recovered from the attention outputs for spike queries, each of which puts
     nearly all softmax mass on one token. Only certified bits are counted, i.e. those that the outputs prove to be in
-    the memory. A failure means that the state keeps memory that it does not count. `kvfloor break` plays the same game more strictly: there a fresh process answers from the saved bytes alone.
+    the memory. A failure means that the state keeps memory that it does not count. `kvfloor break` plays
+    the same game more strictly: there a fresh process answers from the saved bytes alone.
     """
     method = of_rows(method, [0])
     d = width_of(method, _D)
