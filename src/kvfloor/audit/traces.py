@@ -104,6 +104,13 @@ def of_all_heads(mine: Recorded, ranks: Ranks) -> Recorded:
     return replace(mine, q=q, k=k, v=v)
 
 
+def spec_of(trace: Trace) -> Spec:
+    """Return the spec of a state for the rows of a trace."""
+    rows, _, d = trace.k.shape
+    places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
+    return Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)
+
+
 def replay(trace: Trace, method: Method) -> Tensor:
     """Return a method's attention outputs for the last `asked` queries of a trace: (rows, g, asked, dv), float32.
 
@@ -111,10 +118,7 @@ def replay(trace: Trace, method: Method) -> Tensor:
     last `asked` tokens. The method's budget must be in tokens per kv head. A row is one kv head on one sample; g is the
     size of the GQA group, and dv the width of a value.
     """
-    rows, _, d = trace.k.shape
-    places = [(trace.layer, row % trace.kv_heads) for row in range(rows)]
-    spec = Spec(rows, d, trace.v.shape[2], trace.scale, trace.softcap, trace.k.dtype, places=places)
-    state = method.open(spec)
+    state = method.open(spec_of(trace))
     cut = trace.k.shape[1] - trace.asked
     state.step(trace.q[:, :, :cut], trace.k[:, :cut], trace.v[:, :cut], trace.present[:, :cut])
     state.seal()

@@ -239,10 +239,14 @@ class TieredState(Blocked[Tiered]):
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that one query per row reads, summed over rows, if the codes alone certify its answer."""
+        """Return the bytes that one query per row reads, summed over rows: the codes, and what queries fetch.
+
+        A query is taken to fetch what those before it have fetched on average.
+        """
         if self.hot is None:
             return self.slot_bytes_read
-        return round(int(self.held.sum()) * self.hot.codes.token_bytes)
+        fetched = self.tally.bytes / max(1, self.tally.queries) * self.spec.rows
+        return round(int(self.held.sum()) * self.hot.codes.token_bytes + fetched)
 
     @property
     def cold_nbytes(self) -> int:
