@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvfloor.audit.bounds import Bounds
 from kvfloor.audit.rows import Protocol, Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.methods.grammar import parse
@@ -30,6 +31,8 @@ def row() -> Maker:
         protocol: Protocol = "after",
         peak: int | None = None,
         baseline: bool = False,
+        bounds: Bounds | None = None,
+        cold: int = 0,
     ) -> Row:
         return measured_row(
             setting=BudgetedMethod(parse(method), baseline=baseline),
@@ -50,6 +53,8 @@ def row() -> Maker:
             prefill_ms=1.0,
             decode_ms_per_token=0.5,
             output_tokens=3.0,
+            bounds=bounds,
+            cold_bytes=cold,
         )
 
     return make

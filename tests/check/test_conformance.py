@@ -122,6 +122,13 @@ def test_method_that_codes_its_tokens_keeps_its_laws(text: str) -> None:
     _require_conformance(text, dtypes=(DTYPES[len(text) % 2],), groups=(1 + len(text) % 3,))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("epsilon", [0.05, 0.0])
+@pytest.mark.parametrize("cold", ["ram", "disk"])
+def test_method_with_tokens_outside_its_memory_keeps_its_laws(cold: str, epsilon: float) -> None:
+    _require_conformance(f"tiered(epsilon={epsilon},page=16,cold={cold})", dtypes=(torch.float32,), groups=(2,))
+
+
 @pytest.mark.parametrize("text", PLAYED)
 def test_streams_code_several_groups_evict_coded_tokens_and_end_within_a_group(text: str) -> None:
     method, at = parse(text), Setting()

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from kvfloor.audit import traces
+from kvfloor.audit.bounds import check_bounds
 from kvfloor.audit.chat import Template
 from kvfloor.audit.plan import Item, Work
 from kvfloor.audit.rows import Row, measured_row
@@ -89,6 +90,7 @@ class Measurement:
     right                one number per sample: 1 if all its questions are answered right, else 0
     parts                name of each part of the answers -> share, from 0 to 1, that its check gave; mean over samples
     state_bytes          bytes of the cache at the end of the context
+    cold_bytes           bytes that it keeps on the host or a disk then
     peak_state_bytes     the most bytes of the cache at any moment
     bytes_read           bytes of the cache that are read to produce one token
     prefill_ms           milliseconds to read the context
@@ -100,6 +102,7 @@ class Measurement:
     right: tuple[int, ...]
     parts: dict[str, float]
     state_bytes: int
+    cold_bytes: int
     peak_state_bytes: int
     bytes_read: float
     prefill_ms: float
@@ -123,7 +126,7 @@ class _Run(NamedTuple):
     """Hold the results of one batch of samples. Bytes are of the caches of all its samples together.
 
     said              the decoded tokens: said[sample][question] is a list of token ids
-    state_bytes       bytes of the caches at the end of the prompts
+    state_bytes       bytes of the caches at the end of the prompts; `cold_bytes` those on the host or a disk
     peak_state_bytes  the most bytes of the caches at any moment
     bytes_read        bytes of the caches that are read to produce one token of each sample
     prefill_ms        milliseconds to read the prompts of all samples
@@ -132,6 +135,7 @@ class _Run(NamedTuple):
 
     said: list[list[list[int]]]
     state_bytes: float
+    cold_bytes: float
     peak_state_bytes: float
     bytes_read: float
     prefill_ms: float
@@ -270,6 +274,7 @@ class Bench:
             right=tuple(int(all(share == 1 for share in one.values())) for one in shares),
             parts={name: statistics.fmean(one[name] for one in shares) for name in shares[0]},
             state_bytes=math.ceil(sum(run.state_bytes for run in runs) / n),
+            cold_bytes=math.ceil(sum(run.cold_bytes for run in runs) / n),
             peak_state_bytes=math.ceil(sum(run.peak_state_bytes for run in runs) / n),
             bytes_read=sum(run.bytes_read for run in runs) / n,
             prefill_ms=sum(run.prefill_ms for run in runs) / n,
@@ -293,7 +298,7 @@ class Bench:
         begin = time.perf_counter()
         cache.seal()
         prefill_ms = (seconds + time.perf_counter() - begin) * 1e3
-        state_bytes, bytes_read = cache.nbytes, cache.bytes_read
+        state_bytes, cold_bytes, bytes_read = cache.nbytes, cache.bytes["cold"], cache.bytes_read
         said: list[list[list[int]]] = []
         steps_ms: list[float] = []
         for turn in prepared.turns:
@@ -302,7 +307,7 @@ class Bench:
             said.append(tokens)
             steps_ms += [ms / batch for ms in times]
         by_sample = [list(told) for told in zip(*said, strict=True)]
-        return _Run(by_sample, state_bytes, cache.peak_nbytes, bytes_read, prefill_ms, steps_ms)
+        return _Run(by_sample, state_bytes, cold_bytes, cache.peak_nbytes, bytes_read, prefill_ms, steps_ms)
 
     def row(self, setting: BudgetedMethod, prepared: Prepared, outcome: Measurement, exact: ExactOutcome) -> Row:
         """Build the row of a setting on a cell, and in the first round measure the error of the attention output.
@@ -313,8 +318,10 @@ class Bench:
         """
         cell = prepared.work.cell
         by_head: list[list[float]] = []
+        bounds = None
         if cell.round == 1:
-            by_head = traces.errors(prepared.traces, self.resolved(setting.method, prepared))
+            method = self.resolved(setting.method, prepared)
+            by_head, bounds = traces.errors(prepared.traces, method), check_bounds(prepared.traces, method)
         trace = prepared.traces[0]
         floor = worst_case_bytes(
             self.model.config, cell.context, trace.k.shape[2], trace.v.shape[2], heads=trace.kv_heads,
@@ -342,6 +349,8 @@ class Bench:
             decode_ms_per_token=outcome.decode_ms_per_token,
             output_tokens=outcome.output_tokens,
             round=cell.round,
+            cold_bytes=outcome.cold_bytes,
+            bounds=bounds,
         )
 
     def _plain(self, text: str) -> list[int]:

@@ -75,6 +75,7 @@ def _joined(rows: Sequence[Row], racing: bool) -> Row:
         state_bytes=whole_mean("state_bytes"),
         peak_state_bytes=max(row.peak_state_bytes for row in rows),
         exact_bytes=whole_mean("exact_bytes"),
+        cold_bytes=whole_mean("cold_bytes"),
         bytes_read_per_token=mean("bytes_read_per_token"),
         prefill_ms=mean("prefill_ms"),
         decode_ms_per_token=statistics.median(decode) if decode else None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from kvfloor.audit.bounds import Bounds
 from kvfloor.audit.protocols import Protocol
 from kvfloor.audit.records import read_records, write_records
 from kvfloor.audit.setting import BudgetedMethod
@@ -89,6 +90,13 @@ class Row:
                            in a later one `output_error` is 0, and the errors by layer and by head are empty
     rounds                 number of rounds whose samples are in this row: 1 as measured, more if `audit/rounds.py`
                            joined several rows, which may widen the intervals
+    cold_bytes             bytes kept on the host or a disk at the end of the context, beside `state_bytes`
+    checked                answers of a method that certifies them (`tiered`) whose true error was computed, in round 1
+                           alone; 0 for other methods
+    largest_bound          the largest bound of these answers, over the largest norm of a value that their query saw;
+                           None without any, or if one was infinite
+    largest_error          the largest true error of these answers, likewise; None without any
+    violations             number of these answers that err more than their bound: any is a fault of the method
     """
 
     method: str
@@ -125,6 +133,11 @@ class Row:
     lost: int
     round: int = 1
     rounds: int = 1
+    cold_bytes: int = 0
+    checked: int = 0
+    largest_bound: float | None = None
+    largest_error: float | None = None
+    violations: int = 0
 
     def __post_init__(self) -> None:
         where = f"row {self.method!r} on {self.task!r}"
@@ -206,6 +219,8 @@ def measured_row(
     output_tokens: float,
     parts: dict[str, float] | None = None,
     round: int = 1,
+    cold_bytes: int = 0,
+    bounds: Bounds | None = None,
 ) -> Row:
     """Build a row from the measurements of a setting: compute its score, intervals and paired difference to exact.
 
@@ -231,6 +246,8 @@ def measured_row(
     parts                  name of each part in which the task checks an answer -> mean share of its check, from 0 to 1;
                            None: an answer has one part
     round                  number of the round of samples, from 1
+    cold_bytes             bytes kept on the host or a disk at the end of the context
+    bounds                 what a check of the method's error bounds found; None if it certifies no answers
 
     Raises ValueError where fewer than 32 samples were run, `outcomes` and `exact_outcomes` differ in length, or a
     number is not finite.
@@ -278,6 +295,11 @@ def measured_row(
         gained=gained,
         lost=lost,
         round=round,
+        cold_bytes=cold_bytes,
+        checked=0 if bounds is None else bounds.checked,
+        largest_bound=None if bounds is None else bounds.bound,
+        largest_error=None if bounds is None else bounds.error,
+        violations=0 if bounds is None else bounds.violations,
     )
 
 

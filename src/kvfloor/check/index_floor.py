@@ -27,7 +27,8 @@ _ETA = 0.5
 def check_index_floor(method: Method, at: Setting) -> None:
     """Require that queries recover at most 8 bits per byte of `nbytes`, and of the saved state (`to_bytes`).
 
-    `nbytes` is the size of the live state in bytes. A short game tests the live state and one restored from the saved
+    `nbytes` is the size of the live state in bytes, to which what it keeps outside of its memory (`cold_nbytes`) is
+    added. A short game tests the live state and one restored from the saved
     bytes: random bits are hidden in values, the tokens are appended, and the bits are recovered from the attention
     outputs for spike queries, each of which puts nearly all softmax mass on one token. Only certified bits are counted,
     i.e. those that the outputs prove to be in the memory. If the saved bytes have room for more than was hidden, the
@@ -59,7 +60,7 @@ def _require_floor(method: Method, at: Setting, d: int, n: int, bits: int) -> in
     for side in (state, method.from_bytes(message)):
         where = "the live state" if side is state else "the restored state"
         carried = judge(instance.ask(side, None), levels, bits, _ETA).certified_bits
-        for what, size in (("message", len(message)), ("nbytes", side.nbytes)):
+        for what, size in (("message", len(message)), ("nbytes", side.nbytes + side.cold_nbytes)):
             enough = carried <= 8 * size
             require(enough, f"{where} answers {carried:.0f} hidden bits, its {what} holds {8 * size}")
     return len(message)

@@ -21,6 +21,7 @@ from kvfloor.core.message import CorruptState
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
+from kvfloor.methods.tiered.cold_blocks import Blocks
 
 _SAMPLED = 24
 _SLACK_BYTES = 8  # bytes that nbytes may count for a number, a flag or a container
@@ -32,14 +33,14 @@ def storages(state: State) -> tuple[dict[int, int], int]:
     Every attribute and container is followed, without the code that computes nbytes. The limit is the most that nbytes
     may count for the other objects: 8 bytes each, and for strings and large integers their own size besides. The
     method, specs and `state.shared` (tensors that method and spec determine) are left out, because a saved state need
-    not contain them.
+    not contain them; and so are blocks outside the memory, which `State.cold_nbytes` counts and copies share.
     """
     found: dict[int, int] = {}
     others, met = 0, {id(state.shared)}  # a part may hold the same dictionary
     waiting: list[Any] = [value for name, value in vars(state).items() if name != "shared"]
     while waiting:
         item = waiting.pop()
-        if isinstance(item, (Method, Spec)):
+        if isinstance(item, (Method, Spec, Blocks)):
             continue
         if isinstance(item, Tensor):
             storage = item.untyped_storage()

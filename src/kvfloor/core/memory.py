@@ -21,8 +21,9 @@ from torch import Tensor
 from kvfloor.core.fields import Field
 
 # Not memory: values fixed before the stream, so known to any reader of a message; the record of past sizes; the
-# callback; the count of what was read; and the name of the running call.
-PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "tally", "_underway"})
+# callback; the count of what was read; the name of the running call; and what is kept outside of the memory, which
+# `State.cold_nbytes` counts.
+PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "tally", "cold", "_underway"})
 SCALAR_BYTES = 8
 
 

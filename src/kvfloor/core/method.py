@@ -181,6 +181,15 @@ class Method(ABC):
         del store
         return None
 
+    def with_error(self, epsilon: float) -> Method | None:
+        """Return a copy of this method each of whose answers has a bound on its own error of at most `epsilon`.
+
+        The bound is relative to the largest norm of a value that the query sees, for any keys, values and queries, up
+        to rounding. None if the method computes no such bounds, as for methods that evict tokens.
+        """
+        del epsilon
+        return None
+
     def guarantee(self, spec: Spec) -> Guarantee | None:
         """Return the error bound that is proved for this configuration, or None.
 

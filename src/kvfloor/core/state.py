@@ -415,6 +415,11 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """
         return -(-self.bytes_read // self.spec.token_bytes)
 
+    @property
+    def cold_nbytes(self) -> int:
+        """Return the bytes that are kept outside the memory which `nbytes` counts, on the host or on a disk."""
+        return 0
+
     def fields(self) -> dict[str, Any]:
         return {"sealed": Field(bool)}
 

@@ -6,6 +6,7 @@ from kvfloor.hf.calibrate import floor_shares
 from kvfloor.hf.layer import Eviction
 from kvfloor.hf.mixed import choose_layers
 from kvfloor.hf.prepare import prepare, restore
+from kvfloor.hf.promise import PromiseBroken
 from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongBasis, WrongModel
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Eviction",
     "NewerVersion",
     "OlderVersion",
+    "PromiseBroken",
     "UnknownMethod",
     "WrongBasis",
     "WrongModel",

@@ -43,6 +43,7 @@ from kvfloor.hf.passage import Passage, outside_inference
 from kvfloor.hf.positions import Memo, TurnBack, rotations
 from kvfloor.hf.prepare import is_prepared
 from kvfloor.hf.presence import Presence
+from kvfloor.hf.promise import OnViolation, Promise, certified_entry
 from kvfloor.hf.ranks import ranks_of
 from kvfloor.hf.replaced import SwitchingRotation
 from kvfloor.hf.saved import MOST_BYTES, load, save
@@ -82,6 +83,12 @@ class CompressedCache(Cache):
                the token's rank among the tokens that its kv head still holds (StreamingLLM). So no distance is longer
                than the budget, and a stream can go on past the positions that the model was trained for. "cache" needs
                the prepared model, rotary positions, and a method that holds whole tokens
+    max_error  promise that each layer bounds the error of each attention output by this share of the largest norm of a
+               value that the query sees; for methods that certify their answers, such as tiered. None: no promise. A
+               bound per layer is no bound on logits (docs/certificates.md)
+    on_violation  what happens to an answer whose bound is larger than `max_error`. "fallback": exact tokens are fetched
+               until it is not, i.e. the method's epsilon is lowered to `max_error`. "flag": the answer is given, and
+               `report()` counts it. "raise": PromiseBroken, after which the cache refuses use until `reset()`
     One cache serves one request (or one batch) at a time, on a prepared model.
     Raises TypeError and ValueError naming the argument. Errors that need the model's keys to detect (a budget smaller
     than the tokens that must be kept, a table with a wrong number of heads) are raised in the first forward.
@@ -101,6 +108,8 @@ class CompressedCache(Cache):
         pinned: Sequence[tuple[int, int]] = (),
         on_evict: Callable[[Eviction], None] | None = None,
         positions: Literal["stream", "cache"] = "stream",
+        max_error: float | None = None,
+        on_violation: OnViolation = "fallback",
     ) -> None:
         refuse_own_cache(config)
         model = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
@@ -112,6 +121,9 @@ class CompressedCache(Cache):
         standard_law(self.method, "a model's cache")
         if isinstance(self.method, Auto):
             self.method = _chosen(self.method, model, context)
+        promise = _promise(max_error, on_violation)
+        if promise is not None:
+            self.method = promise.kept_by(self.method)
         served = layers_served(config)
         opening = Opening(
             self.method,
@@ -125,12 +137,15 @@ class CompressedCache(Cache):
             _rotations(positions, self.method, model),
             _applied(positions, self.method, model),
             self.ranks,
+            promise,
         )
         kept = ("context", "seed", "requests", "budgets", "pinned")
         # The arguments with which `load` constructs the cache; JSON-ready.
         self.arguments: dict[str, Any] = {name: getattr(opening, name) for name in kept} | {"allocate": opening.shares}
         if positions == "cache":
             self.arguments["positions"] = positions
+        if promise is not None:
+            self.arguments |= dataclasses.asdict(promise)
         self._meter, self.presence = Meter(), Presence()
         self._passage = Passage.of(config)
         self._rotation = SwitchingRotation.of(config)
@@ -434,6 +449,7 @@ class CompressedCache(Cache):
         """Return the bytes held now, by kind.
 
         hot     the states of all compressed layers, measured on the storages of their tensors
+        cold    what the states keep in the host's memory or on a disk (`tiered(cold=ram)`, `tiered(cold=disk)`)
         staged  keys and values of a running forward that its attention has not appended yet
         stock   tensors that transformers' own classes keep (sliding windows, convolution and linear states)
         masks   the list of pads and masked-out slots, 16 bytes each
@@ -442,16 +458,18 @@ class CompressedCache(Cache):
         linear states) counts once.
         """
         hot = sum(layer.state.nbytes for layer in self.compressed if layer.state)
+        cold = sum(layer.state.cold_nbytes for layer in self.compressed if layer.state)
         staged = sum(layer.staged_bytes for layer in self.compressed)
         beside = [(layer, layer.beside if isinstance(layer, CompressedLayer) else None) for layer in self.layers]
         own = sum(stock.nbytes(layer, names) for layer, names in beside)
         heads = sum(
             stock.nbytes(layer, stock.BY_HEAD) for layer, names in beside if names is None and stock.has_heads(layer)
         )
-        parts = self.ranks.gather("cache.bytes", (hot, staged, heads))
-        hot, staged, all_heads = (sum(part) for part in zip(*parts, strict=True))
-        own, masks = own - heads + all_heads, self.presence.nbytes
-        return {"hot": hot, "staged": staged, "stock": own, "masks": masks, "total": hot + staged + own + masks}
+        parts = self.ranks.gather("cache.bytes", (hot, cold, staged, heads))
+        hot, cold, staged, all_heads = (sum(part) for part in zip(*parts, strict=True))
+        told = {"hot": hot, "cold": cold, "staged": staged, "stock": own - heads + all_heads}
+        told["masks"] = self.presence.nbytes
+        return told | {"total": sum(told.values())}
 
     @property
     def peak_nbytes(self) -> int:
@@ -485,6 +503,16 @@ class CompressedCache(Cache):
         staged_bytes            bytes of keys and values that wait for the attention of a running forward
         guarantee               the method's proved error bound for the tokens seen, as a dict (error epsilon, failure
                                 probability delta, norm, assumptions, ...); None if it has no such bound
+        certified               None for a method that does not certify each answer; otherwise a dict of what its
+                                certified reads have done since the cache was made or loaded:
+            hot_bytes, cold_bytes   bytes in the device's memory (= state_bytes), and on the host or a disk
+            queries, unfetched      queries answered, with those of a GQA group at a token as one; those of them that
+                                    the codes alone certified
+            tokens_fetched, bytes_fetched   exact tokens that the others needed, one for each query, and their bytes
+            cold_bytes_read         bytes read from the host's memory or the disk: a token that several queries need
+                                    at once is read once, one that is needed again later is read again
+            largest_bound           the largest bound of an answer, over the largest value norm that its query saw
+            max_error, violations   the promise, None without one; answers whose bound was larger
         Collective on a sharded model: every rank gets the whole report, of all kv heads.
         """
         mine = [(_entry(layer), row_budgets(layer.state)) for layer in self.compressed]
@@ -542,7 +570,16 @@ def _entry(layer: CompressedLayer) -> dict[str, Any]:
             "state_bytes": state.nbytes,
             "guarantee": None if stated is None else dataclasses.asdict(stated),
         }
+    told["certified"] = certified_entry(state, layer.opening.promise)
     return {"layer": layer.index, "seen": layer.seen, **told, "staged_bytes": layer.staged_bytes}
+
+
+def _promise(max_error: float | None, on_violation: OnViolation) -> Promise | None:
+    if max_error is None:
+        if on_violation != "fallback":
+            raise ValueError(f"on_violation={on_violation!r} is about a promise: give max_error= too")
+        return None
+    return Promise(max_error, on_violation)
 
 
 def _table(name: str, given: Sequence[Any], kind: type) -> tuple[tuple[Any, ...], ...]:

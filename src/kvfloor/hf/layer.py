@@ -28,6 +28,7 @@ from kvfloor.hf.masks import SlotCount
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
 from kvfloor.hf.presence import Presence
+from kvfloor.hf.promise import PromiseBroken
 from kvfloor.hf.replaced import refuse_other_attention
 from kvfloor.hf.rows import present_rows, step_rows
 from kvfloor.methods.compaction.compact import CompactState, Span
@@ -431,7 +432,7 @@ class CompressedLayer(CacheLayerMixin):
             if n == 1 and self.seen and not state.sealed:
                 state.seal()  # the first decoded token: the prompt is over
             if attend:
-                out = step_rows(state, query, key, value, present, sink)
+                out = self._stepped(state, query, key, value, present, sink)
             else:
                 state.append(key.flatten(0, 1), value.flatten(0, 1), present)
                 out = query.new_empty(0)
@@ -444,7 +445,7 @@ class CompressedLayer(CacheLayerMixin):
             self._meter.seen[self.index] = self.seen
             self._passage.took_keys(self.index)
         except BaseException as cause:
-            if not began or isinstance(cause, (TypeError, ValueError)):
+            if not began or isinstance(cause, (TypeError, ValueError, OSError)):  # OSError: a full cold tier
                 self._refused(*before)
             raise
         finally:
@@ -513,7 +514,22 @@ class CompressedLayer(CacheLayerMixin):
             early, unasked = (x[:, :, : n - m].flatten(0, 1) for x in (key, value))
             state.append(early, unasked, None if present is None else present[:, : n - m])
             present = None if present is None else present[:, n - m :]
-        return step_rows(state, query, key[:, :, n - m :], value[:, :, n - m :], present, sink)
+        return self._stepped(state, query, key[:, :, n - m :], value[:, :, n - m :], present, sink)
+
+    def _stepped(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, sink: Tensor | None
+    ) -> Tensor:
+        """Return what `step_rows` does; raise PromiseBroken if an answer's error bound breaks the cache's promise."""
+        promise = self.opening.promise
+        before = 0 if promise is None else promise.watch(state)
+        out = step_rows(state, query, key, value, present, sink)
+        if promise is not None:
+            try:
+                promise.check(state, before, self.index)
+            except PromiseBroken as broken:
+                self._passage.break_off(str(broken))
+                raise
+        return out
 
 
 def _in_rows(tokens: tuple[Tensor, Tensor], kv_heads: int) -> tuple[Tensor, Tensor]:

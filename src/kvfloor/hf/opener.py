@@ -20,6 +20,7 @@ from kvfloor.core.rotation import Rotation
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.hf.allocate import Shares, per_head, spread
+from kvfloor.hf.promise import Promise
 from kvfloor.hf.ranks import ALONE, Ranks
 from kvfloor.methods.mixed.layered import Layered
 
@@ -47,6 +48,7 @@ class Opening:
                that predict later queries need it
     ranks      the processes among which each layer's kv heads are divided; all other settings are those of the whole
                model
+    promise    what the cache promises about the error of its answers; None: nothing
     Raises ValueError for settings in conflict.
     """
 
@@ -61,6 +63,7 @@ class Opening:
     rotations: tuple[Rotation | None, ...] | None = None
     applied: tuple[Rotation | None, ...] | None = None
     ranks: Ranks = ALONE
+    promise: Promise | None = None
 
     def __post_init__(self) -> None:
         for name, table in (("budgets", self.budgets), ("allocate", self.shares)):

@@ -185,6 +185,10 @@ class Passage:
         self._known.clear()
         self._clear()
 
+    def break_off(self, why: str) -> None:
+        """Mark the cache as broken, until it is reset: later calls raise BrokenState with the message `why`."""
+        self._broke = why
+
     def _fault(self) -> str | None:
         """Return an error message if only some layers have stored the newest forward's tokens; otherwise None.
 

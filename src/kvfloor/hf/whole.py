@@ -22,6 +22,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.hf import other_layers as stock
 from kvfloor.hf.opener import own_rows
+from kvfloor.hf.promise import joined_entries
 from kvfloor.hf.ranks import Ranks
 
 _BY_ROW = ("tokens", "held", "evicted", "row_bytes")
@@ -63,6 +64,7 @@ def whole_entry(parts: Sequence[tuple[dict[str, Any], tuple[int, ...]]], method:
     told |= {name: sum(entry[name] for entry in entries) for name in _SUMMED}
     if method is not None:
         told["method"] = str(_with_budgets(method, in_order(budgets)))
+    told["certified"] = joined_entries([entry["certified"] for entry in entries])
     stated = [entry["guarantee"] for entry in entries]
     if stated[0] is not None:  # of all rows: the weakest
         told["guarantee"] = max(stated, key=lambda one: (not one["holds"], one["epsilon"]))

@@ -63,12 +63,25 @@ def print_report(
             Text(f"✓ loses less than {margin} to exact   ? not shown   ✗ loses, with 95 % confidence", style="dim")
         )
         console.print()
+    for row in rows:
+        if row.checked:
+            console.print(_line(f"{row.method} on {row.task}: ", bounds_text(row)))
     console.print(_line("Use: ", answer.method or "nothing here", style="bold"))
     console.print(_line("", why(answer)))
     for sentence in (*what_breaks(answer), *cautions(answer)):
         console.print(_line("- ", sentence))
     for one in examples[:1]:
         _print_example(one, console)
+
+
+def bounds_text(row: Row) -> str:
+    """Return what the check of a certified method's error bounds found, and its hot and cold bytes, in one line."""
+    bound = "none" if row.largest_bound is None else f"{row.largest_bound:.2g}"
+    return (
+        f"{row.checked:,} answers checked, largest bound {bound}, largest error {row.largest_error or 0.0:.2g}, "
+        f"{row.violations:,} violations; hot {bytes_text(row.state_bytes)}, cold {bytes_text(row.cold_bytes)}, "
+        f"read per token {bytes_text(row.bytes_read_per_token)}"
+    )
 
 
 def _print_example(one: SideBySide, console: Console) -> None:

@@ -49,7 +49,7 @@ class Played:
     restored       (m, dv) the same of the state that Bob restored from the message (the bytes of Alice's state); None
                    if Bob could not answer from the message, and `why` then gives the reason
     message_bytes  size of the message; payload_bytes of it are not header or digest
-    state_bytes    size of Alice's state
+    state_bytes    size of Alice's state, with what it keeps outside of its memory
     scores_read    scores q.k that are read to answer one query token, over all streams
     hidden_seed    seed that repeats the hidden values
     seconds        duration of the game
@@ -121,7 +121,7 @@ def play_index(
     instance.feed(state, levels, hidden)
     payload_bytes = 0
     try:
-        state_bytes, message, why = state.nbytes, state.to_bytes(), ""
+        state_bytes, message, why = state.nbytes + state.cold_nbytes, state.to_bytes(), ""
         payload_bytes = wire.payload_bytes(message)
     except TypeError as cause:  # the core's refusal of a state that holds what it can neither size nor send
         state_bytes, message, why = 0, b"", f"the state has no message: {cause}"

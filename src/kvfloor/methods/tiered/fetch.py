@@ -15,9 +15,9 @@ from kvfloor.certify.certified import Certified
 from kvfloor.certify.glimpse import Glimpse
 from kvfloor.certify.rounding import products
 from kvfloor.core.partial import Partial
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
+from kvfloor.methods.tiered.cold import ExactSlots
 from kvfloor.methods.tiered.hot import Hot
 
 _FIRST = 8  # tokens of the first fetch; with each further one twice as many are known
@@ -34,7 +34,7 @@ class CertifiedReader:
 
     spec: Spec
     hot: Hot
-    exact: Slots
+    exact: ExactSlots
     epsilon: float
 
     def read(self, q: Tensor, hide: Tensor | None, real: Tensor) -> tuple[Certified, Tensor]:
@@ -67,8 +67,7 @@ class CertifiedReader:
     def _with(self, seen: Glimpse, q: Tensor, decoded: Tensor, index: Tensor, real: Tensor, at: Tensor) -> Glimpse:
         """Return what q (r, g, m, d) see once the tokens `index` (r, m, c) of the rows `at` are fetched."""
         dtype, g = self.spec.compute_dtype, q.shape[1]
-        place = self.exact.at(index, at.cpu())
-        k, v = self.exact.keys(place).to(dtype), self.exact.values(place).to(dtype)
+        k, v = (x.to(dtype) for x in self.exact.pair(self.exact.at(index, at.cpu()), real))
         row = torch.arange(len(at), device=q.device)[:, None, None]
         moved, change = k - decoded[row, index], self.hot.turned(v) - seen.v[row, index]
         asked = (q.to(dtype) * self.spec.scale).transpose(1, 2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kvfloor.certify.certified import Certified
 
 
 @dataclass
@@ -16,6 +19,9 @@ class Tally:
     unfetched  those of them that were certified by the codes alone
     tokens     exact tokens fetched, one for each query that needed it
     bytes      the bytes of these tokens' keys and values
+    largest    the largest bound of an answer so far, over the largest value norm that its query saw
+    limit      the largest such bound that was promised
+    broken     answers so far whose bound was larger
 
     A state's copies count into the same tally.
     """
@@ -24,6 +30,9 @@ class Tally:
     unfetched: int = 0
     tokens: int = 0
     bytes: int = 0
+    largest: float = 0.0
+    limit: float = math.inf
+    broken: int = 0
 
     def add(self, fetched: Tensor, token_bytes: int) -> None:
         """Count queries that fetched so many exact tokens each: fetched (...), int64."""
@@ -32,3 +41,15 @@ class Tally:
         self.unfetched += int(torch.count_nonzero(fetched == 0))
         self.tokens += tokens
         self.bytes += tokens * token_bytes
+
+    def note(self, found: Certified, real: Tensor | None = None) -> None:
+        """Record the bounds of answers found (rows, g, m), or (rows, m) if `real` is None.
+
+        real: bool (rows, m), False for the answers of padding, which do not count; None: all are real.
+        """
+        over, bounds = ~found.within(self.limit), found.relative
+        if real is not None:
+            over, bounds = (x.transpose(1, 2)[real] for x in (over, bounds))
+        if bounds.numel():
+            self.largest = max(self.largest, float(bounds.max()))
+            self.broken += int(torch.count_nonzero(over))

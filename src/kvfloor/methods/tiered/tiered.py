@@ -7,7 +7,7 @@ heads per kv head), a new tokens, m queries, s slots, d and dv the widths of a k
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from kvfloor.certify.certified import Certified
 from kvfloor.certify.rounding import unit
 from kvfloor.core.blocked import Blocked
-from kvfloor.core.method import Guarantee, Method, Traits, lossy
+from kvfloor.core.method import Guarantee, Method, Traits, lossy, part_text
 from kvfloor.core.partial import Partial
-from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import whole
+from kvfloor.methods.tiered.cold import PLACES, ExactSlots, exact_slots
+from kvfloor.methods.tiered.cold_slots import ColdSlots
 from kvfloor.methods.tiered.fetch import CertifiedReader, shaped
 from kvfloor.methods.tiered.hot import Hot, logit_rounding
 from kvfloor.methods.tiered.hot_store import HotStore
@@ -40,13 +41,16 @@ class Tiered(Method):
     """Read all tokens in 8 bits per number and certify each answer, fetching exact tokens until its error is small.
 
     Every answer differs from exact attention by at most epsilon times the largest norm of a value that the query sees,
-    in the Euclidean norm, up to rounding. The theorems are in docs/certificates.md. The exact tokens are kept beside
-    the codes in the same memory, so the state is larger than that of `exact`: what shrinks is what is read.
+    in the Euclidean norm, up to rounding. The theorems are in docs/certificates.md.
     epsilon  the largest error allowed; 0: all tokens are read exactly, and no codes are kept
     page     tokens that are coded together
     first    number of a row's first tokens that are never coded
     recent   least number of a row's newest tokens that have no codes yet, rounded up to whole pages
     extra    bits that half of the keys' channels, those of the wider ranges, have beyond 8: 0 to 8
+    cold     where the exact tokens are kept. device: beside the codes, so the state is larger than that of `exact`, and
+             what shrinks is what is read; ram: in the host's memory; disk: in a file that no other program sees
+    folder   the folder of that file, for cold=disk; None: the system's folder for temporary files (TMPDIR). It is no
+             part of the method: methods that differ only in it are equal, and their text does not have it
     """
 
     name: ClassVar[str] = "tiered"
@@ -59,12 +63,18 @@ class Tiered(Method):
     first: int = 4
     recent: int = 256
     extra: int = 2
+    cold: str = "device"
+    folder: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         require_epsilon(self.epsilon)
         count("tiered", least=1, page=self.page)
         count("tiered", least=0, first=self.first, recent=self.recent)
         whole_number("extra", self.extra, least=0, most=8)
+        if self.cold not in PLACES:
+            raise ValueError(f"tiered: cold must be one of {', '.join(PLACES)}, got {self.cold!r}")
+        if self.folder is not None and (self.cold != "disk" or not isinstance(self.folder, str) or not self.folder):
+            raise ValueError(f"tiered: folder names a folder as text, with cold=disk alone, got {self.folder!r}")
 
     @property
     def traits(self) -> Traits:
@@ -82,27 +92,28 @@ class Tiered(Method):
         del n, prompt, pinned
         return None
 
+    def with_error(self, epsilon: float) -> Tiered:
+        return replace(self, epsilon=min(self.epsilon, epsilon))
+
+    def __str__(self) -> str:
+        return part_text(self, skip=("folder",))
+
     def guarantee(self, spec: Spec) -> Guarantee | None:
         del spec
         norm, source = "2-norm, relative to the largest value norm, up to rounding", "docs/certificates.md"
         return Guarantee(float(self.epsilon), 0.0, norm, "every query", (), source)
 
 
-class Cold(Slots):
-    """Keep tokens as they were given, to be fetched one by one: what a query reads first are the codes beside them."""
-
-    plain: ClassVar[bool] = False
-
-
 class TieredState(Blocked[Tiered]):
     """Keep every token in slots, exactly, and in codes beside them; answer from the codes where these are sure enough.
 
+    slots  the tokens as they were given: in memory, or in numbered blocks outside of it (`Tiered.cold`)
     hot    the codes, and what bounds their errors; None for epsilon = 0
     tally  what the reads so far have fetched; no part of the memory
     """
 
     def __init__(self, method: Tiered, spec: Spec) -> None:
-        slots = (Cold if method.epsilon else Slots)(spec, [_SLOTS] * spec.rows, lose=False)
+        slots = exact_slots(spec, _SLOTS, method.page, method.cold, method.folder, streamed=not method.epsilon)
         super().__init__(method, spec, slots, method.block, in_order=True)
         late = -(-method.recent // method.page) * method.page
         store = HotStore(method.first, method.extra)
@@ -148,7 +159,9 @@ class TieredState(Blocked[Tiered]):
         rounding = torch.expm1(logit) + unit(dtype) * (view.width + 32) + torch.finfo(spec.dtype).eps
         largest = value.unsqueeze(1).expand_as(rounding)
         self.tally.add(self.seen.new_full(q.shape[:2], 0) + self.held.unsqueeze(1), spec.token_bytes)
-        return Certified(part, 2 * rounding * largest, rounding, largest * (1 - unit(dtype) * (spec.dv + 8)))
+        found = Certified(part, 2 * rounding * largest, rounding, largest * (1 - unit(dtype) * (spec.dv + 8)))
+        self.tally.note(found)
+        return found
 
     def _among_slots(self, q: Tensor, new_k: Tensor, new_v: Tensor, before: Tensor) -> Partial:
         if self.hot is None:
@@ -175,6 +188,7 @@ class TieredState(Blocked[Tiered]):
         if live is not None:
             gone = ~live.unsqueeze(1)
             hide = gone.expand(-1, m, -1) if hide is None else hide | gone
+        assert isinstance(self.slots, ExactSlots)
         reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
         piece = max(1, _NUMBERS // max(1, rows * width * max(g, d)))
         found = []
@@ -182,6 +196,7 @@ class TieredState(Blocked[Tiered]):
             at = slice(start, start + piece)
             part, fetched = reader.read(q[:, :, at], None if hide is None else hide[:, at], real[:, at])
             self.tally.add(fetched[real[:, at]], self.spec.token_bytes)
+            self.tally.note(part, real[:, at])
             found.append(part)
         return found[0] if len(found) == 1 else _joined(found)
 
@@ -207,6 +222,8 @@ class TieredState(Blocked[Tiered]):
         if tokens is None:
             super()._reserve(g, tokens)
             return
+        if isinstance(self.slots, ColdSlots):
+            raise ValueError(f"{self.method} keeps tokens outside of its memory, which no block of fixed size holds")
         capacity = torch.full_like(self.slots.capacity, tokens)
         self.slots.resize(capacity)
         if self.hot is not None:
@@ -219,6 +236,8 @@ class TieredState(Blocked[Tiered]):
         if self.hot is not None:
             for name, x in (("k", k), ("v", v)):
                 self._require_summable(name, x, take)
+        if isinstance(self.slots, ColdSlots):
+            self.slots.reserve_pages(take)
 
     def _require_summable(self, name: str, x: Tensor, take: Tensor) -> None:
         """Raise ValueError if the first take[r] tokens of row r of x (rows, t, w) have numbers too large to square."""
@@ -248,13 +267,28 @@ class TieredState(Blocked[Tiered]):
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes that one query per row reads, summed over rows, if the codes alone certify its answer."""
+        """Return the bytes that one query per row reads, summed over rows: the codes, and what queries fetch.
+
+        A query is taken to fetch what those before it have fetched on average.
+        """
         if self.hot is None:
             return self.slot_bytes_read
-        return self.hot.bytes_read
+        fetched = self.tally.bytes / max(1, self.tally.queries) * self.spec.rows
+        return round(self.hot.bytes_read + fetched)
+
+    @property
+    def cold_nbytes(self) -> int:
+        return self.slots.cold.nbytes if isinstance(self.slots, ColdSlots) else 0
+
+    @property
+    def cold_read_bytes(self) -> int:
+        """Return the bytes of keys and values that this state and its copies have read from `ram` or `disk` so far."""
+        return self.slots.cold.read_bytes if isinstance(self.slots, ColdSlots) else 0
 
     def require_sound(self, fields: dict[str, Any]) -> None:
         super().require_sound(fields)
+        if isinstance(self.slots, ColdSlots):
+            self.slots.require_given(fields["slots"], fields["seen"])
         if self.hot is not None:
             self.hot.require_beside(fields["hot"], fields["slots"], fields["seen"])
 
