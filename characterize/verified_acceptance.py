@@ -74,6 +74,7 @@ def main() -> None:
         count, new = SIZES[method]
         given = {"draft": DRAFT, "max_new_tokens": new, "eos_token_id": ()}
         ids, report = generate_verified(model, torch.tensor(texts[:count]), method, return_report=True, **given)
+        assert isinstance(report, VerifiedReport)
         for line in measures(report, ids[:, TOKENS:], exact[:count, :new]):
             table.add(method, *line)
         table.save()
