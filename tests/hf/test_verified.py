@@ -83,10 +83,14 @@ def test_greedy_tokens_are_those_of_the_exact_cache(model: PreTrainedModel, ragg
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_layer_is_served(family: str, ragged: Prompt) -> None:
-    """Windows of 16 tokens are shorter than the longest prompt, and longer than the shortest."""
-    model = prepare(served(family).double())
-    ids, _ = verified(model, ragged, "sinks(2,block=4)@16", 24, draft=5)
+    """Windows of 16 tokens are shorter than the longest prompt, and longer than the shortest.
+
+    In float32, as transformers' eager attention makes NaN of padding in float64; no two logits are near each other.
+    """
+    model = prepare(served(family))
+    ids, report = verified(model, ragged, "sinks(2,block=4)@16", 24, draft=5)
     assert torch.equal(ids, exactly(model, ragged, 24))
+    assert report.least_margin is not None and report.least_margin > 1e-5
 
 
 def test_a_window_may_be_shorter_than_a_draft(ragged: Prompt) -> None:
@@ -251,7 +255,8 @@ def test_the_report_adds_up(model: PreTrainedModel, ragged: Prompt) -> None:
     _, report = verified(model, ragged, cache, 20, draft=4)
     assert report.tokens == (20, 20, 20) and report.verifications == max(report.rounds)
     for row in range(3):
-        assert sum(report.accepted[row]) + report.rounds[row] + 1 == 20  # and one token after them, per round
+        # One token comes from the prompt and one after the drafts of a round, but for a last round that needs none.
+        assert sum(report.accepted[row]) + report.rounds[row] + 1 in (20, 21)
         assert list(report.reached[row]) == sorted(report.reached[row], reverse=True)
     assert report.hot_bytes == sum(x.tokens.bounded.nbytes for x in cache.verified_layers)  # pyright: ignore
     assert 0 < report.hot_bytes < report.cold_bytes == cache.cold_bytes

@@ -56,6 +56,35 @@ def law_of(model: PreTrainedModel, prompt: list[int], new: int, choosing: Choosi
     return law
 
 
+@pytest.mark.parametrize(("changed", "instead"), [(None, None), ("always", None), ("residual", lambda p, q: p)])
+def test_the_rule_gives_the_targets_law(changed: str | None, instead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two drafts of four tokens, 40,000 times; targets depend on the drafts before them. The mutants are far off."""
+    make, n = torch.Generator().manual_seed(0), 40_000
+    target, draft = (torch.softmax(torch.randn(5, 4, generator=make), -1) for _ in range(2))  # by the token before
+    drafts = torch.zeros(n, 3, dtype=torch.int64)  # the token before them is 0
+    for i in range(2):
+        drafts[:, i + 1] = rule.draw(draft[drafts[:, i]], make)
+    accept = accept_always if changed == "always" else rule.sampled
+    if changed == "residual":
+        monkeypatch.setattr(rule, "residual", instead)
+    count, following = accept(drafts[:, 1:], draft[drafts[:, :2]], target[drafts], make)
+    said = [
+        [*row[:count], token]
+        for row, count, token in zip(drafts[:, 1:].tolist(), count.tolist(), following.tolist(), strict=True)
+    ]
+    first = z_of(Counter((row[0],) for row in said), {(a,): p for a, p in enumerate(target[0].tolist())})
+    likely = max(range(4), key=lambda a: sum(row[0] == a for row in said if len(row) > 1))
+    second = z_of(
+        Counter((row[1],) for row in said if len(row) > 1 and row[0] == likely),
+        {(a,): p for a, p in enumerate(target[likely].tolist())},
+    )
+    third = Counter(len(row) for row in said)
+    if changed is None:
+        assert abs(first) < 4 and abs(second) < 4 and len(third) == 3
+    else:
+        assert first > 8 and second > 8
+
+
 def drawn(model: PreTrainedModel, prompt: list[int], new: int, n: int, **sampling: Any) -> Counter[tuple[int, ...]]:
     """Return the counts of n drawn continuations of `new` tokens."""
     given = {"draft": 2, "max_new_tokens": new, "eos_token_id": (), "do_sample": True, "seed": 1}
@@ -80,17 +109,13 @@ SMALL = [1, 2, 3, 0, 2, 2, 4, 1, 3, 3, 0, 1]
 
 
 def test_sampled_tokens_have_the_exact_caches_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All 125 continuations of three tokens, enumerated; the two mutants are far off."""
+    """All 125 continuations of three tokens, enumerated; drafts that are accepted unseen are far off."""
     model, warm = small(), {"temperature": 2.0}
     law = law_of(model, SMALL, 3, Choosing(**warm))
     assert math.isclose(sum(law.values()), 1, rel_tol=1e-4)
     assert abs(z_of(drawn(model, SMALL, 3, 2000, **warm), law)) < 4
-    with monkeypatch.context() as patch:
-        patch.setattr(rule, "sampled", accept_always)
-        assert z_of(drawn(model, SMALL, 3, 1000, **warm), law) > 8
-    with monkeypatch.context() as patch:
-        patch.setattr(rule, "residual", lambda p, q: p)
-        assert z_of(drawn(model, SMALL, 3, 1000, **warm), law) > 8
+    monkeypatch.setattr(rule, "sampled", accept_always)
+    assert z_of(drawn(model, SMALL, 3, 1000, **warm), law) > 6
 
 
 def test_the_built_in_models_distribution_is_kept(builtin: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +125,7 @@ def test_the_built_in_models_distribution_is_kept(builtin: tuple[Any, Any], monk
     law = law_of(model, prompt, 3, Choosing(**warm))
     assert abs(z_of(drawn(model, prompt, 3, 2000, **warm), law)) < 4
     monkeypatch.setattr(rule, "sampled", accept_always)
-    assert z_of(drawn(model, prompt, 3, 1000, **warm), law) > 8
+    assert z_of(drawn(model, prompt, 3, 1000, **warm), law) > 6
 
 
 def test_greedy_acceptance_ends_at_the_first_other_choice() -> None:
