@@ -91,7 +91,7 @@ def generate_verified(
     new = _beyond(cache, prompts)
     choosing = Choosing(logits_processor, temperature, top_k, top_p)
     drawn_by = sampling.drawn_by() if do_sample else None
-    run = _Run(model, cache, choosing, drawn_by, stops, max_new_tokens, draft, streamer)
+    run = _VerifiedRun(model, cache, choosing, drawn_by, stops, max_new_tokens, draft, streamer)
     if streamer is not None:
         streamer.put(ids.cpu())
     run.begin(new)
@@ -123,7 +123,7 @@ def _beyond(cache: VerifiedCache, prompts: list[list[int]]) -> list[list[int]]:
     return new
 
 
-class _Run:
+class _VerifiedRun:
     """Generate for one call: hold what was said so far, and the counts for the report."""
 
     def __init__(
