@@ -8,6 +8,9 @@ from kvfloor.hf.mixed import choose_layers
 from kvfloor.hf.prepare import prepare, restore
 from kvfloor.hf.promise import PromiseBroken
 from kvfloor.hf.saved import NewerVersion, OlderVersion, UnknownMethod, WrongBasis, WrongModel
+from kvfloor.hf.verified.cache import VerifiedCache
+from kvfloor.hf.verified.generate import generate_verified
+from kvfloor.hf.verified.report import VerifiedReport
 
 __all__ = [
     "CodingBasis",
@@ -17,11 +20,14 @@ __all__ = [
     "OlderVersion",
     "PromiseBroken",
     "UnknownMethod",
+    "VerifiedCache",
+    "VerifiedReport",
     "WrongBasis",
     "WrongModel",
     "choose_layers",
     "coding_basis",
     "floor_shares",
+    "generate_verified",
     "prepare",
     "restore",
 ]

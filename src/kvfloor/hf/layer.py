@@ -24,7 +24,8 @@ from kvfloor.core.bounded import BoundedState
 from kvfloor.core.broken import BrokenState
 from kvfloor.core.state import State
 from kvfloor.hf import latent, precision
-from kvfloor.hf.masks import SlotCount
+from kvfloor.hf.answering import marked
+from kvfloor.hf.masks import LazyMask, SlotCount, refuse_other_rules
 from kvfloor.hf.opener import Opening
 from kvfloor.hf.passage import Passage
 from kvfloor.hf.presence import Presence
@@ -77,7 +78,6 @@ class Eviction:
 Law = tuple[float, float | None]  # the factor on q.k, and the cap on logits or None
 
 _MEASURED_EVERY = 32  # decoded tokens; a state remembers its own peak, so what it grew by in between is not missed
-_TAG = "kv_layer"  # the attribute by which a staged key tensor names its layer
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -136,12 +136,6 @@ class CompressedLayer(CacheLayerMixin):
         """Return True if later layers have no keys of their own and attend to this layer's."""
         return self._readers > 0
 
-    @staticmethod
-    def of(key: Tensor) -> CompressedLayer | None:
-        """Return the compressed layer whose `update` returned this key tensor; None if it came from any other cache."""
-        reference = getattr(key, _TAG, None)
-        return None if reference is None else reference()
-
     # ---- transformers' protocol ----------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -169,8 +163,7 @@ class CompressedLayer(CacheLayerMixin):
         self.expect(key_states.shape[0])
         self._passage.begin_keys(self.index)
         self.is_initialized, self._before, self._unturned = True, None, None
-        keys = key_states.view_as(key_states)  # a tensor object of its own, so that the tag is not the caller's
-        setattr(keys, _TAG, weakref.ref(self))
+        keys = marked(key_states, self)
         latent.remember_update(keys, value_states)
         self.staged_bytes = key_states.nbytes + value_states.nbytes
         self._meter.staged = weakref.ref(self)
@@ -189,6 +182,10 @@ class CompressedLayer(CacheLayerMixin):
                 f"of what it holds first, cache.batch_repeat_interleave(copies), choose items by "
                 f"cache.batch_select_indices(indices), or begin with a new cache"
             )
+
+    def refuse_rule(self, mask: LazyMask) -> None:
+        """Raise ValueError unless the mask is the causal mask, possibly with padding."""
+        refuse_other_rules(mask)
 
     def get_seq_length(self, *args: Any) -> int:
         """Return the number of slots fed so far, pads and evicted tokens included.

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 if TYPE_CHECKING:
-    from kvfloor.hf.layer import CompressedLayer
+    from kvfloor.hf.answering import AnsweringLayer
 
 EVERY = slice(None)
 
@@ -30,9 +30,9 @@ class SlotCount(int):
     of the sizes. So the mask function can distinguish a compressed cache from all others.
     """
 
-    layer: CompressedLayer
+    layer: AnsweringLayer
 
-    def __new__(cls, count: int, layer: CompressedLayer) -> Self:
+    def __new__(cls, count: int, layer: AnsweringLayer) -> Self:
         slots = super().__new__(cls, count)
         slots.layer = layer
         return slots
@@ -79,6 +79,11 @@ class LazyMask:
             plain: Any = sdpa_mask(**unpadded)
             self._plain = bool((its_own == plain).all())
         return self._plain
+
+    @property
+    def window(self) -> int | None:
+        """Return the number of slots that a query attends to at most, its own among them; None if all before it."""
+        return self._arguments.get("local_size")
 
     @property
     def padding(self) -> Tensor | None:

@@ -27,9 +27,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvfloor.hf import latent, selection
+from kvfloor.hf.answering import AnsweringLayer, layer_of
 from kvfloor.hf.families import ignores_the_interface, own_cache_class, refusal
-from kvfloor.hf.layer import CompressedLayer
-from kvfloor.hf.masks import LazyMask, mask_over, refuse_other_rules
+from kvfloor.hf.masks import LazyMask, mask_over
 from kvfloor.hf.positions import table_room
 from kvfloor.hf.ranks import ALONE, ranks_of
 from kvfloor.hf.wrappers import refuse_own_cache, unwrapped
@@ -67,7 +67,7 @@ def attention(
     kwargs          further arguments of transformers' attention functions
     """
     answer: Any = _latent if hasattr(module, "expand_kv") else _stock
-    if CompressedLayer.of(key) is not None:
+    if layer_of(key) is not None:
         answer = _compressed
     if answer is not _stock and torch.compiler.is_compiling():
         answer = torch.compiler.disable(answer)
@@ -103,7 +103,7 @@ def _latent(
     q.k, None for d**-0.5.
     """
     pair = latent.newest_update()
-    layer = None if pair is None else CompressedLayer.of(pair[0])
+    layer = None if pair is None else layer_of(pair[0])
     if pair is None or layer is None or layer.index != module.layer_idx:
         return _stock(module, query, key, value, mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -122,14 +122,14 @@ def _compressed(
     The caller, `attention`, excludes this function from torch.compile. A compressed layer appends tokens in a loop over
     blocks, and compilation would trace the body of this loop once per block.
     """
-    layer = CompressedLayer.of(key)
+    layer = layer_of(key)
     assert layer is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _answered(layer, module, query, key, value, mask, scale, kwargs), None
 
 
 def _answered(
-    layer: CompressedLayer,
+    layer: AnsweringLayer,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -144,7 +144,7 @@ def _answered(
     unchanged, if `call` or the mask asks for attention that a compressed layer cannot compute.
     """
     try:
-        _refuse(module, query, key, mask, call)
+        _refuse(layer, module, query, key, mask, call)
     except ValueError:
         layer.unstage()
         raise
@@ -158,7 +158,7 @@ def _answered(
     return _NoGradient.apply(out, *sources) if sources and torch.is_grad_enabled() else out
 
 
-def _meet(layer: CompressedLayer, module: torch.nn.Module) -> None:
+def _meet(layer: AnsweringLayer, module: torch.nn.Module) -> None:
     """Store in an empty layer the number of positions in its model's learned position table; None without such a table.
 
     module: the attention module of the model that calls the layer for the first time. Raises ValueError, without
@@ -175,7 +175,9 @@ def _meet(layer: CompressedLayer, module: torch.nn.Module) -> None:
         )
 
 
-def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]) -> None:
+def _refuse(
+    layer: AnsweringLayer, module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call: dict[str, Any]
+) -> None:
     """Raise ValueError if a call asks for attention that a compressed layer cannot compute.
 
     Refused are cross-attention, a ready-made 4-d mask, a mask that is not causal, a position bias, attention to later
@@ -189,7 +191,7 @@ def _refuse(module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, call
             f"encoder-decoder model EncoderDecoderCache(CompressedCache(...), DynamicCache()), and begin with new ones"
         )
     if isinstance(mask, LazyMask):
-        refuse_other_rules(mask)
+        layer.refuse_rule(mask)
     elif mask is not None:
         raise ValueError("a compressed layer needs the 2-d attention mask (batch, tokens), not a ready 4-d one")
     if call.get("position_bias") is not None:
