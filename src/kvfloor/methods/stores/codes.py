@@ -190,14 +190,15 @@ class GroupCodes(SlotCodes):
 
     shared  names of the attributes that are tensors (rows, groups, ...): what the tokens of a group share, from which
             `_steps` computes offset and step of each channel
+    lead    number of tokens that a row's first group lacks: group i has those at the positions from i * group - lead
     """
 
     own = ("packed",)
     shared: ClassVar[tuple[str, ...]]
 
-    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int) -> None:
+    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0) -> None:
         super().__init__(spec, width, bits, places)
-        self.group = group
+        self.group, self.lead = group, lead
 
     @abstractmethod
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
@@ -255,14 +256,27 @@ class GroupCodes(SlotCodes):
 
     def _decoded_in_order(self, packed: Tensor, rows: Tensor | None) -> Tensor:
         """Decode the first t tokens of each of `rows` (None: all), packed (r, t, bytes): return (r, t, w)."""
-        t, groups = packed.shape[1], min(self._groups, packed.shape[1] // self.group)
         every = [getattr(self, name) for name in self.shared]
         shared = every if rows is None else [x[rows.to(packed.device)] for x in every]
+        short = (self.group - self.lead) % self.group  # tokens of the first group, where it is not whole
+        if not short:
+            return self._whole_groups(packed, shared)
+        start, step = (x.unsqueeze(1) for x in self._steps(*(x[:, 0] for x in shared)))
+        head = torch.addcmul(start, self._numbers(packed[:, :short]), step)
+        return torch.cat((head, self._whole_groups(packed[:, short:], [x[:, 1:] for x in shared])), 1)
+
+    def _whole_groups(self, packed: Tensor, shared: list[Tensor]) -> Tensor:
+        """Decode t tokens from packed (r, t, bytes), of groups that are whole: return (r, t, w).
+
+        shared: (r, groups, ...) what the tokens of each of these groups share.
+        """
+        t, have = packed.shape[1], shared[0].shape[1]
+        groups = min(have, t // self.group)
         start, step = (x.unsqueeze(2) for x in self._steps(*(x[:, :groups] for x in shared)))
         whole = groups * self.group
         codes = self._numbers(packed[:, :whole]).unflatten(1, (groups, self.group))
         x = torch.nn.functional.pad(torch.addcmul(start, codes, step).flatten(1, 2), (0, 0, 0, t - whole))
-        if whole < t and groups < self._groups:  # the t tokens end within a group
+        if whole < t and groups < have:  # the t tokens end within a group
             start, step = (x.unsqueeze(1) for x in self._steps(*(x[:, groups] for x in shared)))
             x[:, whole:] = torch.addcmul(start, self._numbers(packed[:, whole:]), step)
         return x
@@ -332,8 +346,8 @@ class ChannelCodes(GroupCodes):
 
     shared = ("low", "high", "range")
 
-    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int) -> None:
-        super().__init__(spec, width, bits, places, group)
+    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0) -> None:
+        super().__init__(spec, width, bits, places, group, lead)
         self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
         self.high = torch.zeros_like(self.low)
         self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
