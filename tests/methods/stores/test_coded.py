@@ -409,6 +409,7 @@ def test_the_newest_tokens_have_no_codes(draw: Draw, selector: str, group: int, 
         state.append(k[:, int(state.seen[0]) : i], v[:, int(state.seen[0]) : i])
         watch.look(state)
         assert state.slots.coded.tolist() == [max(0, i - i % group - recent)] * ROWS
+        assert state.method.from_bytes(state.to_bytes()).to_bytes() == state.to_bytes()
         key, given = state.slots.keys(state.slots.offset + i - min(i, recent)), k[:, i - min(i, recent)]
         assert torch.equal(key, given.to(key.dtype))
 

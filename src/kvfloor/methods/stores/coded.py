@@ -576,7 +576,7 @@ class CodedSlots(Slots):
             require_equal(fields["position"], order, "positions")
         if isinstance(self.key_codes, GroupCodes):
             groups = fields["key_codes"][self.key_codes.shared[0]].shape[1]
-            if int(fields["coded"].max()) > groups * self.group - self.lead:
+            if (int(fields["coded"].max()) + self.lead) // self.group > groups:
                 raise ValueError(f"ranges of {groups} groups, where {fields['coded'].tolist()} tokens are coded")
 
     def adopt(self, fields: dict[str, Any]) -> None:
