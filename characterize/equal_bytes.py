@@ -20,6 +20,7 @@ import torch
 
 from characterize.lib.table import save
 from kvfloor.audit import run
+from kvfloor.audit.request import AuditRequest
 from kvfloor.splitting import split_list
 from kvfloor.statistics import wilson_interval
 
@@ -60,7 +61,7 @@ def main() -> None:
     rows = []
     for task, protocols in CELLS.items():
         with tempfile.TemporaryDirectory() as folder:
-            question = run.Question(
+            question = AuditRequest(
                 methods=methods,
                 budgets=split_list(given.budgets),
                 tasks=(task,),

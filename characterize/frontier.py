@@ -1,11 +1,12 @@
 """Measure the frontier of bytes against nats on real models: tokens dropped, bits dropped, and both.
 
     make frontier
-    python -m characterize.frontier [SOURCE ...] [--accept-terms] [--out DIR] [--chart-only]
+    python -m characterize.frontier [SOURCE ...] [--only SETTINGS] [--accept-terms] [--out DIR] [--chart-only]
 
 A source is a model with the number of tokens of a text that it takes in: smollm2-2048, smollm2-4096, gemma3-270m-2048;
-the others' rows stay in the table. The script runs `kvfloor audit` on texts alone: a context is taken in under the
-method and sealed, then the continuation is predicted token by token while the method keeps running. Each row of the
+the others' rows stay in the table. With --only, so do rows of the source's settings that are not named. The script
+measures as `kvfloor audit` does on texts: a context is taken in under the method and sealed, then the continuation is
+predicted token by token while the method keeps running. Each row of the
 table gives the bytes that the setting holds at the context's end in a 16-bit model, with room for the context and no
 more, as a share of the bytes of the context's keys and values in 16 bits; and the mean KL divergence from exact
 predictions in nats per token, with its 95 % interval over blocks of 64 tokens. A row is on the frontier if no other
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -27,22 +28,28 @@ from pathlib import Path
 import torch
 
 from characterize.lib.table import ResultTable, Row
-from kvfloor.audit.nats import TextSummary, summaries
+from kvfloor.audit.grid import EXACT, Place
+from kvfloor.audit.nats import MOST_BYTES, TextRow, TextSummary, summaries
+from kvfloor.audit.plan import settings
+from kvfloor.audit.records import line_of, read_growing
 from kvfloor.audit.request import AuditRequest
-from kvfloor.audit.run import run
+from kvfloor.audit.worker import Worker
 from kvfloor.core.budget import resolve
-from kvfloor.core.exact import ExactState
 from kvfloor.core.spec import Spec
+from kvfloor.hf.held import zeros_held
 from kvfloor.methods.grammar import parse
+from kvfloor.models.load import find
+from kvfloor.splitting import split_list
 
 BITS = ("k8v8", "k6v5", "k5v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
 METHODS = (
     *(f"exact:{store}" for store in BITS),
-    "quant(bits=2)",
+    *("quant", "quant(bits=4)", "quant(bits=2)", "random", "window", "sinks"),
     *(f"{policy}{store}" for policy in ("snapkv", "h2o", "tova") for store in ("", ":k5v4", ":k4v3")),
     *(f"sinks{store}" for store in (":k5v4", ":k4v3")),
 )
 BUDGETS = ("50%", "25%", "12.5%")
+FEWEST = ("6.25%", "3.125%")
 BRIEF = (
     *(f"exact:{store}" for store in ("k8v8", "k5v4", "k4v4", "k4v3", "k3v3", "k2v2")),
     "quant(bits=4)",
@@ -79,7 +86,7 @@ class FrontierSource:
     layers            number of its layers whose cache is compressed, all of one size
     heads, width, g   of such a layer: kv heads, width of a key and of a value, query heads per kv head
     context           tokens of context
-    methods, budgets  what is measured
+    measured          pairs of methods and budgets: each of these methods under each of these budgets
     chart             name of the chart's file
     """
 
@@ -90,9 +97,14 @@ class FrontierSource:
     width: int
     g: int
     context: int
-    methods: Sequence[str]
-    budgets: Sequence[str]
+    measured: Sequence[tuple[Sequence[str], Sequence[str]]]
     chart: str
+
+    @property
+    def settings(self) -> list[str]:
+        """Return the texts of the settings that are measured, each once."""
+        found = [one.text for methods, budgets in self.measured for one in settings(methods, budgets) if one.asked]
+        return list(dict.fromkeys(found))
 
     @property
     def image(self) -> Path:
@@ -110,30 +122,23 @@ class FrontierSource:
         A cache that keeps every token has room for those of the context, and for no more.
         """
         spec = Spec(self.heads, self.width, self.width, dtype=torch.bfloat16)
-        state = resolve(parse(setting), spec, layers=self.layers, length=self.context, g=self.g).open(spec)
-        if isinstance(state, ExactState):
-            state.reserve(self.g, self.context)
-        zeros = torch.zeros(self.heads, self.context, self.width, dtype=spec.dtype)
-        state.step(zeros.unsqueeze(1).expand(-1, self.g, -1, -1), zeros, zeros)
-        state.seal()
-        return self.layers * state.nbytes / self.whole
+        method = resolve(parse(setting), spec, layers=self.layers, length=self.context, g=self.g)
+        return self.layers * zeros_held(method, spec, self.g, self.context, spare=False).after / self.whole
 
 
+SMALL = tuple(f"{policy}{store}" for policy in ("snapkv", "h2o") for store in ("", ":k5v4", ":k4v3"))
 SOURCES = {
-    "smollm2-2048": FrontierSource("smollm2", "SmolLM2-135M", 30, 3, 64, 3, 2048, METHODS, BUDGETS, "frontier.svg"),
+    "smollm2-2048": FrontierSource(
+        "smollm2", "SmolLM2-135M", 30, 3, 64, 3, 2048, ((METHODS, BUDGETS), (SMALL, FEWEST)), "frontier.svg"
+    ),
     "smollm2-4096": FrontierSource(
-        "smollm2", "SmolLM2-135M", 30, 3, 64, 3, 4096, BRIEF, (*BUDGETS, "6.25%", "3.125%"), "frontier-smollm2-4096.svg"
+        *("smollm2", "SmolLM2-135M", 30, 3, 64, 3, 4096),
+        ((BRIEF, (*BUDGETS, *FEWEST)),),
+        "frontier-smollm2-4096.svg",
     ),
     "gemma3-270m-2048": FrontierSource(
-        "gemma3-270m",
-        "Gemma 3 270M",
-        3,
-        1,
-        256,
-        4,
-        2048,
-        (*BRIEF, "h2o", "h2o:k4v3"),
-        BUDGETS,
+        *("gemma3-270m", "Gemma 3 270M", 3, 1, 256, 4, 2048),
+        (((*BRIEF, "quant", "random", "window", "sinks", "h2o", "h2o:k4v3"), BUDGETS),),
         "frontier-gemma3-270m-2048.svg",
     ),
 }
@@ -164,21 +169,36 @@ def axis(setting: str) -> str:
     return "both" if bits and "@" in setting else "bits" if bits else "tokens"
 
 
-def measured(source: FrontierSource, folder: Path, accept_terms: bool) -> list[TextSummary]:
-    """Run the audit of a source in `folder`; return one summary per setting, without `exact`."""
+def measured(source: FrontierSource, wanted: Sequence[str], folder: Path, accept_terms: bool) -> list[TextSummary]:
+    """Measure the settings `wanted` that `folder` has no rows of; return one summary for each."""
     request = AuditRequest(
         model=source.model,
-        methods=source.methods,
-        budgets=source.budgets,
+        methods=wanted,
+        budgets=BUDGETS,
         tasks=(),
         texts=TEXTS,
         contexts=(source.context,),
         continuation=CONTINUATION,
         accept_terms=accept_terms,
-        out=folder,
     )
-    answer = run(request, lambda total, text: print(text, flush=True))
-    return [one for one in summaries(answer.texts) if one.setting != "exact"]
+    request.check()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "nats.jsonl"
+    found, size = read_growing(path, TextRow, MOST_BYTES, path.name, "a row of an audit's texts")
+    rows: dict[tuple[Place, str], TextRow] = {(row.cell, row.method): row for row in found}
+    worker = Worker(request, find(source.model, accept_terms), print)
+    with path.open("ab") as file:
+        file.truncate(size)
+        for place in worker.grid.places:
+            for setting in (EXACT, *wanted):
+                if (place, setting) not in rows:
+                    print(f"{place}: {setting}", flush=True)
+                    row = worker.measure(place, setting, rows.get((place, EXACT))).row
+                    assert isinstance(row, TextRow)
+                    rows[place, setting] = row
+                    file.write(line_of(row).encode())
+                    file.flush()
+    return summaries([rows[place, setting] for setting in wanted for place in worker.grid.places])
 
 
 def point(source: FrontierSource, one: TextSummary) -> FrontierPoint:
@@ -189,18 +209,32 @@ def point(source: FrontierSource, one: TextSummary) -> FrontierPoint:
     )
 
 
-def table(name: str, found: Sequence[TextSummary]) -> list[Row]:
-    """Return one row per setting of the source `name`, the most bytes first; columns as in FIELDS."""
+def table(name: str, found: Sequence[TextSummary], kept: Sequence[Mapping[str, str]] = ()) -> list[Row]:
+    """Return one row per setting of the source `name`, the most bytes first; columns as in FIELDS.
+
+    found  what was measured
+    kept   rows of the source in the saved table, by field; those of settings in `found` are left out
+    """
     source = SOURCES[name]
-    points = [point(source, one) for one in found]
-    rows: list[Row] = []
-    for one, at in sorted(zip(found, points, strict=True), key=lambda pair: -pair[1].share):
-        floor = one.floor_bytes / source.whole
-        rows.append(
-            (name, at.axis, at.setting, at.share, 1 / at.share, at.kl, at.low, at.high)
-            + (one.figures.same_top, one.figures.tokens, floor, "" if at.beaten(points) else "yes")
-        )
-    return rows
+    rows: list[tuple[FrontierPoint, Row]] = []
+    for one in found:
+        at = point(source, one)
+        row = (name, at.axis, at.setting, at.share, 1 / at.share, at.kl, at.low, at.high)
+        rows.append((at, (*row, one.figures.same_top, one.figures.tokens, one.floor_bytes / source.whole)))
+    new = {at.setting for at, _ in rows}
+    rows += [(_saved_point(row), [row[x] for x in FIELDS[:-1]]) for row in kept if row["setting"] not in new]
+    points = [at for at, _ in rows]
+    return [(*row, "" if at.beaten(points) else "yes") for at, row in sorted(rows, key=lambda pair: -pair[0].share)]
+
+
+def saved_rows(name: str) -> list[dict[str, str]]:
+    """Return the rows of a source in the saved table, by field; none if there are none."""
+    _, *lines = (line.split("\t") for line in Path(__file__).with_suffix(".tsv").read_text("utf-8").splitlines())
+    return [dict(zip(FIELDS, line, strict=True)) for line in lines if line[0] == name]
+
+
+def _saved_point(row: Mapping[str, str]) -> FrontierPoint:
+    return FrontierPoint(row["axis"], row["setting"], *(float(row[x]) for x in ("share", *FIGURES)))
 
 
 def read(name: str) -> tuple[list[FrontierPoint], float]:
@@ -208,10 +242,8 @@ def read(name: str) -> tuple[list[FrontierPoint], float]:
 
     The list is empty, and the share 0, if the table has no rows of this source.
     """
-    _, *lines = (line.split("\t") for line in Path(__file__).with_suffix(".tsv").read_text("utf-8").splitlines())
-    mine = [dict(zip(FIELDS, line, strict=True)) for line in lines if line[0] == name]
-    points = [FrontierPoint(row["axis"], row["setting"], *(float(row[x]) for x in ("share", *FIGURES))) for row in mine]
-    return points, float(mine[0]["floor_share"]) if mine else 0.0
+    mine = saved_rows(name)
+    return [_saved_point(row) for row in mine], float(mine[0]["floor_share"]) if mine else 0.0
 
 
 def saved() -> list[FrontierPoint]:
@@ -305,6 +337,7 @@ def chart(points: Sequence[FrontierPoint], floor: float, title: str, width: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help=f"of {', '.join(SOURCES)}; all unless given")
+    parser.add_argument("--only", help="settings with commas, such as snapkv@50%%,exact:k4v3; all unless given")
     parser.add_argument("--accept-terms", action="store_true", help="accept the terms of use of Gemma (docs/audit.md)")
     parser.add_argument("--out", type=Path, help="folder that keeps the measured rows, one folder in it per source")
     parser.add_argument("--chart-only", action="store_true", help="draw the charts from the saved table")
@@ -315,10 +348,11 @@ def main() -> None:
     if not given.chart_only:
         rows = ResultTable(__file__, FIELDS, names, list(SOURCES))
         for name in names:
+            wanted = SOURCES[name].settings if given.only is None else split_list(given.only)
+            kept = [] if given.only is None else saved_rows(name)
             with tempfile.TemporaryDirectory() as scratch:
-                for row in table(
-                    name, measured(SOURCES[name], (given.out or Path(scratch)) / name, given.accept_terms)
-                ):
+                folder = (given.out or Path(scratch)) / name
+                for row in table(name, measured(SOURCES[name], wanted, folder, given.accept_terms), kept):
                     rows.add(*row)
         rows.save()
     for name in names:

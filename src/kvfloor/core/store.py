@@ -24,13 +24,16 @@ class Store(ABC):
     name   short name, such as "full"
     paper  the source, or ""
     plain  True if keys and values are kept as they are given
-    loses  True if tokens may leave the slots while others stay; False: only for methods that keep every token
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     plain: ClassVar[bool] = False
-    loses: ClassVar[bool] = True
+
+    @property
+    def loses(self) -> bool:
+        """Return True if tokens may leave the slots while others stay; else only methods that keep every token fit."""
+        return True
 
     @abstractmethod
     def open(

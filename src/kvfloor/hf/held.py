@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvfloor.core.budget import resolve
+from kvfloor.core.exact import ExactState
 from kvfloor.core.method import Method
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
@@ -64,15 +65,19 @@ def _held(method: Method, layer: LayerShape, tokens: int, dtype: torch.dtype, ro
     return StateBytes(one.before + more * (two.before - one.before), one.after + more * (two.after - one.after))
 
 
-def zeros_held(method: Method, spec: Spec, g: int, tokens: int) -> StateBytes:
+def zeros_held(method: Method, spec: Spec, g: int, tokens: int, spare: bool = True) -> StateBytes:
     """Return the bytes of a new state after every row has received `tokens` tokens of all zeros.
 
-    spec  sizes, dtype and constants of the state; g: query heads per kv head
+    spec   sizes, dtype and constants of the state; g: query heads per kv head
+    spare  False: a state that keeps every token has room for these, and for no more. True: it has the spare room that
+           it makes when tokens come in one forward
     A state of constant memory allocates everything at its first token, so for such a state one token is enough. Only
     the first token comes with queries, because answering them all would take time that grows with the square of the
     context.
     """
     state = method.open(spec)
+    if not spare and isinstance(state, ExactState):
+        state.reserve(g, tokens)
     first, *rest = (1,) if method.traits.constant_memory or tokens == 1 else (1, tokens - 1)
     state.step(torch.zeros(spec.rows, g, first, spec.d, dtype=spec.dtype, device=spec.device), *_pair(spec, first))
     for n in rest:

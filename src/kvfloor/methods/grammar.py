@@ -105,10 +105,10 @@ def _stored(method: Method, store_text: str, whole: str) -> Method:
     name = name.strip()
     positional, named = _arguments(arguments.removesuffix(")"), store_text)
     kind = Kivi if name.startswith(Kivi.name) else Coded
-    takes = {"full": set[str](), "kivi": {"group", "first"}}.get(name.rstrip("0123456789"), {"first"})
+    takes = {"full": set[str](), "kivi": {"group", "first"}}.get(name.rstrip("0123456789"), {"first", "recent"})
     if positional or set(named) - takes:
         raise ValueError(
-            f"in {whole!r}: a store such as k4v4 takes first=N, one such as kivi4 group=N and first=N, "
+            f"in {whole!r}: a store such as k4v4 takes first=N and recent=N, one such as kivi4 group=N and first=N, "
             f"full takes nothing, got {arguments!r}"
         )
     try:

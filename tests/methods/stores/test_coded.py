@@ -26,6 +26,8 @@ ROWS, G, D, DV = 3, 2, 12, 10
 PLAIN = (
     "exact:k4v4",
     "exact:k3v2(first=0)",
+    "exact:k4v2(recent=16)",
+    "exact:k2v3(first=0,recent=41)",
     "h2o(block=8):k4v3@24",
     "random(block=1):k2v5@12:20:16",
     "window(block=24):k3v3@40",
@@ -56,7 +58,7 @@ def numbers(state: Any) -> list[Numbers]:
 
 
 def uncoded(slots: CodedSlots, position: int, seen: int) -> bool:
-    return position < slots.first or position >= seen - seen % slots.group
+    return position < slots.first or position >= seen - seen % slots.group - slots.recent
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Watch:
         for i, (held, seen) in enumerate(zip(positions(state), state.seen.tolist(), strict=True)):
             for at in held:
                 if uncoded(slots, at, seen):
-                    index = at if at < slots.first else slots.first + at % slots.group
+                    index = at if at < slots.first else slots.first + at % (slots.group + slots.recent)
                     wanted_k[i, index], wanted_v[i, index] = self.k[self.rows[i], at], self.v[self.rows[i], at]
         sent = slots.export()
         assert torch.equal(sent["fresh_k"], wanted_k)
@@ -398,6 +400,20 @@ def test_a_group_is_whole_blocks_of_32_tokens_or_more(draw: Draw, text: str, gro
         assert state.slots.coded.tolist() == [i - i % group] * ROWS
 
 
+@pytest.mark.parametrize("recent", [1, 16, 32, 50])
+@pytest.mark.parametrize(("selector", "group"), [("", 32), ("|zeta(k=4,chunk=20)", 40)])
+def test_the_newest_tokens_have_no_codes(draw: Draw, selector: str, group: int, recent: int) -> None:
+    state, (_, k, v) = tokens(draw, f"exact{selector}:k4v4(recent={recent})", 140)
+    watch = Watch(k, v, list(range(ROWS)))
+    for i in sorted({1, group, group + recent, 2 * group - 1, 2 * group, 3 * group + 1, 140}):
+        state.append(k[:, int(state.seen[0]) : i], v[:, int(state.seen[0]) : i])
+        watch.look(state)
+        assert state.slots.coded.tolist() == [max(0, i - i % group - recent)] * ROWS
+        assert state.method.from_bytes(state.to_bytes()).to_bytes() == state.to_bytes()
+        key, given = state.slots.keys(state.slots.offset + i - min(i, recent)), k[:, i - min(i, recent)]
+        assert torch.equal(key, given.to(key.dtype))
+
+
 def test_rows_of_different_lengths_are_coded_at_their_own_times(draw: Draw) -> None:
     state, (q, k, v) = tokens(draw, "h2o(block=8):k4v4@24", 100)
     lengths = torch.tensor([100, 31, 64])
@@ -416,7 +432,9 @@ def test_rows_of_different_lengths_are_coded_at_their_own_times(draw: Draw) -> N
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("text", "columns"), [("exact:k4v3", 0), ("h2o(block=8):k5v2(first=2)@40:24:80", 4)])
+@pytest.mark.parametrize(
+    ("text", "columns"), [("exact:k4v3", 0), ("exact:k4v3(recent=20)", 0), ("h2o(block=8):k5v2(first=2)@40:24:80", 4)]
+)
 def test_slots_take_the_stated_bytes(draw: Draw, text: str, columns: int, dtype: torch.dtype, tied: bool) -> None:
     state, (_, k, v) = tokens(draw, text, 150, tied, dtype)
     state.append(k, v)
@@ -433,7 +451,7 @@ def test_slots_take_the_stated_bytes(draw: Draw, text: str, columns: int, dtype:
         groups, item = slots.key_codes.low.shape[1], state.spec.compute_dtype.itemsize
         assert groups * slots.group < 150 * 1.3 + slots.group
         shared = ROWS * groups * (2 * D + 4 * item)
-    fresh = ROWS * (store.first + slots.group) * (D + dv) * dtype.itemsize
+    fresh = ROWS * (store.first + slots.group + store.recent) * (D + dv) * dtype.itemsize
     clocks = 4 * ROWS * 8  # held, capacity, offset and coded
     tensors = capacity * by_token + shared + fresh + clocks
     assert tensors <= slots.nbytes <= tensors + 16 * 8  # and a few numbers

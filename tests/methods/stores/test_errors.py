@@ -134,7 +134,14 @@ def test_keys_less_a_wrong_centre_are_found(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-STORED = ("exact:k4v4", "exact:k3v3(first=1)", "exact:k8v8(first=0)", "exact:kivi4(group=16)", "quant(bits=8,group=8)")
+STORED = (
+    "exact:k4v4",
+    "exact:k3v4(recent=16)",
+    "exact:k3v3(first=1)",
+    "exact:k8v8(first=0)",
+    "exact:kivi4(group=16)",
+    "quant(bits=8,group=8)",
+)
 
 
 def filled_with(text: str, n: int = 150, softcap: float | None = None, dtype: torch.dtype = torch.float32) -> Any:

@@ -20,7 +20,10 @@ pytest.importorskip("numba", reason='the kernel of stores needs numba: pip insta
 
 WIDTHS = ((1, 3), (5, 7), (12, 10), (64, 64), (80, 96), (128, 128), (130, 66))
 BITS = range(2, 9)
-METHODS = ("exact:k{}v{}", "exact:k{}v{}(first=0)", "h2o(block=8):k{}v{}@70", "window(block=24):k{}v{}(first=2)@60")
+METHODS = (
+    *("exact:k{}v{}", "exact:k{}v{}(first=0)", "exact:k{}v{}(recent=16)", "exact:k{}v{}(first=0,recent=37)"),
+    *("h2o(block=8):k{}v{}@70", "window(block=24):k{}v{}(first=2)@60"),
+)
 ROUNDING = 4e-6
 
 
@@ -131,9 +134,10 @@ def test_some_rows_and_the_first_slots(text: str) -> None:
         alike(view, asked(state, 3, 3 if rows is None else len(rows)), state.spec)
 
 
-def test_sharp_queries_and_more_tokens_than_a_chunk() -> None:
+@pytest.mark.parametrize("recent", [0, 16])
+def test_sharp_queries_and_more_tokens_than_a_chunk(recent: int) -> None:
     for scale in (0.0, 1.0, 60.0):
-        state = held("exact:k4v3", 9000, 8, 8, ragged=True)
+        state = held(f"exact:k4v3(recent={recent})", 9000, 8, 8, ragged=True)
         view, hide = visible(state)
         alike(view, asked(state, 2, scale=scale), state.spec, hide)
 

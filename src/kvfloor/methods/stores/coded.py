@@ -2,9 +2,9 @@
 
 A row is one (batch item, kv head) stream. A slot holds one token. The slots of all rows lie in flat tensors; a place is
 an index into these. A token's position is its index in the stream of its row (arrival index). A code is the small
-integer that stands for a number. A group is `group` consecutive tokens of a row, which are coded together when the last
-of them has come. Until then the group is open, and its tokens are kept as they were given. In shapes, r are rows, s
-slots of each row, m queries, d and dv the widths of a key and a value.
+integer that stands for a number. A group is `group` consecutive tokens of a row, which are coded together once all of
+them and `recent` tokens more have come. Until then the group is open, and its tokens are kept as they were given. In
+shapes, r are rows, s slots of each row, m queries, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Coding(Store):
 
     first: int
 
+    def newest(self) -> int:
+        """Return how many of a row's newest tokens are never coded, beside those of a group that is not complete."""
+        return 0
+
     @abstractmethod
     def least_group(self) -> int:
         """Return the least number of tokens that are coded together."""
@@ -86,10 +90,12 @@ class Coded(Coding):
     after the mean key of their row's first group is subtracted. In `exact`, which keeps every token, each channel
     (entry of a key) is coded with its range in a group (KIVI, Liu et al. 2024). This has smaller errors, but needs
     groups whose tokens all stay.
-    Two kinds of tokens are kept as they are given: those of a row's open group, and its `first` tokens, because
-    attention often puts much weight on these, and their keys are unlike all others.
+    Two kinds of tokens are kept as they are given, because attention often puts much weight on them: those of a row's
+    open group, with the `recent` tokens before it; and its `first` tokens, whose keys are unlike all others.
     keys, values  bits per number, 2 to 8
     first         number of a row's first tokens that are never coded
+    recent        number of a row's newest tokens that are never coded, beside those of an open group; above 0 only in
+                  methods that keep every token
     """
 
     name: ClassVar[str] = "coded"
@@ -97,13 +103,14 @@ class Coded(Coding):
     keys: int
     values: int
     first: int = 4
+    recent: int = 0
 
     def __post_init__(self) -> None:
         for name in ("keys", "values"):
             bits = getattr(self, name)
             if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
                 raise ValueError(f"a store such as k4v4 has 2 to 8 bits per number, got {bits!r} for {name}")
-        count("a store", least=0, first=self.first)
+        count("a store", least=0, first=self.first, recent=self.recent)
 
     @classmethod
     def parsed(cls, text: str, **arguments: Any) -> Coded | None:
@@ -114,13 +121,20 @@ class Coded(Coding):
         found = _TEXT.fullmatch(text)
         return None if found is None else cls(int(found[1]), int(found[2]), **arguments)
 
+    @property
+    def loses(self) -> bool:
+        return self.recent == 0
+
+    def newest(self) -> int:
+        return self.recent
+
     def least_group(self) -> int:
         return GROUP
 
     def key_codes(self, spec: Spec, places: int, group: int, lose: bool) -> SlotCodes:
         if lose:
             return TokenCodes(spec, spec.d, self.keys, places, centred=True, unbiased=False)
-        return ChannelCodes(spec, spec.d, self.keys, places, group)
+        return ChannelCodes(spec, spec.d, self.keys, places, group, self.newest() % group)
 
     def value_codes(self, spec: Spec, places: int) -> SlotCodes:
         return TokenCodes(spec, spec.dv, self.values, places, centred=False, unbiased=True)
@@ -194,14 +208,16 @@ class CodedView:
 class CodedSlots(Slots):
     """Store the held tokens of every row in few bits per number, except its first tokens and those of its open group.
 
-    late              number of tokens before the open group that have no codes yet either, a multiple of `group`
-    fresh_k, fresh_v  (rows, first + late + group, d or dv): the tokens that are kept as they were given. One of a row's
-                      first tokens has its position as index, one without a code `first` + position % (`late` +
-                      `group`). Zeros elsewhere
+    recent            number of a row's newest tokens that never have codes
+    lead              recent % group: group i of a row has the tokens at the positions from i * group - lead, of which
+                      the first group has those from 0
+    fresh_k, fresh_v  (rows, first + ring, d or dv): the tokens that are kept as they were given. One of a row's first
+                      tokens has its position as index, one without a code yet `first` + position % `ring`. Zeros
+                      elsewhere
+    ring              group + recent, the most tokens of a row that have no codes yet
     ordered           True if slot i of each row holds the token at position i, as no token ever left
     position          arrival index of each slot's token; without entries while `ordered` is True, when they are known
-    coded             (rows,) number of tokens that came before the row's open group, less `late`. Later tokens have no
-                      codes yet
+    coded             (rows,) number of tokens that came before those without codes
     key_codes         codes of the keys of all slots
     value_codes       codes of the values of all slots; None if the values are the keys (`spec.tied`)
     """
@@ -217,16 +233,15 @@ class CodedSlots(Slots):
         group: int,
         columns: dict[str, torch.dtype] | None = None,
         lose: bool = True,
-        late: int = 0,
     ) -> None:
         """Open empty slots, capacities[r] in row r.
 
         group    number of tokens that are coded together
         columns  name -> dtype of the policy's columns (tensors with one number per slot)
         lose     True if tokens may leave the slots while others stay
-        late     number of tokens before the open group that get their codes later, a multiple of `group`
         """
-        self.group, self.first, self.late = group, store.first, late
+        self.group, self.first, self.recent = group, store.first, store.newest()
+        self.ring, self.lead = group + self.recent, self.recent % group
         super().__init__(spec, capacities, columns, lose)
         self.key_codes = store.key_codes(spec, self._places, group, lose)
         self.value_codes = None if spec.tied else store.value_codes(spec, self._places)
@@ -236,7 +251,7 @@ class CodedSlots(Slots):
     def _open(self, lose: bool) -> None:
         spec = self.spec
         self.bare = None
-        fresh = (spec.rows, self.first + self._ring)
+        fresh = (spec.rows, self.first + self.ring)
         self.fresh_k = torch.zeros(*fresh, spec.d, dtype=spec.dtype, device=spec.device)
         self.fresh_v = self.fresh_k
         if not spec.tied:
@@ -245,11 +260,6 @@ class CodedSlots(Slots):
         self.ordered = not lose
         if self.ordered:
             self.position = self.position.new_zeros(0)
-
-    @property
-    def _ring(self) -> int:
-        """Return how many tokens behind the first ones can be without codes at once."""
-        return self.late + self.group
 
     @property
     def parts(self) -> list[SlotCodes]:
@@ -304,7 +314,7 @@ class CodedSlots(Slots):
 
         def most(part: SlotCodes) -> tuple[Tensor, Tensor]:
             entries = {own: self.across(getattr(part, own), None, width) for own in part.own}
-            size, error = (x.masked_fill(~coded, 0).amax(1) for x in part.bounds(entries, position // self.group))
+            size, error = (x.masked_fill(~coded, 0).amax(1) for x in part.bounds(entries, self.group_of(position)))
             return size, error
 
         size, key_error = most(self.key_codes)
@@ -355,7 +365,7 @@ class CodedSlots(Slots):
         turn         True: return them in rotated form if they are coded in that form
         """
         entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in part.own}
-        x = part.decode(entries, rows, None if self.ordered else position // self.group, turn)
+        x = part.decode(entries, rows, None if self.ordered else self.group_of(position), turn)
         given = fresh.to(x.dtype)
         if turn and part.turns:
             given = turned(given)
@@ -375,7 +385,7 @@ class CodedSlots(Slots):
         row, slot = self._within(flat)
         position = (slot if self.ordered else self.arrived(flat)).unsqueeze(1)
         entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in part.own}
-        x = part.decode(entries, row, position // self.group)
+        x = part.decode(entries, row, self.group_of(position))
         return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
 
     def _named(self, name: str) -> tuple[SlotCodes, Tensor]:
@@ -388,7 +398,7 @@ class CodedSlots(Slots):
     def _with_fresh(self, x: Tensor, fresh: Tensor, position: Tensor, rows: Tensor | None) -> Tensor:
         """Replace, in the decoded x (r, s, w), tokens that have no code by their entries in `fresh`; return x.
 
-        fresh     (rows, first + late + group, w), of all rows: `fresh_k` or `fresh_v`, in the dtype of x
+        fresh     (rows, first + ring, w), of all rows: `fresh_k` or `fresh_v`, in the dtype of x
         position  (r, s) position of each slot's token
         rows      (r,) indices of the rows of x; None: all rows
         """
@@ -403,12 +413,20 @@ class CodedSlots(Slots):
         coded = (self.coded if rows is None else self.coded[rows]).to(position.device).unsqueeze(1)
         return ~self._uncoded(position, coded)
 
+    def group_of(self, position: Tensor) -> Tensor:
+        """Return the index, in its row, of the group that a token at each position (...) belongs to."""
+        return (position + self.lead) // self.group
+
+    def ready(self, seen: Tensor) -> Tensor:
+        """Return the number of tokens that are to have codes, or are before such, in rows that saw `seen` (...)."""
+        return (seen - seen % self.group - self.recent).clamp_min(0)
+
     def _uncoded(self, position: Tensor, coded: Tensor) -> Tensor:
         return (position >= coded) | (position < self.first)
 
     def _fresh_index(self, position: Tensor) -> Tensor:
         first = self.first
-        return torch.where(position < first, position, first + position % self._ring)
+        return torch.where(position < first, position, first + position % self.ring)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -434,7 +452,7 @@ class CodedSlots(Slots):
         if not self.ordered:
             self.position[at :: self.stride] = position
         first = self.first
-        index = position if position < first else first + position % self._ring
+        index = position if position < first else first + position % self.ring
         self.fresh_k[:, index] = k.squeeze(1)
         if not self.spec.tied:
             self.fresh_v[:, index] = v.squeeze(1)
@@ -460,34 +478,34 @@ class CodedSlots(Slots):
         self.ordered = False
 
     def due(self, seen: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the rows, of `rows` (None: all), whose next group is complete and followed by `late` tokens.
+        """Return the rows, of `rows` (None: all), whose next group is complete and followed by `recent` tokens.
 
         seen: (rows,) number of tokens that each row has seen.
         """
-        old = seen - self.late
-        due = (old % self.group == 0) & (old > self.coded)
+        due = (seen % self.group == 0) & (self.ready(seen) > self.coded)
         if rows is not None:
             asked = torch.zeros_like(due)
             asked[rows] = True
-            due &= asked
+            due = due & asked
         return due.nonzero().squeeze(1)
 
-    def waiting(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def waiting(self, at: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the held tokens of the next group to code in the rows `at` (r,), without the first tokens of a row.
 
         They are three tensors with an entry for each: the index of its row in `at`, its slot, its index in the group.
+        seen: (rows,) number of tokens that each row has seen.
         """
         device = self.position.device
-        start = self.coded[at].to(device).unsqueeze(1)
+        start, stop = (x[at].to(device).unsqueeze(1) for x in (self.coded, self.ready(seen)))
         width = int(self.held[at].max())
         position = self.positions(at, width)
         held = (torch.arange(width) < self.held[at].unsqueeze(1)).to(device)
-        among = (position >= start) & (position < start + self.group) & (position >= self.first)
+        among = (position >= start.clamp_min(self.first)) & (position < stop)
         i, slot = (held & among).nonzero(as_tuple=True)
-        return i, slot, position[i, slot] % self.group
+        return i, slot, (position[i, slot] + self.lead) % self.group
 
     def settle(self, seen: Tensor, rows: Tensor | None) -> None:
-        """Code the groups that are complete, and followed by `late` tokens, in these rows (None: all).
+        """Code the open groups that are complete, in these rows (None: all), but for the newest `recent` tokens.
 
         seen: (rows,) number of tokens that each row has seen.
         """
@@ -495,13 +513,14 @@ class CodedSlots(Slots):
         if not len(at):
             return
         device, first, dtype = self.position.device, self.first, self.spec.compute_dtype
-        group, here = self.coded[at] // self.group, at.to(device)
-        i, slot, from_group = self.waiting(at)
+        ready = self.ready(seen)[at]
+        group, here = (ready + self.lead) // self.group - 1, at.to(device)
+        i, slot, from_group = self.waiting(at, seen)
         place = self.offset.to(device)[here[i]] + slot
         real = torch.zeros(len(at), self.group, dtype=torch.bool, device=device)
         real[i, from_group] = True  # neither the first tokens nor those that are gone
-        start = self.coded[at].to(device).unsqueeze(1)
-        here, kept = here.unsqueeze(1), first + (start + torch.arange(self.group, device=device)) % self._ring
+        begin = ready.to(device).unsqueeze(1) - self.group
+        here, kept = here.unsqueeze(1), first + (begin + torch.arange(self.group, device=device)) % self.ring
         for part, fresh in ((self.key_codes, self.fresh_k), (self.value_codes, self.fresh_v)):
             if part is not None:
                 entries = part.encode(at, group, fresh[here, kept].to(dtype), real)
@@ -509,10 +528,10 @@ class CodedSlots(Slots):
                     getattr(part, name)[place] = coded[i, from_group]
         self.fresh_k[here, kept] = 0
         self.fresh_v[here, kept] = 0
-        self.coded = self.coded.index_copy(0, at, seen[at] - self.late)
+        self.coded = self.coded.index_copy(0, at, ready)
 
     def require_settled(self, fields: dict[str, Any], seen: Tensor) -> None:
-        require_equal(fields["coded"], (seen - seen % self.group - self.late).clamp_min(0), "coded tokens")
+        require_equal(fields["coded"], self.ready(seen), "coded tokens")
 
     # ---- size and rows ---------------------------------------------------------------------------------------------
 
@@ -526,7 +545,7 @@ class CodedSlots(Slots):
         So the bytes follow from the capacities, in a restored state too.
         """
         for part in self.parts:
-            part.reserve(int(self.capacity.max()) // self.group)
+            part.reserve((int(self.ready(self.capacity).max()) + self.lead) // self.group)
 
     def _turn(self, rows: Tensor | None) -> None:
         """Do nothing: this store is never used with keys that are rotated to ranks by RoPE (`Traits.turns`)."""
@@ -551,7 +570,7 @@ class CodedSlots(Slots):
         sent |= {"coded": self.coded, "fresh_k": self.fresh_k}
         if not self.spec.tied:
             sent["fresh_v"] = self.fresh_v
-        groups = int(self.coded.max()) // self.group
+        groups = (int(self.coded.max()) + self.lead) // self.group
         for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
             sent[name] = None if part is None else part.sent(groups) | self._export(part)
         return sent
@@ -574,7 +593,7 @@ class CodedSlots(Slots):
             require_equal(fields["position"], order, "positions")
         if isinstance(self.key_codes, GroupCodes):
             groups = fields["key_codes"][self.key_codes.shared[0]].shape[1]
-            if int(fields["coded"].max()) > groups * self.group:
+            if (int(fields["coded"].max()) + self.lead) // self.group > groups:
                 raise ValueError(f"ranges of {groups} groups, where {fields['coded'].tolist()} tokens are coded")
 
     def adopt(self, fields: dict[str, Any]) -> None:

@@ -190,14 +190,15 @@ class GroupCodes(SlotCodes):
 
     shared  names of the attributes that are tensors (rows, groups, ...): what the tokens of a group share, from which
             `_steps` computes offset and step of each channel
+    lead    number of tokens that a row's first group lacks: group i has those at the positions from i * group - lead
     """
 
     own = ("packed",)
     shared: ClassVar[tuple[str, ...]]
 
-    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int) -> None:
+    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0) -> None:
         super().__init__(spec, width, bits, places)
-        self.group = group
+        self.group, self.lead = group, lead
 
     @abstractmethod
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
@@ -262,15 +263,27 @@ class GroupCodes(SlotCodes):
 
     def _decoded_in_order(self, entries: dict[str, Tensor], rows: Tensor | None) -> Tensor:
         """Decode the first t tokens of each of `rows` (None: all), from entries (r, t, ...): return (r, t, w)."""
-        t = entries["packed"].shape[1]
-        groups = min(self._groups, t // self.group)
         every = [getattr(self, name) for name in self.shared]
         shared = every if rows is None else [x[rows.to(x.device)] for x in every]
+        short = (self.group - self.lead) % self.group  # tokens of the first group, where it is not whole
+        if not short:
+            return self._whole_groups(entries, shared)
+        head, rest = ({name: x[:, part] for name, x in entries.items()} for part in (slice(short), slice(short, None)))
+        first = self._numbers(head, [x[:, :1] for x in shared])
+        return torch.cat((first, self._whole_groups(rest, [x[:, 1:] for x in shared])), 1)
+
+    def _whole_groups(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
+        """Decode t tokens of groups that are whole, from their entries (r, t, ...): return (r, t, w).
+
+        shared: (r, groups, ...) what the tokens of each of these groups share.
+        """
+        t, have = entries["packed"].shape[1], shared[0].shape[1]
+        groups = min(have, t // self.group)
         whole = groups * self.group
         inside = {name: x[:, :whole].unflatten(1, (groups, self.group)) for name, x in entries.items()}
         x = self._numbers(inside, [x[:, :groups].unsqueeze(2) for x in shared])
         x = torch.nn.functional.pad(x.flatten(1, 2), (0, 0, 0, t - whole))
-        if whole < t and groups < self._groups:  # the t tokens end within a group
+        if whole < t and groups < have:  # the t tokens end within a group
             after = {name: x[:, whole:] for name, x in entries.items()}
             x[:, whole:] = self._numbers(after, [x[:, groups].unsqueeze(1) for x in shared])
         return x
@@ -345,8 +358,8 @@ class ChannelCodes(GroupCodes):
 
     shared = ("low", "high", "range")
 
-    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int) -> None:
-        super().__init__(spec, width, bits, places, group)
+    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0) -> None:
+        super().__init__(spec, width, bits, places, group, lead)
         self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
         self.high = torch.zeros_like(self.low)
         self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)

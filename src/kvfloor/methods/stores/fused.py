@@ -82,7 +82,7 @@ def attention(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> Pa
 def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> tuple[Partial, Tensor]:
     """Compute attention of q (r, m, d), float32, over the coded tokens alone, whose values stay rotated.
 
-    Returns a `Partial` (r, m), and a mask (r, m, first + group), True for the uncoded tokens that a query sees.
+    Returns a `Partial` (r, m), and a mask (r, m, first + ring), True for the uncoded tokens that a query sees.
     """
     slots, kernels, (r, m) = view.owner, _kernels(), q.shape[:2]
     keys, values = slots.key_codes, slots.value_codes
@@ -95,10 +95,10 @@ def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> t
             centre = keys.centre if view.rows is None else keys.centre[rows]
             bias = (q @ centre.to(q.dtype).unsqueeze(-1)).squeeze(-1) * spec.scale
     asked = pad(asked * spec.scale, (0, -spec.d % 8)).contiguous()
-    chunks = max(1, -(-view.width // kernels.CHUNK))
+    chunks = max(1, -(-(view.width + slots.lead) // kernels.CHUNK))
     mean = np.empty((r, chunks, m, spec.dv), np.float32)
     top, mass = np.empty((2, r, chunks, m), np.float32)
-    seen = np.zeros((r, m, slots.first + slots.group), np.uint8)
+    seen = np.zeros((r, m, slots.first + slots.ring), np.uint8)
     index, offset, held, coded = (x.numpy() for x in (rows, slots.offset, slots.held, slots.coded))
     if view.rows is not None:
         offset, held, coded = offset[index], held[index], coded[index]
@@ -106,7 +106,7 @@ def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> t
     hidden = _NONE.astype(np.bool_) if hide is None else hide.expand(r, m, view.width).numpy()
     given = (
         *(asked.numpy(), bias.numpy(), float(spec.softcap or 0.0)),
-        *(*tokens, slots.ordered, slots.first, slots.group, hidden),
+        *(*tokens, slots.ordered, slots.first, slots.group, slots.lead, slots.ring, hidden),
         *(keys.width, keys.bits, isinstance(keys, ChannelCodes), *_arrays(keys), *_shared(keys)),
         *(values.width, values.bits, *_arrays(values)),
         *(mean, top, mass, seen),

@@ -543,6 +543,8 @@ _TOKENS = (
     types.boolean,
     types.int64,
     types.int64,
+    types.int64,
+    types.int64,
     _BOOLS,
 )
 _OUT = (types.float32[:, :, :, ::1], _CUBE, _CUBE, _SHARED)
@@ -566,6 +568,8 @@ def attend_chunks(
     ordered,
     first,
     group,
+    lead,
+    ring,
     hide,
     d,
     key_bits,
@@ -593,9 +597,10 @@ def attend_chunks(
     softcap   c: a logit x becomes c tanh(x / c); 0: no cap
     row       (r,) index of each row in key_low, key_high and key_range
     offset    (r,) first slot of each row; count: (r,) number of its slots that are read
-    coded     (r,) number of tokens before the row's open group: `CodedSlots.coded`
+    coded     (r,) number of tokens before those without codes: `CodedSlots.coded`
     position  (slots,) arrival index of each slot's token; unread if `ordered`, when slot i holds token i
     first     number of a row's first tokens that are never coded. group: tokens that are coded together
+    lead      number of tokens that a row's first group lacks: `CodedSlots.lead`; ring: `CodedSlots.ring`
     hide      bool (r, m, slots), True for slots that a query does not see; or empty
     d, key_bits, dv, value_bits   widths and bits of keys and values
     linear    True: keys are coded per channel; key_low, key_high (rows, groups, d) and key_range are their ranges.
@@ -604,7 +609,7 @@ def attend_chunks(
               bits of a code, from the middle, then those of the upper bits
     key_packed, value_packed      (slots, bytes) codes
     Writes mean (r, chunks, m, dv), not yet divided by mass; top and mass (r, chunks, m), the largest logit and the
-    softmax mass relative to it; and marks in fresh (r, m, first + group) the uncoded tokens that a query sees.
+    softmax mass relative to it; and marks in fresh (r, m, first + ring) the uncoded tokens that a query sees.
     """
     m, chunks = q.shape[1], mean.shape[1]
     words, key_lanes, lanes = (d + 7) // 8, (d + 63) // 64 * 8, (dv + 63) // 64 * 8
@@ -629,9 +634,10 @@ def attend_chunks(
             for c in range(8 * lanes):
                 total[i, c] = np.float32(0.0)
         folded_group = -1
-        end = min(count[r], (chunk + 1) * CHUNK)
-        for start in range(chunk * CHUNK, end, TILE):
-            place, size, found = offset[r] + start, min(TILE, end - start), False
+        end = min(count[r], (chunk + 1) * CHUNK - lead)
+        for tile in range(chunk * CHUNK - lead, end, TILE):
+            start = max(tile, 0)
+            place, size, found = offset[r] + start, min(tile + TILE, end) - start, False
             inner = ordered and size == TILE and start >= first and start + TILE <= coded[r]
             for t in range(TILE):
                 live[t] = inner
@@ -639,7 +645,7 @@ def attend_chunks(
                 for t in range(size):
                     came = start + t if ordered else np.int64(position[place + t])
                     if came < first or came >= coded[r]:
-                        into = came if came < first else first + came % group
+                        into = came if came < first else first + came % ring
                         for i in range(m):
                             fresh[r, i, into] = not masked or not hide[r, i, start + t]
                     else:
@@ -661,8 +667,8 @@ def attend_chunks(
                 for t in range(TILE):
                     logits[i, t] = np.float32(0.0)
             if linear:
-                if start // group != folded_group:
-                    folded_group = start // group
+                if (start + lead) // group != folded_group:
+                    folded_group = (start + lead) // group
                     fold(q, r, key_low, key_high, key_range, row[r], folded_group, steps, begins, widths, folded, shift)
                 add_logits(keys_low, keys_high, False, key_table, folded, words, codes, logits)
                 if key_bits > 4:

@@ -40,7 +40,6 @@ class Kivi(Coding):
 
     name: ClassVar[str] = "kivi"
     paper: ClassVar[str] = "Liu et al. 2024, KIVI (arXiv 2402.02750)"
-    loses: ClassVar[bool] = False
     bits: int
     group: int = 32
     first: int = 0
@@ -59,6 +58,10 @@ class Kivi(Coding):
         """
         found = _TEXT.fullmatch(text)
         return None if found is None else cls(int(found[1]), **arguments)
+
+    @property
+    def loses(self) -> bool:
+        return False
 
     def least_group(self) -> int:
         return self.group

@@ -45,16 +45,15 @@ class Hot(Memory):
     the sums, which remain upper bounds.
     """
 
-    def __init__(self, spec: Spec, places: int, store: HotStore, page: int, late: int) -> None:
+    def __init__(self, spec: Spec, places: int, store: HotStore, page: int) -> None:
         """Open an empty tier.
 
         places  slots of each row
         store   how keys and values are coded
         page    tokens that are coded together
-        late    number of a row's newest tokens that have no codes, a multiple of `page`
         """
         self.spec = spec
-        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False, late=late)
+        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False)
         how: dict[str, Any] = {"dtype": spec.compute_dtype, "device": spec.device}
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
         self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
@@ -71,7 +70,7 @@ class Hot(Memory):
         at = codes.due(seen, rows)
         if not len(at):
             return
-        row, slot, from_page = codes.waiting(at)
+        row, slot, from_page = codes.waiting(at, seen)
         here = at.to(device)
         place = codes.offset.to(device)[here[row]] + slot
 

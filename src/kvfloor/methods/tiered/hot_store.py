@@ -19,12 +19,20 @@ class HotStore(Coding):
 
     first  number of a row's first tokens that are never coded
     extra  further bits for the half of a page's channels whose keys have the wider ranges, 0 to 8
+    recent number of a row's newest tokens that have no codes, a multiple of the page
     """
 
     name: ClassVar[str] = "hot"
-    loses: ClassVar[bool] = False
     first: int
     extra: int
+    recent: int
+
+    @property
+    def loses(self) -> bool:
+        return False
+
+    def newest(self) -> int:
+        return self.recent
 
     def least_group(self) -> int:
         return 1

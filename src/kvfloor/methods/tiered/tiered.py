@@ -115,9 +115,8 @@ class TieredState(Blocked[Tiered]):
     def __init__(self, method: Tiered, spec: Spec) -> None:
         slots = exact_slots(spec, _SLOTS, method.page, method.cold, method.folder, streamed=not method.epsilon)
         super().__init__(method, spec, slots, method.block, in_order=True)
-        late = -(-method.recent // method.page) * method.page
-        store = HotStore(method.first, method.extra)
-        self.hot = Hot(spec, _SLOTS, store, method.page, late) if method.epsilon else None
+        store = HotStore(method.first, method.extra, -(-method.recent // method.page) * method.page)
+        self.hot = Hot(spec, _SLOTS, store, method.page) if method.epsilon else None
         self.tally = Tally()
 
     @whole
