@@ -25,7 +25,7 @@ def spikes(draw: Draw, rows: int, n: int, d: int) -> Tensor:
 
 
 def heavy_tails(draw: Draw, rows: int, n: int, d: int) -> Tensor:
-    return draw(rows, n, d).sign() * uniform(draw, rows, n, d).pow(-1 / 1.1).clamp_max(1e6)
+    return draw(rows, n, d).sign() * uniform(draw, rows, n, d).pow(-1 / 1.1).clamp_max(6e4)
 
 
 def antipodal(draw: Draw, rows: int, n: int, d: int) -> Tensor:

@@ -52,7 +52,7 @@ def trial(name: str, seed: int, rows: int, n: int, m: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_answer_errs_more_than_its_bound(name: str) -> None:
-    found = [trial(name, seed, 2, 150, 24) for seed in range(4)]
+    found = [trial(name, seed, 2, 150, 24) for seed in (0, 5, 10, 15)]
     assert sum(count for count, _ in found) == 4 * 2 * 24 * 6
     assert sum(wrong for _, wrong in found) == 0
 
