@@ -209,12 +209,9 @@ class CodedSlots(Slots):
     """Store the held tokens of every row in few bits per number, except its first tokens and those of its open group.
 
     recent            number of a row's newest tokens that never have codes
-    lead              recent % group: group i of a row has the tokens at the positions from i * group - lead, of which
-                      the first group has those from 0
     fresh_k, fresh_v  (rows, first + ring, d or dv): the tokens that are kept as they were given. One of a row's first
                       tokens has its position as index, one without a code yet `first` + position % `ring`. Zeros
                       elsewhere
-    ring              group + recent, the most tokens of a row that have no codes yet
     ordered           True if slot i of each row holds the token at position i, as no token ever left
     position          arrival index of each slot's token; without entries while `ordered` is True, when they are known
     coded             (rows,) number of tokens that came before those without codes
@@ -224,6 +221,7 @@ class CodedSlots(Slots):
 
     plain: ClassVar[bool] = False
     position_dtype: ClassVar[torch.dtype] = torch.int32  # half the bytes: beside 4-bit codes, positions count
+    recent = 0  # an attribute of the object, with its bytes, only where it is not 0
 
     def __init__(
         self,
@@ -240,8 +238,9 @@ class CodedSlots(Slots):
         columns  name -> dtype of the policy's columns (tensors with one number per slot)
         lose     True if tokens may leave the slots while others stay
         """
-        self.group, self.first, self.recent = group, store.first, store.newest()
-        self.ring, self.lead = group + self.recent, self.recent % group
+        self.group, self.first = group, store.first
+        if store.newest():
+            self.recent = store.newest()
         super().__init__(spec, capacities, columns, lose)
         self.key_codes = store.key_codes(spec, self._places, group, lose)
         self.value_codes = None if spec.tied else store.value_codes(spec, self._places)
@@ -260,6 +259,19 @@ class CodedSlots(Slots):
         self.ordered = not lose
         if self.ordered:
             self.position = self.position.new_zeros(0)
+
+    @property
+    def ring(self) -> int:
+        """Return group + recent, the most tokens of a row that have no codes yet."""
+        return self.group + self.recent
+
+    @property
+    def lead(self) -> int:
+        """Return recent % group, the number of tokens that a row's first group lacks.
+
+        Group i of a row has the tokens at the positions from i * group - lead.
+        """
+        return self.recent % self.group
 
     @property
     def parts(self) -> list[SlotCodes]:

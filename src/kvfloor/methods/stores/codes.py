@@ -195,10 +195,13 @@ class GroupCodes(SlotCodes):
 
     own = ("packed",)
     shared: ClassVar[tuple[str, ...]]
+    lead = 0  # an attribute of the object, with its bytes, only where it is not 0
 
     def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0) -> None:
         super().__init__(spec, width, bits, places)
-        self.group, self.lead = group, lead
+        self.group = group
+        if lead:
+            self.lead = lead
 
     @abstractmethod
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
