@@ -32,7 +32,7 @@ def model() -> PreTrainedModel:
 
 
 def text(cold: str, epsilon: float = 0.001) -> str:
-    return f"tiered(epsilon={epsilon},page=8,cold={cold})"
+    return f"tiered(epsilon={epsilon},page=8,recent=0,cold={cold})"
 
 
 def cache_of(model: Any, cold: str, epsilon: float = 0.001, **how: Any) -> CompressedCache:
@@ -89,7 +89,7 @@ def test_copies_and_files_go_on_to_the_bit(model: Any, place: str, tmp_path: Pat
 
 
 def parsed(place: str, folder: Path) -> Tiered:
-    return Tiered(epsilon=0.001, page=8, cold=place, folder=str(folder) if place == "disk" else None)
+    return Tiered(epsilon=0.001, page=8, recent=0, cold=place, folder=str(folder) if place == "disk" else None)
 
 
 def test_reset_closes_the_files(model: Any) -> None:

@@ -66,7 +66,12 @@ def follow(one: Talk, other: Talk, lengths: tuple[int, ...] = (1, 1, 9, 1, 1, 40
     """Both go on with the same tokens, decoding and further turns, and say the same bits."""
     for ids in turns(seed, *lengths):
         assert torch.equal(one.hear(ids), other.hear(ids))
-    assert one.cache.report() == other.cache.report()
+    assert told(one.cache) == told(other.cache)
+
+
+def told(cache: CompressedCache) -> list[dict[str, Any]]:
+    """A cache's report without what its reads fetched, which is counted since the cache was made or loaded."""
+    return [{name: value for name, value in layer.items() if name != "certified"} for layer in cache.report()]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from torch import Tensor
 from kvfloor.audit.nats import TextCell
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.traces import Trace
-from kvfloor.floors.measured import Readable, causal_mass, readable_by, readable_within
+from kvfloor.floors.measured import Readable, causal_mass, readable_by, readable_within, volume_by
 from kvfloor.hf.calibrate import P
 
 GOOD = 0.1  # largest relative l2 error of a head's output at which a setting counts as good for it
@@ -69,7 +69,7 @@ class HeadFloor:
     tokens             number of tokens of the context
     readable_groups    number of groups that queries can read whose norm is at most the largest recorded norm
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
-    asked_floor_bytes  read floor for the queries that were recorded after the context
+    asked_floor_bytes  floor for the queries that were recorded after the context: of read and volume floor the larger
     exact_bytes        bytes of the context's keys and values
     eta                the error that the floors allow in an output, for values in [-1, 1] (`good_error`)
     """
@@ -105,7 +105,7 @@ class Head:
     readable_share     number of groups that queries can read whose norm is at most the largest recorded norm, divided
                        by the number of tokens of the context
     floor_bytes        read floor for all queries whose norm is at most the largest recorded norm
-    asked_floor_bytes  read floor for the queries that were recorded after the context
+    asked_floor_bytes  floor for the queries that were recorded after the context: of read and volume floor the larger
     exact_bytes        bytes of the context's keys and values
     best_method        text of the cheapest good setting; None if only exact is good
     best_bytes         bytes per kv head of the cheapest good setting; None without one
@@ -155,12 +155,12 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
         k, own = trace.k[head, :cut][before].float(), trace.k[head, cut:][after].float()
         asked = trace.q[head, :, cut:][:, after].float()
         eta = good_error(trace, head)
-        within, by = _floors(head, trace, k, asked, own, eta)
+        within, asked_bytes = _floors(head, trace, k, asked, own, eta)
         width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
         # the recorded queries are among those of at most their length, so the larger of both floors holds for these
-        floor = max(within.bytes, by.bytes)
+        floor = max(within.bytes, asked_bytes)
         found.append(
-            HeadFloor(cell, trace.layer, head, position, len(k), within.groups, floor, by.bytes, len(k) * width, eta)
+            HeadFloor(cell, trace.layer, head, position, len(k), within.groups, floor, asked_bytes, len(k) * width, eta)
         )
     return found
 
@@ -190,10 +190,11 @@ def _spread(places: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
     return [places[round(index * (len(places) - 1) / (most - 1))] for index in range(most)]
 
 
-def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor, eta: float) -> tuple[Readable, Readable]:
-    """Return two read floors of one kv head: (for all queries up to the largest recorded norm, for those in `asked`).
+def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor, eta: float) -> tuple[Readable, int]:
+    """Return two floors of one kv head: for all queries up to the largest recorded norm, and for those in `asked`.
 
-    A `Readable` has the floor as `bytes`, and the number of groups that its queries can read as `groups`.
+    The first is a read floor: a `Readable` has it as `bytes`, and the number of groups that its queries can read as
+    `groups`. The second is the larger of read floor and volume floor, in bytes.
 
     head              number of the kv head in its layer
     trace             the layer's trace: gives the scale, softcap and sinks of the logits and the largest query norm
@@ -209,8 +210,10 @@ def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor, eta:
     least = None if sink is None else sink.min().item()  # any query may be asked by the query head with the least sink
     within = readable_within(k, radius=radius, others="present", later_mass=least, **law, **demand)
     mass = causal_mass(asked, own, sink=sink, **law)
-    by = readable_by(k, asked.flatten(0, 1), later_mass=mass, **law, **demand)
-    return within, by
+    asked_bytes = max(
+        by(k, asked.flatten(0, 1), later_mass=mass, **law, **demand).bytes for by in (readable_by, volume_by)
+    )
+    return within, asked_bytes
 
 
 def heads(floors: Iterable[HeadFloor], rows: Sequence[Erring]) -> list[Head]:

@@ -27,7 +27,7 @@ def tokens(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False
 def opened_at(cold: str, epsilon: float = 0.01, folder: Any = None, **spec: Any) -> Any:
     """Open a state that keeps its exact tokens at this place."""
     where = None if folder is None else str(folder)
-    return Tiered(epsilon=epsilon, page=PAGE, cold=cold, folder=where).open(Spec(ROWS, D, D, D**-0.5, **spec))
+    return Tiered(epsilon=epsilon, page=PAGE, recent=0, cold=cold, folder=where).open(Spec(ROWS, D, D, D**-0.5, **spec))
 
 
 def calls(given: Stream) -> Iterator[tuple[str, Call]]:
