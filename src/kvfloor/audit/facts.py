@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -222,16 +222,13 @@ def _returned(model: Any, method: Method, sheet: _Sheet, prompt: SharedPrompt, s
     cache.seal()
     size = cache.bytes["total"]
     bets, right = [], 0
-    for piece in _pieces(len(sheet.asks), max(1, BATCH_BYTES // max(1, size))):
+    most = max(1, BATCH_BYTES // max(1, size))
+    for start in range(0, len(sheet.asks), most):
+        piece = slice(start, start + most)
         for log_p, likeliest in _asked(dialogue, sheet.asks[piece], sheet.answers[piece]):
             bets.append(math.exp(min(0.0, float(log_p.double().sum()))))
             right += bool(likeliest.all())
     return _Returned(size, at_16_bits(model, cache, len(sheet.prompt), shares), bets, right)
-
-
-def _pieces(count: int, most: int) -> Iterator[slice]:
-    """Yield slices of at most `most` that cover 0 to `count`."""
-    yield from (slice(start, min(start + most, count)) for start in range(0, count, most))
 
 
 def _asked(

@@ -8,11 +8,13 @@ stderr.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -667,6 +669,16 @@ def plan_(
     print_plan(planned, Console())
 
 
+def _numbered_steps() -> Callable[[int, str], None]:
+    """Return a function that is called with the number of all steps and a line of text, and prints "STEP/ALL TEXT"."""
+    steps = itertools.count(1)
+
+    def say(total: int, text: str) -> None:
+        print(f"{next(steps)}/{total} {text}", file=sys.stderr, flush=True)
+
+    return say
+
+
 @app.command("measure-layers")
 def measure_layers(
     out: Annotated[Path, typer.Option(help="File for the costs (.json), which auto(rows='FILE')@64MiB reads.")],
@@ -705,13 +717,6 @@ def measure_layers(
     from kvfloor.report.layer_costs import cost_lines
 
     _quiet_transformers()
-    done = 0
-
-    def say(total: int, text: str) -> None:
-        nonlocal done
-        done += 1
-        print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
-
     open_folder(out.absolute().parent)
     loaded, tokenizer = load(model, accept_terms)
     table = measure_layers(
@@ -723,7 +728,7 @@ def measure_layers(
         scored=continuation,
         together=together,
         seed=seed,
-        track=say,
+        track=_numbered_steps(),
     )
     write_costs(out, table)
     if as_json:
@@ -761,13 +766,6 @@ def facts(
     from kvfloor.report.facts import fact_lines
 
     _quiet_transformers()
-    done = 0
-
-    def say(total: int, text: str) -> None:
-        nonlocal done
-        done += 1
-        print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
-
     loaded, tokenizer = load(model, accept_terms)
     rows = measure_facts(
         prepare(loaded),
@@ -777,7 +775,7 @@ def facts(
         facts=facts,
         sheets=sheets,
         seed=seed,
-        track=say,
+        track=_numbered_steps(),
     )
     if as_json:
         _print_json({"schema": 1, "model": model, "rows": [row.as_dict() for row in rows]})
