@@ -376,8 +376,7 @@ def test_without_its_defence_the_file_answers_wrongly(
         if plant is short_reads_pass:
             os.ftruncate(state.slots.cold._file, 40 * size)
         else:
-            first, second = bytes_at(state, 0, size), bytes_at(state, size, size)
-            damaged(state, 0, second + first)
+            damaged(state, 0, bytes_at(state, size, size))  # exchanging two tokens would change no answer
         return silent(state, plain, asked)
 
     assert not wrong()
