@@ -37,10 +37,10 @@ STATES = (
     "sinks(4,block=4)@16",
     "window(block=4)+value_sum@16",
     "window(block=4)+taylor@16",
-    "subgen(block=4)@24",
+    "subgen_sketch(block=4)@24",
 )
 CACHES = (
-    *(("llama", text) for text in ("exact", "h2o(block=4)@16", "sinks(4,block=4)@16", "subgen(block=4)@24")),
+    *(("llama", text) for text in ("exact", "h2o(block=4)@16", "sinks(4,block=4)@16", "subgen_sketch(block=4)@24")),
     *((family, "h2o(block=4)@16") for family in ("gemma2", "gemma3n_text", "zamba", "qwen3_next", "lfm2")),
 )
 

@@ -40,7 +40,7 @@ METHODS = (
     "sinks+value_sum",
     "sinks+moments(covariance=diagonal)",
     "sinks+less(kernels=builtin)",
-    "subgen",
+    "subgen_sketch",
     "balance",
     "quant(bits=2)",
     "exact|hip(k=64)",

@@ -39,7 +39,7 @@ EVICTORS = (
     "expected(epsilon=0.01,prefill=dense)",
     "k_center",
 )
-OTHERS = ("sinks+value_sum", "sinks+moments(covariance=diagonal)", "subgen", "balance")
+OTHERS = ("sinks+value_sum", "sinks+moments(covariance=diagonal)", "subgen_sketch", "balance")
 LONG_ANSWER = (
     "raas",
     "raas(prompt=evict)",

@@ -64,10 +64,10 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, size: tuple[float, in
     def answers(text: str) -> tuple[Tensor, int, int]:
         state = parse(text).open(spec)
         state.append(k.expand(seeds, -1, -1), v.expand(seeds, -1, -1))
-        held = int(state.clusters[0]) if text.startswith("subgen") else 0  # type: ignore[attr-defined]
+        held = int(state.clusters[0]) if text.startswith("subgen_sketch") else 0  # type: ignore[attr-defined]
         return (state.read(q.expand(seeds, -1, -1)).mean.double() - exact).norm(dim=2), state.nbytes, held
 
-    method = parse(f"subgen(delta={delta},t={t},s={s},radius={radius},failure={FAILURE})")
+    method = parse(f"subgen_sketch(delta={delta},t={t},s={s},radius={radius},failure={FAILURE})")
     stated = method.guarantee(spec)
     assert stated is not None
     wrong, size_bytes, clusters = answers(str(method))

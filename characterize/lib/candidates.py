@@ -10,15 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvfloor import Held
+from kvfloor import Held, Partial, Spec
+from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded
+from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.core.rowwise import length
+from kvfloor.core.summary import Summary, SummaryState, lots
 from kvfloor.methods.policies.expected import Expected
 from kvfloor.methods.policies.observation import Observation
 from kvfloor.models.gguf import cache_folder
@@ -177,6 +180,53 @@ class MergedValues(Observation):
         share = (votes[lost] / around.clamp_min(1e-30)).clamp_max(1.0) / size
         moved = share.to(v.dtype).unsqueeze(1) * v[lost]
         v.index_add_(0, to[there], moved.unsqueeze(1).expand(-1, self.m, -1)[there])
+
+
+@dataclass(frozen=True)
+class UniformTokens(Summary):
+    """Summarise the evicted tokens by `m` of them, drawn uniformly, each with the weight of all evicted per drawn one.
+
+    Numerator and denominator of attention are sums over the same draws, so the answer is a mean of values. It is the
+    baseline that a summary by clusters has to beat.
+    """
+
+    name: ClassVar[str] = "uniform_tokens"
+    paper: ClassVar[str] = "Vitter 1985 (reservoir sampling)"
+
+    m: int = 64
+
+    def open(self, spec: Spec) -> UniformTokensState:
+        return UniformTokensState(self.m, spec)
+
+
+class UniformTokensState(SummaryState):
+    """Hold the drawn tokens of each row: k (rows, m, d), v (rows, m, dv), key (rows, m), and the number of evicted."""
+
+    def __init__(self, m: int, spec: Spec) -> None:
+        super().__init__(spec)
+        self.k = torch.zeros(spec.rows, m, spec.d, dtype=spec.dtype)
+        self.v = torch.zeros(spec.rows, m, spec.dv, dtype=spec.dtype)
+        self.key = torch.full((spec.rows, m), torch.inf, dtype=torch.float64)
+        self.count = torch.zeros(spec.rows, dtype=torch.int64)
+
+    def fields(self) -> dict[str, Any]:
+        shapes = {name: Field(self.spec.dtype, tuple(getattr(self, name).shape), finite=True) for name in ("k", "v")}
+        return shapes | {"key": Field(torch.float64, tuple(self.key.shape), least=0)}
+
+    def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+        lanes = row_keys(self.spec.seed, self.spec.ids(), "uniform tokens")
+        for at, keys, values, places in lots(row, k, v, position):
+            drawn = torch.cat([self.key[at], uniform(lanes[at].unsqueeze(1), places)], 1)
+            self.key[at], kept = drawn.topk(self.key.shape[1], largest=False)
+            for held, new in ((self.k, keys), (self.v, values)):
+                index = kept.unsqueeze(-1).expand(-1, -1, new.shape[-1])
+                held[at] = torch.cat([held[at], new], 1).gather(1, index)
+            self.count[at] += places.shape[1]
+
+    def read(self, q: Tensor) -> Partial:
+        real = torch.isfinite(self.key)
+        share = (self.count / real.sum(1).clamp_min(1)).log().to(self.spec.compute_dtype)
+        return Partial.over(q, self.k, self.v, self.spec, share.unsqueeze(1).expand_as(self.key), ~real.unsqueeze(1))
 
 
 def has_scores(name: str) -> bool:

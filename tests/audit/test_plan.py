@@ -165,7 +165,7 @@ def test_baselines_and_what_was_asked_for_are_told_apart() -> None:
         ("quant(bits=4)", "quant(bits=4)", "quant", None),
         ("exact|hip(k=64)", "exact|hip(k=64)", "exact|hip", None),
         ("exact", "exact", "exact", None),
-        ("subgen@64", "subgen", "subgen", "64"),
+        ("subgen_sketch@64", "subgen_sketch", "subgen_sketch", "64"),
         ("tensor(store=sinks(4)@32)", "tensor(store=sinks)", "tensor", "32"),
     ],
 )

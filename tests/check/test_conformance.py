@@ -25,7 +25,7 @@ COMBINATIONS = (
     "sinks(4)+less(kernels=builtin)@40",
     "random(block=1)@32",
     "random(sinks=2,recent=4,block=64)@40",
-    "subgen(centres=32,s=64)",
+    "subgen_sketch(centres=32,s=64)",
     "balance@64",
     "balance(keep=smaller,centre=False,c=1.0,sinks=0,recent=0)@40",
     "quant(bits=4,group=16)",

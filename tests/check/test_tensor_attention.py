@@ -79,4 +79,4 @@ def test_every_law_holds(text: str) -> None:
     assert outcome.failed == []
     skipped = {skip["check"] for skip in outcome.skipped}
     assert not {"chunking", "causality", "pads", "row_isolation", "index_floor"} & skipped
-    assert ("reference" in skipped) == text.startswith("subgen")
+    assert ("reference" in skipped) == text.startswith("subgen_sketch")

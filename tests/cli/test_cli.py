@@ -83,12 +83,12 @@ def test_floors_of_every_attention_and_metric(case: str) -> None:
 def test_methods_json() -> None:
     document = json.loads(kvfloor("methods", "--json").stdout)
     names = {row["name"] for row in document["rows"]}
-    assert {"exact", "window", "sinks", "random", "h2o", "value_sum", "subgen", "everything", "top_k"} <= names
+    assert {"exact", "window", "sinks", "random", "h2o", "value_sum", "subgen_sketch", "everything", "top_k"} <= names
     assert {"name", "kind", "paper", "guarantee", "memory", "traits"} <= set(document["rows"][0])
     rows = {row["name"]: row for row in document["rows"]}
     assert rows["tensor"]["kind"] == rows["subgen_tensor"]["kind"] == "variant" and "public_bits" not in rows
-    assert rows["h2o"]["guarantee"] == "none" and rows["subgen"]["guarantee"].endswith("given radius")
-    assert [rows[name]["memory"] for name in ("window", "subgen", "quant")] == [
+    assert rows["h2o"]["guarantee"] == "none" and rows["subgen_sketch"]["guarantee"].endswith("given radius")
+    assert [rows[name]["memory"] for name in ("window", "subgen_sketch", "quant")] == [
         *("constant", "constant under a budget", "grows with the stream"),
     ]
     assert all(row["about"].endswith(".") and "\n" not in row["about"] for row in document["rows"])

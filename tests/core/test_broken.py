@@ -33,7 +33,7 @@ QUICK = (
     "exact|pages(pages=2,page=4)",
 )
 STRIDED = (
-    "subgen(block=4,s=16)",
+    "subgen_sketch(block=4,s=16)",
     "balance@32",
     "quant(group=8)",
     "window(block=4)+taylor@16",

@@ -93,7 +93,7 @@ def test_bytes_are_kept_and_used(head: str, dtype: torch.dtype, g: int) -> None:
     assert 0.95 * total < layers * measured(method, spec, g) <= total
 
 
-@pytest.mark.parametrize("head", ["subgen", "subgen(t=2,block=64)"])
+@pytest.mark.parametrize("head", ["subgen_sketch", "subgen_sketch(t=2,block=64)"])
 def test_bytes_bound_a_sketch_too(head: str) -> None:
     spec = Spec(4, 32, 16)
     method = resolve(parse(f"{head}@4MiB"), spec)

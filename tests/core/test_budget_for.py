@@ -64,9 +64,9 @@ def test_an_exact_law_needs_no_size() -> None:
     ("text", "epsilon", "delta", "said"),
     [
         ("h2o@64", 0.1, 0.1, "h2o@64 has no theorem"),
-        ("subgen", 0.1, 0.1, "lacks what it assumes"),
-        ("subgen(radius=1.0)", 1.5, 0.1, "no size of subgen.radius=1.0. promises epsilon = 1.5"),
-        ("subgen(delta=400.0,radius=1.0)", 0.5, 0.1, "takes too many samples"),
+        ("subgen_sketch", 0.1, 0.1, "lacks what it assumes"),
+        ("subgen_sketch(radius=1.0)", 1.5, 0.1, "no size of subgen_sketch.radius=1.0. promises epsilon = 1.5"),
+        ("subgen_sketch(delta=400.0,radius=1.0)", 0.5, 0.1, "takes too many samples"),
         ("window_sample(spread=2.0,horizon=9)", 0.5, 0.0, "no theorem"),
         ("window+taylor(radius=40.0)@8", 0.1, 0.1, "no size of"),
         ("exact", -0.1, 0.1, "epsilon >= 0"),

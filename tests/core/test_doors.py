@@ -26,7 +26,7 @@ METHODS = (
     "window+taylor@32",
     "exact|hip(k=8,key_block=2)",
     "quant(group=8)",
-    "subgen(s=8)",
+    "subgen_sketch(s=8)",
     "balance@64",
     "window_sample@32",
     "tensor",

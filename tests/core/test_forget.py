@@ -63,7 +63,7 @@ def test_whoever_listens_is_given_the_dropped_tokens(draw: Draw) -> None:
         ("exact", [0.0], [0], "a row and a position per token"),
         ("exact|hip(k=4)", [0], [0], "indexes its tokens in their order"),
         ("window(block=1)+moments@4", [0, 0], [8, 1], "are in the summary"),
-        ("subgen(centres=8,s=4)", [0], [0], "does not keep whole tokens"),
+        ("subgen_sketch(centres=8,s=4)", [0], [0], "does not keep whole tokens"),
         ("balance@64", [0], [0], "does not keep whole tokens"),
     ],
 )

@@ -69,7 +69,7 @@ def test_parts_of_the_tables_methods() -> None:
     assert parse("window+value_sum@8").parts == (Window(), ValueSum(), Everything(), Full())
     assert parse("exact").parts == (None, None, Everything(), Full())
     assert parse("quant(bits=4)").parts == parse("exact:kivi4").parts == (None, None, Everything(), Kivi(4))
-    assert parse("subgen").parts == Parts()
+    assert parse("subgen_sketch").parts == Parts()
     assert parse("window@8").with_summary(ValueSum()) == parse("window+value_sum@8")
 
 
@@ -87,7 +87,7 @@ def test_methods_that_claim_pins_take_a_span(text: str) -> None:
     assert state.to_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["subgen@64", "balance@64", "tensor"])
+@pytest.mark.parametrize("text", ["subgen_sketch@64", "balance@64", "tensor"])
 def test_the_others_refuse_a_pin_and_stay_as_they_were(text: str) -> None:
     method = parse(text)
     assert not method.traits.pins

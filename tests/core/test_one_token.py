@@ -67,7 +67,7 @@ def test_the_short_way_is_taken_by_plain_states_and_by_no_other(monkeypatch: pyt
     spec = Spec(2, 4, 4, dtype=torch.float64)
     q, k, v = drawn(1)
     taken = {}
-    for text in (*SHORT, *OTHERS, "subgen(s=8)"):
+    for text in (*SHORT, *OTHERS, "subgen_sketch(s=8)"):
         state, calls = parse(text).open(spec), []
         monkeypatch.setattr(type(state), "_step_one", lambda self, *tokens, calls=calls: calls.append(1) or tokens[2])
         state.step(q, k, v)

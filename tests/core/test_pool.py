@@ -41,7 +41,7 @@ CONSTANT = (
     "h2o+moments@24",
     "h2o|top_k(k=4)@24",
     "h2o|pages(pages=2)@24",
-    "subgen@24",
+    "subgen_sketch@24",
     "balance@64",
     "window_sample@24",
     "h2o(block=8):k4v3@24",

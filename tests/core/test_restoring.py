@@ -18,7 +18,7 @@ from kvfloor.methods.grammar import default_method
 from kvfloor.methods.registry import TABLE
 from tests.core.edited import live_on, played, redigested
 
-SMALL = {"subgen": "subgen(s=8)", "subgen_tensor": "subgen_tensor(s=8)", "balance": "balance(batch=8)"}
+SMALL = {"subgen_sketch": "subgen_sketch(s=8)", "subgen_tensor": "subgen_tensor(s=8)", "balance": "balance(batch=8)"}
 VARIANTS = (
     "h2o(prefill=dense)@32",
     "snapkv(window=4,prefill=stream,decode=evict)@32",
@@ -36,8 +36,8 @@ VARIANTS = (
     "h2o|zeta(k=4,chunk=8)@32",
     "exact|zeta(k=4,chunk=8)",
     "quant(bits=2,group=8)",
-    "subgen(s=8,radius=2.0)",
-    "subgen@64",
+    "subgen_sketch(s=8,radius=2.0)",
+    "subgen_sketch@64",
     "balance@64",
     "balance(batch=8,radius=3.0,spread=4.0,horizon=1000)",
     "tensor",
@@ -150,8 +150,8 @@ def set_field(*path: str, to: Any) -> Callable[[dict[str, Any], dict[str, Any]],
         ("h2o@64", lambda fields, spec: spec.update(colour=5), "colour"),
         ("exact", set_entry("slots", "position", to=3), "the same position"),
         ("quant(bits=2,group=8)", set_entry("slots", "coded", to=8), "coded tokens"),
-        ("subgen(s=8)", set_entry("keys", "count", to=0), "a cluster without keys"),
-        ("subgen(s=8)", set_entry("pairs", "key", to=torch.nan), "pairs/key has entries below"),
+        ("subgen_sketch(s=8)", set_entry("keys", "count", to=0), "a cluster without keys"),
+        ("subgen_sketch(s=8)", set_entry("pairs", "key", to=torch.nan), "pairs/key has entries below"),
         ("balance(batch=8)", set_entry("slots", "columns", "level", to=64), "level is 64 or more"),
         ("exact|zeta(k=4,chunk=8)", set_entry("selection", "sorted", "slot", to=2**20), "slots on a curve"),
         ("exact|zeta(k=4,chunk=8)", set_entry("selection", "sorted", "code", to=2**30), "out of order"),

@@ -224,7 +224,7 @@ def test_places_looked_up_equal_those_computed() -> None:
     "text",
     [
         "window+less@64", "window+taylor@64", "window+moments@64", "exact|pages", "exact|hip", "exact|zeta",
-        "window|pages@64", "quant", "subgen", "balance", "window_sample",
+        "window|pages@64", "quant", "subgen_sketch", "balance", "window_sample",
     ],
 )  # fmt: skip
 def test_methods_whose_keys_cannot_be_turned_are_refused_by_name(text: str) -> None:

@@ -19,7 +19,7 @@ from kvfloor.game.instances import spike
 
 METHODS = [
     "exact", "window@32", "sinks(4)@32", "random@32", "h2o(recent=8)@32", "window+value_sum@32",
-    "subgen(delta=0.5,t=4,s=64)", "quant(bits=4)", "quant(bits=8)", "exact|top_k(k=16)",
+    "subgen_sketch(delta=0.5,t=4,s=64)", "quant(bits=4)", "quant(bits=8)", "exact|top_k(k=16)",
 ]  # fmt: skip
 SMALL = {"n": 64, "d": 32, "isolated": False}
 
@@ -59,7 +59,7 @@ MORE_LITERAL = {
     "packing": ("random@32", {"d": 4}),
     "sparse": ("h2o(recent=8)@32", {"dtype": "bfloat16"}),
     "window": ("window(block=1)@16", {"append": True}),
-    "probing": ("subgen(delta=0.5,t=4,s=64)", {}),
+    "probing": ("subgen_sketch(delta=0.5,t=4,s=64)", {}),
     "visual": ("quant(bits=4)", {"sides": (2, 3)}),
     "two caches": ("window@32", {"barrier": "tensor", "caches": 2}),
     "optimum": ("optimum", {"barrier": "spike", "bits": 3, "n": 63}),

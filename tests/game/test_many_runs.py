@@ -18,7 +18,7 @@ from tests.game.imperfect_optimum import Imperfect
 
 METHODS = [
     "exact", "window@32", "sinks(4)@32", "random@32", "h2o(recent=8)@32", "window+value_sum@32",
-    "subgen(delta=0.5,t=4,s=64)", "quant(bits=4)", "quant(bits=8)", "exact|top_k(k=16)",
+    "subgen_sketch(delta=0.5,t=4,s=64)", "quant(bits=4)", "quant(bits=8)", "exact|top_k(k=16)",
 ]  # fmt: skip
 REGISTERED = [str(default_method(name, budget=32)) for name in TABLE]
 GAMES = [

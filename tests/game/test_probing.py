@@ -109,7 +109,7 @@ def test_without_the_token_that_has_a_value_a_method_guesses(text):
 
 
 def test_a_method_that_clusters_keys_on_arrival_is_recognised_as_adaptive():
-    result = played("subgen(delta=0.5,t=1,s=2,block=8)", n=512, runs=64)
+    result = played("subgen_sketch(delta=0.5,t=1,s=2,block=8)", n=512, runs=64)
     assert result.row_success == 1.0
     assert result.details["probes_per_query"] < 128
     assert result.details["bound"] < 0.63

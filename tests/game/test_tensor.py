@@ -148,7 +148,8 @@ def test_a_window_of_pairs_keeps_its_own_rows():
     ("text", "caches"),
     [
         ("exact", 4), ("tensor", 4), ("window@64", 4), ("h2o(recent=8)@64", 4), ("tensor(store=random)@64", 4),
-        ("quant(bits=8)", 2), ("subgen(delta=0.5,t=4,s=64)", 2), ("window+value_sum@64", 2), ("exact|top_k(k=16)", 2),
+        ("quant(bits=8)", 2), ("subgen_sketch(delta=0.5,t=4,s=64)", 2), ("window+value_sum@64", 2),
+        ("exact|top_k(k=16)", 2),
     ],
 )  # fmt: skip
 def test_a_method_that_keeps_whole_tokens_plays_four_caches_any_other_two(text, caches):

@@ -104,7 +104,7 @@ def test_the_default_pyramid_doubles_while_it_fits(n, sides):
 
 
 def test_any_method_plays():
-    for text in ("quant(bits=8)", "subgen(delta=0.5,t=4,s=64)", "window+value_sum@64", "exact|top_k(k=8)"):
+    for text in ("quant(bits=8)", "subgen_sketch(delta=0.5,t=4,s=64)", "window+value_sum@64", "exact|top_k(k=8)"):
         result = played(text)
         assert result.verdict in ("holds", "breaks") and result.certified_bits <= result.hidden_bits
 

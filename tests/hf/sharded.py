@@ -26,7 +26,7 @@ CACHES: dict[str, tuple[str, Arguments]] = {
     "random": ("random@40", {"seed": 5}),
     "bytes": ("h2o@256KiB", {}),
     "snapkv": ("snapkv@40", {}),
-    "subgen": ("subgen(delta=0.5,t=4,s=16,radius=9)", {"seed": 5}),
+    "subgen_sketch": ("subgen_sketch(delta=0.5,t=4,s=16,radius=9)", {"seed": 5}),
     "by head": ("sinks(4)", {"budgets": [[40, 56, 40, 72], [48]], "pinned": [(10, 20)]}),
     "floor": ("window@48", {"allocate": "floor"}),
     "ranked": ("sinks(4)@40", {"positions": "cache"}),

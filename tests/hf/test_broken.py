@@ -76,7 +76,7 @@ def test_it_is_so_for_every_kind_of_layers(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["exact", "sinks(2,block=4)@16", "subgen(block=4,s=16)", "quant(group=4)"])
+@pytest.mark.parametrize("method", ["exact", "sinks(2,block=4)@16", "subgen_sketch(block=4,s=16)", "quant(group=4)"])
 def test_it_is_so_for_every_kind_of_method(method: str) -> None:
     require_whole("gemma2", method, 300)
 

@@ -152,7 +152,7 @@ def test_what_does_not_go_together_is_refused(prepared: PreTrainedModel, prompt:
         ({"method": "h2o@32", "allocate": "top"}, "uniform, pyramid, floor"),
         ({"method": "h2o@32", "allocate": "floor"}, "calibration prompt go together"),
         ({"method": "h2o@32", "allocate": "floor", "calibration": [1, 2, 3]}, "give the model"),
-        ({"method": "subgen@64", "pinned": [(0, 4)]}, "keeps whole tokens"),
+        ({"method": "subgen_sketch@64", "pinned": [(0, 4)]}, "keeps whole tokens"),
         ({"method": "h2o@32", "pinned": [(4, 4)]}, "0 <= from < to"),
         ({"method": "quant(bits=4)", "on_evict": print}, "evicts none"),
     ]
@@ -163,7 +163,7 @@ def test_what_does_not_go_together_is_refused(prepared: PreTrainedModel, prompt:
         ({"method": "h2o", "budgets": [32, [32, 32, 32], 32]}, "3 numbers for 2 kv heads"),
         ({"method": "sinks(4)@16", "pinned": [(0, 40)]}, "too small for sinks.*40 pinned"),
         ({"method": "exact", "budgets": [32, 32, 32]}, "no budget bounds it"),
-        ({"method": "subgen", "budgets": [[64, 128], 64, 64]}, "one budget for all rows"),
+        ({"method": "subgen_sketch", "budgets": [[64, 128], 64, 64]}, "one budget for all rows"),
     ]
     for arguments, message in late:
         with pytest.raises(ValueError, match=message):

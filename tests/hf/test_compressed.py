@@ -13,7 +13,15 @@ from kvfloor.hf.decode import Dialogue
 from tests.hf.conftest import Prompt
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
-METHODS = ["window@24", "sinks(4)@24", "h2o@32", "random@24", "window+value_sum@24", "quant(bits=4)", "subgen@64"]
+METHODS = [
+    "window@24",
+    "sinks(4)@24",
+    "h2o@32",
+    "random@24",
+    "window+value_sum@24",
+    "quant(bits=4)",
+    "subgen_sketch@64",
+]
 
 
 def held_positions(cache: CompressedCache, item: int) -> list[list[int]]:

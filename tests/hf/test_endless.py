@@ -285,7 +285,7 @@ def test_what_must_be_given_is_named() -> None:
         CompressedCache(model.train(), METHOD, positions="cache")
 
 
-@pytest.mark.parametrize("method", ["quant", "subgen", "exact|pages", "window+taylor@64", "window+less@64"])
+@pytest.mark.parametrize("method", ["quant", "subgen_sketch", "exact|pages", "window+taylor@64", "window+less@64"])
 def test_methods_that_cannot_turn_keys_are_refused_by_name(method: str) -> None:
     with pytest.raises(ValueError, match=r"turns every key .* does not hold them whole"):
         CompressedCache(prepare(tiny()), method, positions="cache")

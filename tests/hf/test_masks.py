@@ -150,7 +150,7 @@ def test_a_token_that_was_hidden_is_not_shown_again() -> None:
         talk.hear(spoken(3, 2, 2))
 
 
-@pytest.mark.parametrize("method", ["subgen@64", "balance@64", "exact|hip(k=16)"])
+@pytest.mark.parametrize("method", ["subgen_sketch@64", "balance@64", "exact|hip(k=16)"])
 def test_what_cannot_be_taken_out_again_is_refused_with_the_next_step(method: str) -> None:
     model = prepare(tiny())
     talk = Talk(model, CompressedCache(model.config, method))

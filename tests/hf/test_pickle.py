@@ -50,7 +50,7 @@ def onward(model: Any, cache: CompressedCache) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", [*METHODS, "quant(bits=4)", "subgen@64", "balance@64", "exact|hip(k=16)"])
+@pytest.mark.parametrize("method", [*METHODS, "quant(bits=4)", "subgen_sketch@64", "balance@64", "exact|hip(k=16)"])
 def test_it_goes_on_to_the_bit_and_shares_nothing(way: str, method: str) -> None:
     model = prepare(tiny())
     cache = filled(model, method)

@@ -50,7 +50,9 @@ def test_as_near_to_full_precision_as_the_stock_cache(family: str, lower: torch.
             assert layer.state is not None and layer.state.spec.dtype == lower
 
 
-@pytest.mark.parametrize("method", ["h2o(block=4)@16", "window(block=4)+taylor@16", "subgen@64", "window+value_sum@16"])
+@pytest.mark.parametrize(
+    "method", ["h2o(block=4)@16", "window(block=4)+taylor@16", "subgen_sketch@64", "window+value_sum@16"]
+)
 def test_a_state_is_computed_in_its_own_precision(method: str) -> None:
     """What it rounds is what comes in: given the same tensors, under autocast or not, it answers the same bits."""
     model = prepare(tiny_model("llama", num_hidden_layers=1))

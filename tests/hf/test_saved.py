@@ -40,7 +40,7 @@ METHODS = [
     "window+value_sum@24",
     "window+taylor@24",
     "window_sample(copies=8)@24",
-    "subgen@64",
+    "subgen_sketch@64",
     "balance@64",
     "quant(bits=4)",
     "exact:k4v4",

@@ -38,7 +38,7 @@ def greedy(k: Tensor, delta: float, cap: int | None = None) -> tuple[list[int], 
 @pytest.mark.parametrize("block", [1, 16, 64])
 def test_clusters_are_those_of_the_sequential_rule(draw: Draw, block: int, cap: int | None) -> None:
     k, v = clustered(draw, 2, 192), draw(2, 192, 4)
-    state = filled(f"subgen(delta=0.8,t=3,s=5,block={block},centres={cap})", k, v)
+    state = filled(f"subgen_sketch(delta=0.8,t=3,s=5,block={block},centres={cap})", k, v)
     for row in range(2):
         centres, joined = greedy(k[row], 0.8, cap)
         assert cap is not None or 5 < len(centres) < 150
@@ -54,7 +54,7 @@ def test_clusters_are_those_of_the_sequential_rule(draw: Draw, block: int, cap: 
 @pytest.mark.parametrize("block", [1, 16])
 def test_samples_are_the_same_for_every_block(draw: Draw, block: int) -> None:
     k, v = clustered(draw, 2, 192), draw(2, 192, 4)
-    one, other = (opened(f"subgen(delta=0.8,t=3,s=7,block={b})", rows=2) for b in (64, block))
+    one, other = (opened(f"subgen_sketch(delta=0.8,t=3,s=7,block={b})", rows=2) for b in (64, block))
     one.append(k, v)
     other.append(k, v)
     used = int(one.clusters.max())
@@ -66,7 +66,7 @@ def test_samples_are_the_same_for_every_block(draw: Draw, block: int) -> None:
 
 
 def test_centres_grow_by_doubling(draw: Draw) -> None:
-    state = opened("subgen(delta=0.001,t=1,s=1,block=1)")
+    state = opened("subgen_sketch(delta=0.001,t=1,s=1,block=1)")
     sizes = []
     for _ in range(130):
         state.append(draw(1, 1, 4), draw(1, 1, 4))
@@ -82,7 +82,7 @@ ROWS = 4000
 def test_key_samples_are_uniform_within_a_cluster() -> None:
     n, t = 20, 2
     k = torch.arange(n, dtype=torch.float64).unsqueeze(1) * 1e-3
-    state = many(f"subgen(delta=1.0,t={t},s=1,block=4)", k, torch.ones(n, 1, dtype=torch.float64), ROWS)
+    state = many(f"subgen_sketch(delta=1.0,t={t},s=1,block=4)", k, torch.ones(n, 1, dtype=torch.float64), ROWS)
     picked = (state.keys.sample[:, 0, :, 0] * 1e3).round().long()
     require_drawn(picked, n)
 
@@ -90,7 +90,7 @@ def test_key_samples_are_uniform_within_a_cluster() -> None:
 def test_the_slots_of_one_cluster_are_independent() -> None:
     n = 8
     k = torch.arange(n, dtype=torch.float64).unsqueeze(1) * 1e-3
-    state = many("subgen(delta=1.0,t=2,s=1,block=8)", k, torch.ones(n, 1, dtype=torch.float64), ROWS)
+    state = many("subgen_sketch(delta=1.0,t=2,s=1,block=8)", k, torch.ones(n, 1, dtype=torch.float64), ROWS)
     picked = (state.keys.sample[:, 0, :, 0] * 1e3).round().long()
     require_drawn(picked[:, 0] * n + picked[:, 1], n * n)
 
@@ -98,7 +98,7 @@ def test_the_slots_of_one_cluster_are_independent() -> None:
 def test_value_pairs_are_kept_with_probability_proportional_to_their_square() -> None:
     n, s = 12, 3
     v = torch.linspace(0.2, 3.0, n, dtype=torch.float64).unsqueeze(1)
-    state = many(f"subgen(delta=1.0,t=1,s={s},block=4)", torch.zeros(n, 1, dtype=torch.float64), v, ROWS)
+    state = many(f"subgen_sketch(delta=1.0,t=1,s={s},block=4)", torch.zeros(n, 1, dtype=torch.float64), v, ROWS)
     picked = (state.pairs.v[:, :, 0].unsqueeze(-1) - v[:, 0]).abs().argmin(-1)
     require_drawn(picked, n, v[:, 0] ** 2 / (v**2).sum())
     assert float(state.pairs.mu[0]) == pytest.approx(float((v**2).sum()), rel=1e-14)
@@ -107,7 +107,7 @@ def test_value_pairs_are_kept_with_probability_proportional_to_their_square() ->
 def moments(draw: Draw, s: int, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One query on one stream of 32 tokens: z (rows, dv), tau (rows,), then e^{Kq} (n,), V (n, dv), cluster of each."""
     k, v, q = clustered(draw, 1, 32, 3)[0], draw(32, 3), draw(1, 1, 3, scale=0.7)
-    state = many(f"subgen(delta=0.8,t={t},s={s})", k, v, ROWS)
+    state = many(f"subgen_sketch(delta=0.8,t={t},s={s})", k, v, ROWS)
     assert bool((state.held == 0).all())
     part = state.read(q.expand(ROWS, -1, -1))
     tau = part.log_mass[:, 0].exp()
@@ -141,7 +141,7 @@ def test_the_denominator_is_unbiased_with_the_variance_of_uniform_samples(draw: 
 
 def test_a_cluster_of_equal_keys_gives_its_mass_without_error(draw: Draw) -> None:
     k = draw(1, 1, 4).expand(1, 32, 4)
-    state = filled("subgen(delta=0.5,t=1,s=2)", k, draw(1, 32, 4))
+    state = filled("subgen_sketch(delta=0.5,t=1,s=2)", k, draw(1, 32, 4))
     q = draw(1, 1, 4)
     wanted = math.log(32) + float((q[0, 0] * k[0, 0]).sum())
     assert float(state.read(q).log_mass) == pytest.approx(wanted, abs=1e-12)
@@ -153,12 +153,12 @@ def test_a_cluster_of_equal_keys_gives_its_mass_without_error(draw: Draw) -> Non
 def test_tokens_of_zero_value_are_never_stored_as_pairs(draw: Draw) -> None:
     v = draw(1, 64, 4)
     v[:, ::2] = 0.0
-    state = filled("subgen(delta=0.5,t=1,s=40)", draw(1, 64, 4), v)
+    state = filled("subgen_sketch(delta=0.5,t=1,s=40)", draw(1, 64, 4), v)
     assert bool((state.pairs.v.norm(dim=-1) > 0).all())
 
 
 def test_nothing_but_zero_values_answers_zero_with_the_right_mass(draw: Draw) -> None:
-    state = opened("subgen(delta=1e-9,t=1,s=4)")
+    state = opened("subgen_sketch(delta=1e-9,t=1,s=4)")
     k, q = draw(1, 32, 4), draw(1, 2, 4)
     state.append(k, torch.zeros(1, 32, 4, dtype=torch.float64))
     part = state.read(q)
@@ -170,7 +170,7 @@ def test_values_of_extreme_sizes_stay_finite(draw: Draw) -> None:
     v = draw(1, 32, 4, dtype=torch.float32)
     v[:, ::2] *= 1e15
     v[:, 1::2] *= 1e-15
-    state = filled("subgen(delta=0.5,t=1,s=8)", draw(1, 32, 4, dtype=torch.float32), v)
+    state = filled("subgen_sketch(delta=0.5,t=1,s=8)", draw(1, 32, 4, dtype=torch.float32), v)
     assert bool(torch.isfinite(state.read(draw(1, 3, 4, dtype=torch.float32)).mean).all())
 
 
@@ -180,7 +180,7 @@ def test_an_overfull_sketch_answers_finite_numbers(draw: Draw) -> None:
     k[:, 7] = 200.0
     v = torch.zeros(8, 160, 2, dtype=torch.float32)
     v[:, :, 0] = 1.0
-    state = opened("subgen(delta=0.5,t=1,s=64,centres=1)", rows=8, d=1, dv=2, dtype=torch.float32)
+    state = opened("subgen_sketch(delta=0.5,t=1,s=64,centres=1)", rows=8, d=1, dv=2, dtype=torch.float32)
     out = state.step(torch.ones(8, 1, 160, 1), k, v)
     assert bool(torch.isfinite(out).all())
 
@@ -189,12 +189,12 @@ def test_an_overfull_sketch_answers_finite_numbers(draw: Draw) -> None:
 
 
 def test_no_guarantee_without_a_radius() -> None:
-    assert opened("subgen").guarantee() is None
+    assert opened("subgen_sketch").guarantee() is None
 
 
 def test_the_stated_epsilon_follows_the_constants_of_the_theorem() -> None:
     spec = Spec(1, 4, 5)
-    stated = parse("subgen(delta=0.2,radius=1.5,t=9,s=4000,failure=0.2)").guarantee(spec)
+    stated = parse("subgen_sketch(delta=0.2,radius=1.5,t=9,s=4000,failure=0.2)").guarantee(spec)
     assert stated is not None
     ratio = math.exp(2 * 0.2 * 1.5)
     numerator = math.sqrt(9 * 5 / (4000 * 0.1))
@@ -204,12 +204,12 @@ def test_the_stated_epsilon_follows_the_constants_of_the_theorem() -> None:
 
 
 def test_a_vacuous_epsilon_says_so() -> None:
-    stated = parse("subgen(radius=5.0,t=1,s=1)").guarantee(Spec(1, 4, 4))
+    stated = parse("subgen_sketch(radius=5.0,t=1,s=1)").guarantee(Spec(1, 4, 4))
     assert stated is not None and not stated.holds and "vacuous" in stated.why
 
 
 def test_the_guarantee_is_withdrawn_past_the_cap_on_centres(draw: Draw) -> None:
-    state = opened("subgen(delta=0.05,radius=0.5,t=4,s=5000,centres=3,failure=0.5)", d=2, dv=1)
+    state = opened("subgen_sketch(delta=0.05,radius=0.5,t=4,s=5000,centres=3,failure=0.5)", d=2, dv=1)
     far = torch.eye(2, dtype=torch.float64).repeat(1, 8, 1)
     state.append(far, draw(1, 16, 1))
     kept = state.guarantee()
@@ -222,7 +222,7 @@ def test_the_guarantee_is_withdrawn_past_the_cap_on_centres(draw: Draw) -> None:
 
 @pytest.mark.parametrize("budget", [22, 64, 500])
 def test_a_budget_bounds_what_is_stored_whatever_comes(draw: Draw, budget: int) -> None:
-    state = opened(f"subgen(delta=0.01)@{budget}")
+    state = opened(f"subgen_sketch(delta=0.01)@{budget}")
     before = state.nbytes
     state.append(draw(1, 640, 4), draw(1, 640, 4))
     assert state.nbytes == before
@@ -232,7 +232,7 @@ def test_a_budget_bounds_what_is_stored_whatever_comes(draw: Draw, budget: int) 
 
 
 def test_the_guarantee_is_withdrawn_when_a_longer_query_is_asked(draw: Draw) -> None:
-    state = opened("subgen(delta=0.05,radius=2.0,t=4,s=5000,failure=0.5)", d=2, dv=1)
+    state = opened("subgen_sketch(delta=0.05,radius=2.0,t=4,s=5000,failure=0.5)", d=2, dv=1)
     k, v, q = draw(1, 4, 2), draw(1, 4, 1), torch.zeros(1, 1, 4, 2, dtype=torch.float64)
     q[..., 0] = 1.9
     state.step(q, k, v)

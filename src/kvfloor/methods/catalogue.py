@@ -16,7 +16,7 @@ from typing import Any
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.spec import Spec
 from kvfloor.methods.grammar import default_method, parse
-from kvfloor.methods.registry import ALIASES, TABLE, VARIANTS, kind, lookup
+from kvfloor.methods.registry import ALIASES, SHORTHANDS, TABLE, VARIANTS, kind, lookup
 from kvfloor.methods.stores.coded import Coded, Coding
 from kvfloor.methods.stores.kivi import Kivi
 
@@ -24,7 +24,7 @@ _ASSUMED = {"radius": "1.0", "spread": "4.0", "horizon": "1000"}  # examples of 
 
 
 def rows() -> list[dict[str, Any]]:
-    """Return one dict per registered method, policy, summary and selector, and two for the stores of coded tokens.
+    """Return one dict per method, policy, summary, selector and shorthand, and two for the stores of coded tokens.
 
     The keys of a dict are name, kind, about (the first sentence of the docstring), paper, guarantee, memory
     ("constant", "constant under a budget" or "grows with the stream"), traits, aliases. The values are text, except
@@ -35,7 +35,8 @@ def rows() -> list[dict[str, Any]]:
     """
     variants = [name for name in VARIANTS if all(_has_default(f) for f in fields(lookup(name)))]
     stores = [_store_row("k4v4", Coded, "sinks:k4v4@64"), _store_row("kivi4", Kivi, "exact:kivi4")]
-    return [*(_row(name, kind(TABLE[name])) for name in TABLE), *stores, *(_row(x, "variant") for x in variants)]
+    parts = [_row(name, kind(TABLE[name])) for name in TABLE]
+    return [*parts, *map(_shorthand_row, SHORTHANDS), *stores, *(_row(x, "variant") for x in variants)]
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -54,6 +55,21 @@ def _row(name: str, label: str) -> dict[str, Any]:
         "memory": _memory(method),
         "traits": _claims(method.traits),
         "aliases": sorted(alias for alias, target in ALIASES.items() if target == name),
+    }
+
+
+def _shorthand_row(name: str) -> dict[str, Any]:
+    """Return the dict of a name that stands for a composition."""
+    method = parse(name)
+    return {
+        "name": name,
+        "kind": "shorthand",
+        "about": f"Stand for {method}.",
+        "paper": SHORTHANDS[name].paper,
+        "guarantee": "none",
+        "memory": _memory(method),
+        "traits": _claims(method.traits),
+        "aliases": [],
     }
 
 

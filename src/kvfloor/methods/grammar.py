@@ -4,6 +4,7 @@ METHOD  =  policy(args) + summary(args) | selector(args) : store(args) @ budget
     or     method(args) | selector(args) : store(args) @ budget
     or     layers(METHOD, N*METHOD, ...)
 
+A name of `SHORTHANDS` in `registry.py`, such as subgen, stands for a policy and its summary.
 The characters + | : @ are part of the text. (args), + summary, | selector, : store and @ budget may each be left out.
 The store may also follow the budget, as in h2o@512:k4v4. The budget
 is the number of tokens that a row, i.e. one (batch item, kv head) stream, may hold; it may also be a share of the
@@ -30,7 +31,7 @@ from kvfloor.core.selector import Everything
 from kvfloor.core.store import Full
 from kvfloor.core.summary import Drop
 from kvfloor.methods.mixed.layered import Layered
-from kvfloor.methods.registry import kind, lookup
+from kvfloor.methods.registry import SHORTHANDS, kind, lookup
 from kvfloor.methods.stores.coded import Coded
 from kvfloor.methods.stores.kivi import Kivi
 from kvfloor.splitting import outline, shortened, split_list, split_once
@@ -55,7 +56,7 @@ def parse(text: str) -> Method:
     if at and store_text is None:
         budget_text, store_text = without_store(budget_text)
     body, bar, selector_text = split_once(body, "|")
-    body, plus, summary_text = split_once(body, "+")
+    body, plus, summary_text = split_once(_written_out(body, text), "+")
     options: dict[str, Any] = {}
     head = _build(body, ("policy", "method"), text, options)
     selector = _build(selector_text, ("selector",), text) if bar else None
@@ -97,6 +98,19 @@ def without_store(text: str) -> tuple[str, str | None]:
     if found is None:
         return text, None
     return text[: found.start()].strip(), text[found.start() + 1 :].strip()
+
+
+def _written_out(body: str, whole: str) -> str:
+    """Return "sinks+clusters(m=64)" for "subgen", and likewise for other shorthands; any other text as it is."""
+    name = (re.match(r"\w*", body) or [""])[0]
+    shorthand = SHORTHANDS.get(name)
+    if shorthand is None:
+        return body
+    if body != name:
+        raise ValueError(
+            f"in {shortened(whole)}: {name} stands for {shorthand.text!r} and takes nothing more: write that instead"
+        )
+    return shorthand.text
 
 
 def _stored(method: Method, store_text: str, whole: str) -> Method:

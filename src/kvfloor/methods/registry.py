@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 
 from kvfloor.core.exact import Exact
 from kvfloor.core.method import Method
@@ -46,6 +46,15 @@ from kvfloor.methods.summaries.taylor import Taylor
 from kvfloor.methods.summaries.value_sample import ValueSample
 from kvfloor.methods.summaries.value_sum import ValueSum
 from kvfloor.methods.tiered.tiered import Tiered
+
+
+@dataclass(frozen=True)
+class Shorthand:
+    """Hold the text of a policy and its summary that a name of its own stands for, and the paper that it is after."""
+
+    text: str
+    paper: str
+
 
 KINDS: dict[str, type] = {"method": Method, "policy": Policy, "summary": Summary, "selector": Selector}
 
@@ -107,10 +116,14 @@ ALIASES: dict[str, str] = {
     "quest": "pages",
     "hierarchical": "hip",
     "zcurve": "zeta",
-    "clustergen": "subgen",
+    "clustergen": "subgen_sketch",
     "balance_kv": "balance",
     "kivi": "quant",
     "attention_matching": "compact",
+}
+
+SHORTHANDS: dict[str, Shorthand] = {
+    "subgen": Shorthand("sinks+clusters(m=64)", "after Zandieh et al. 2024, SubGen (arXiv 2402.06082)"),
 }
 
 # Left out of the table because no model's cache can use them: methods of another attention law, and the method that
@@ -150,7 +163,7 @@ def lookup(name: str, kinds: tuple[str, ...] = tuple(KINDS)) -> type:
         found = TABLE.get(ALIASES.get(name, name))
         if found is None:
             names = sorted(n for n, p in TABLE.items() if kind(p) in kinds)
-            near = difflib.get_close_matches(name, [*TABLE, *ALIASES], 1)
+            near = difflib.get_close_matches(name, [*TABLE, *ALIASES, *SHORTHANDS], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown {' or '.join(kinds)} {name!r}; there are {', '.join(names)}{hint}")
         part = found

@@ -53,7 +53,7 @@ def test_within_a_block_earlier_tokens_count(monkeypatch):
 def test_is_the_number_of_clusters_that_subgen_opens(dtype, delta):
     generator = torch.Generator().manual_seed(2)
     k = torch.randn(2, 320, 12, generator=generator).to(dtype) + 3.0
-    state = filled(f"subgen(delta={delta},block=64,s=1,t=1)", k)
+    state = filled(f"subgen_sketch(delta={delta},block=64,s=1,t=1)", k)
     assert covering_number(k, delta).tolist() == state.clusters.tolist()
     assert 5 < int(state.clusters.min()) < 300
 

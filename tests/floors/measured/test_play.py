@@ -10,7 +10,15 @@ from kvfloor.floors.measured import readable_by, readable_within
 from kvfloor.game.measured import play
 from tests.floors.measured import families
 
-METHODS = ("exact", "quant(bits=8)", "quant(bits=4)", "window@16", "random@24", "window+value_sum@16", "subgen(s=64)")
+METHODS = (
+    "exact",
+    "quant(bits=8)",
+    "quant(bits=4)",
+    "window@16",
+    "random@24",
+    "window+value_sum@16",
+    "subgen_sketch(s=64)",
+)
 
 
 @pytest.mark.parametrize("method", METHODS)

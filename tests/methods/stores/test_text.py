@@ -114,7 +114,7 @@ def test_parts_and_bits_are_what_was_written() -> None:
     ("text", "said"),
     [
         ("quant:k4v4", "quant has no slots whose store could be chosen: leave ':k4v4' out"),
-        ("subgen:k4v4", "no slots whose store could be chosen"),
+        ("subgen_sketch:k4v4", "no slots whose store could be chosen"),
         ("balance:k4v4@64", "no slots whose store could be chosen"),
         ("tensor:k4v4", "no slots whose store could be chosen"),
         ("exact:k9v4", "2 to 8 bits per number, got 9 for keys"),

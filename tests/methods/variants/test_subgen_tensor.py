@@ -93,7 +93,7 @@ def test_one_token_again_and_again_is_answered_exactly() -> None:
 def test_with_ones_as_second_keys_and_values_it_is_subgen_bit_for_bit_the_same_samples(n: int) -> None:
     (k, v), q = clustered(n), queries(4)
     k[..., D:], v[..., DV:] = 1.0, 1.0
-    tensor, standard = opened("subgen_tensor(delta1=0.3,t=2,s=9)"), parse("subgen(delta=0.3,t=2,s=9)")
+    tensor, standard = opened("subgen_tensor(delta1=0.3,t=2,s=9)"), parse("subgen_sketch(delta=0.3,t=2,s=9)")
     standard = standard.open(Spec(1, D, DV, dtype=torch.float64))
     tensor.append(k, v)
     standard.append(k[..., :D].contiguous(), v[..., :DV].contiguous())

@@ -239,7 +239,7 @@ def test_other_ways_to_write_it(text, same):
     "store",
     [
         "quant(bits=8)",
-        "subgen(delta=0.5,t=4,s=8)",
+        "subgen_sketch(delta=0.5,t=4,s=8)",
         "window+value_sum@16",
         "exact|top_k(k=4)",
         "window|top_k(k=4)@16",

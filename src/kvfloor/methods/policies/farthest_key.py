@@ -35,8 +35,8 @@ class FarthestKey(Guarded):
             "keep": tokens after the prompt are never evicted, as in the paper's experiments
     By default tokens are first evicted at the end of the prompt (`prefill=dense`), as in the experiments; with
     `prefill=stream` tokens are evicted after each block of the prompt. Evicted tokens have no weight: unlike the method
-    `subgen`, this policy does not keep the clusters' sizes and samples. Each kept token costs one pass over the held
-    keys.
+    `subgen_sketch`, this policy does not keep the clusters' sizes and samples. Each kept token costs one pass over the
+    held keys.
     """
 
     name: ClassVar[str] = "k_center"

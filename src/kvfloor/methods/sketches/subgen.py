@@ -48,7 +48,9 @@ class SubGen(Method):
     """Estimate attention from samples of key clusters and from (key, value) pairs drawn in proportion to |v|^2.
 
     The clusters give the denominator and the pairs the numerator. This is the streaming algorithm of Zandieh, Han,
-    Mirrokni and Karbasi 2024 (arXiv 2402.06082).
+    Mirrokni and Karbasi 2024 (arXiv 2402.06082), with its theorem. On a trained model it fails: pairs and samples are
+    drawn apart, so that the answer is no mean of values, and no sink or recent token is exact. For models take the
+    shorthand `subgen`, which has no theorem.
 
     Keys are clustered online: a key within `delta` of the nearest centre joins it, any other key becomes a centre.
     Each cluster keeps `t` uniform samples of its keys. The reservoir keeps `s` (key, value) pairs, each of them drawn
@@ -67,7 +69,7 @@ class SubGen(Method):
              part that the newest `block` tokens do not need is shared equally between pairs and clusters
     """
 
-    name: ClassVar[str] = "subgen"
+    name: ClassVar[str] = "subgen_sketch"
     paper: ClassVar[str] = "Zandieh et al. 2024, SubGen (arXiv 2402.06082)"
     delta: float = 0.5
     t: int = 4
@@ -79,15 +81,15 @@ class SubGen(Method):
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        positives("subgen", delta=self.delta, failure=self.failure)
-        count("subgen", least=1, t=self.t, s=self.s, block=self.block)
+        positives("subgen_sketch", delta=self.delta, failure=self.failure)
+        count("subgen_sketch", least=1, t=self.t, s=self.s, block=self.block)
         if self.centres is not None:
-            count("subgen", least=1, centres=self.centres)
+            count("subgen_sketch", least=1, centres=self.centres)
         if self.radius is not None:
-            positives("subgen", radius=self.radius)
+            positives("subgen_sketch", radius=self.radius)
         if self.failure >= 1:
-            raise ValueError(f"subgen: failure must lie in (0, 1), got {self.failure}")
-        check_budget("subgen", self.budget, self.block, self.t)
+            raise ValueError(f"subgen_sketch: failure must lie in (0, 1), got {self.failure}")
+        check_budget("subgen_sketch", self.budget, self.block, self.t)
 
     @property
     def traits(self) -> Traits:
