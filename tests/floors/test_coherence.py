@@ -35,9 +35,10 @@ def test_cap_bound_fails_beyond_a_right_angle_so_gaps_above_one_are_refused():
         floors.log_packing_count(8, 1.5)
 
 
-@pytest.mark.parametrize(("n", "d"), [(3, 2), (100, 3), (1000, 16), (4096, 64)])
+@pytest.mark.parametrize(("n", "d"), [(5, 2), (100, 3), (1000, 16), (4096, 64)])
 def test_packing_count_and_gap_are_inverse(n, d):
-    assert floors.log_packing_count(d, floors.gap_packing(n, d)) == pytest.approx(math.log(n), abs=1e-9)
+    gap = floors.gap_packing(n, d)
+    assert floors.log_packing_count(d, gap) >= math.log(n) > floors.log_packing_count(d, gap * (1 + 1e-9))
     assert floors.gap_packing(n, d) >= 1 - floors.mu_sphere(n, d)
 
 

@@ -12,9 +12,7 @@ from kvfloor.floors.coherence import (
     gap_circle,
     gap_hypercube,
     gap_known,
-    gap_packing,
     jl_dim_paper,
-    log_packing_count,
     mu_chirp,
     mu_rademacher,
     mu_reed_solomon,
@@ -29,6 +27,7 @@ from kvfloor.floors.question import ATTENTIONS, METRICS, space
 from kvfloor.floors.recall import fact_bits, most_facts, recall_bits
 from kvfloor.floors.sampling import lazy_gumbel_tokens, subgen_numbers, subgen_plan, subgen_s, subgen_t
 from kvfloor.floors.separation import eps_s, eps_s_limit, level_eps_s, level_tolerance, tau
+from kvfloor.floors.spherical import gap_packing, log_packing_count
 from kvfloor.floors.spike import paper_C, spike_C, window_C
 from kvfloor.floors.taylor import taylor_degree, taylor_numbers
 from kvfloor.floors.tensor import mu_tensor, tensor_C, tensor_rows, tensor_space

@@ -11,6 +11,7 @@ softmax weight on its key if the key's gap is positive.
 
 import math
 
+from kvfloor.floors.spherical import gap_packing
 from kvfloor.validation import whole, within
 
 
@@ -97,35 +98,8 @@ def gap_circle(n: int) -> float:
     return 2.0 * math.sin(math.pi / n) ** 2
 
 
-def log_packing_count(d: int, gap: float) -> float:
-    """Return ln m for a number m such that some m unit keys in d >= 2 dimensions have pairwise gaps of at least `gap`.
-
-    The gap of two unit keys is 1 less their inner product, so it is 1 - cos(theta) for keys at an angle theta.
-    Law: m = 2 / sin(theta)^(d-1), where cos(theta) = 1 - gap; m need not be whole. Proof: choose keys at angles of at
-    least theta from each other until no key can be added. Then every point of the sphere lies within theta of a key.
-    The points within theta of one key cover at most the share sin(theta)^(d-1)/2 of the sphere, so there are at least m
-    keys. The share is an upper bound for theta <= pi/2 only, so gap > 1 raises ValueError. Derived here.
-    """
-    d = whole("d", d, least=2)
-    gap = within("gap", gap, 0.0, 1.0, low_open=True)
-    return math.log(2.0) - 0.5 * (d - 1) * math.log(gap * (2.0 - gap))
-
-
-def gap_packing(n: int, d: int) -> float:
-    """Return a gap that `n` well-chosen unit keys in d >= 2 dimensions have: 1 - sqrt(1 - (2/n)^(2/(d-1))).
-
-    The gap of a set of unit keys is 1 less the largest inner product of two of them. The result is 1 for n <= 2. This
-    function is the inverse of `log_packing_count`, which returns the log of a number of keys for a given gap.
-    """
-    n, d = whole("n", n), whole("d", d, least=2)
-    if n <= 2:
-        return 1.0
-    sine_squared = math.exp(2.0 / (d - 1) * math.log(2.0 / n))
-    return sine_squared / (1.0 + math.sqrt(1.0 - sine_squared))
-
-
 def gap_known(n: int, d: int) -> float:
-    """Return the largest gap that this file's formulas guarantee for some `n` unit keys in `d` dimensions, at most 1.
+    """Return the largest gap that is proven here of some `n` unit keys in `d` dimensions, at most 1.
 
     The gap of a set of unit keys is 1 less the largest inner product of two of them. The result is
         1          for n <= 2d, where n of the 2d vectors ±e_i along the axes serve as keys

@@ -8,7 +8,7 @@ bounds on any method's bits: as many hidden values can be read as keys can be to
 
 import math
 
-from kvfloor.floors.coherence import log_packing_count
+from kvfloor.floors.spherical import log_packing_count
 from kvfloor.validation import positive, relative_error, whole, within
 
 _LARGEST_LOG = 700.0  # exp of it is still a float
@@ -20,13 +20,10 @@ def N_dr(d: int, r: float, eta: float) -> float:
     A spike query puts so much softmax mass on one key that its answer, right within a factor 1±eta, reveals a hidden
     bit in the key's value: all other keys together have at most (1-eta)/4 times this mass. `r` = scale * max|q| *
     max|k| in nats.
-    Law: the largest of these numbers:
-        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1). The angle theta <= pi/2 depends on m: 1 - cos(theta) =
-        ln(4m/(1-eta))/r
-        min(2d, (1-eta) e^r / 4) rounded down, a number of keys among the vectors ±e_i along the axes
-        1
-    At least this many keys can be told apart, perhaps more. So the floor computed from the result is valid. Returns a
-    whole number as a float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
+    Law: the largest whole m such that some m unit keys have pairwise gaps of at least g = ln(4m/(1-eta))/r <= 1
+    (`log_packing_count`); for d = 1 there are the keys ±1 alone. It is at least 1, and at least min(2d, (1-eta) e^r /
+    4) rounded down. At least this many keys can be told apart, perhaps more. So the floor computed from the result is
+    valid. Returns a whole number as a float, `inf` beyond e^700. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r, eta = whole("d", d), positive("r", r), relative_error(eta)
     return _count(d, r, math.log(4.0 / (1.0 - eta)))
@@ -37,12 +34,8 @@ def separable_keys(d: int, r: float, ratio: float) -> float:
 
     A spike query puts nearly all softmax mass on one key. Its leak is (mass on all other keys)/(mass on the key). `r` =
     scale * max|q| * max|k| in nats.
-    Law: the largest of these numbers:
-        for d >= 2, the largest whole m <= 2 / sin(theta)^(d-1). The angle theta <= pi/2 depends on m: 1 - cos(theta) =
-        ln(m / ratio)/r
-        min(2d, ratio e^r) rounded down, a number of keys among the vectors ±e_i along the axes
-        1
-    At least this many keys can be told apart, perhaps more. Returns a whole number as a float, `inf` beyond e^700.
+    Law: that of `N_dr` with g = ln(m / ratio)/r. At least this many keys can be told apart, perhaps more. Returns a
+    whole number as a float, `inf` beyond e^700.
     `N_dr`(d, r, eta) is the case ratio = (1-eta)/4. Derived here (docs/floors.md, "Bounded norms").
     """
     d, r = whole("d", d), positive("r", r)
@@ -77,8 +70,10 @@ def _packed(d: int, r: float, offset: float) -> float:
         return 0.0
     if feasible(high):
         low = high
-    for _ in range(200):
+    while high - low > 1e-15 * high:
         middle = 0.5 * (low + high)
+        if not low < middle < high:
+            break
         low, high = (middle, high) if feasible(middle) else (low, middle)
     if low >= _LARGEST_LOG:
         return math.inf

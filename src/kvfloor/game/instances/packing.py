@@ -7,7 +7,8 @@ The floor, a lower bound on the bits that any method must keep, is (p dv - H2(p)
 number of separable keys of width d that is proven to exist if answers may have the relative error eta;
 kvfloor/floors/norm_bounded.py states its formula. H2 is the binary entropy, p the probability that a row is answered
 right (docs/floors.md, "Bounded norms"; N replaces the e^d of Haris & Onak, COLT 2025, Theorem 1 and Corollary 9).
-More separable keys than N may exist. So the game makes as many as it finds, m, and hides m rows. Each key is
+More separable keys than N may exist, and some that are proven to exist are not made. So the game makes as many as it
+finds, m, and hides m rows. Each key is
 streamed n/m times (rounded down), always with the same values. As all keys are repeated equally often, the exact
 answers are the same as if each key were streamed once.
 """
@@ -33,6 +34,7 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES
 from kvfloor.game.keys.gaps import one_sided_gaps, promised_gaps
 from kvfloor.game.keys.public import PublicKeys
+from kvfloor.game.keys.tori import most_torus_keys
 from kvfloor.validation import positive, whole
 
 _PACKED_UP_TO = 16  # dimensions in which greedy packing beats codes
@@ -91,7 +93,7 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
     counts. `key_seed` gives the random keys. One key is always separable.
     """
     best = ("sphere", 1)
-    names = ["chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
+    names = ["tori", "chirp", "reed_solomon", "hypercube", "sphere", "rademacher"]
     if 2 <= d <= _PACKED_UP_TO:
         names.insert(0, "packing")
     for name in names:
@@ -105,7 +107,10 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
 
 
 def _separates(family: str, m: int, d: int, radius: float, eta: float, key_seed: int) -> bool:
-    if family != "packing" and family not in promised_gaps(m, d):
+    if family == "tori":
+        if m > most_torus_keys(d):
+            return False
+    elif family != "packing" and family not in promised_gaps(m, d):
         return False
     gap = one_sided_gaps(FAMILIES[family](m, d, key_seed).float()).min().item()
     return gap > 0.0 and spike_C(m, 1, gap, 1.0, eps_s(eta)) <= radius

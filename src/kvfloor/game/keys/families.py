@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvfloor.floors.coherence import jl_dim_paper
 from kvfloor.game.keys.codes import chirp, reed_solomon
+from kvfloor.game.keys.tori import torus_keys
 
 _CANDIDATES_PER_KEY = 8
 
@@ -101,5 +102,6 @@ FAMILIES: dict[str, Callable[[int, int, int], Tensor]] = {
     "rademacher": rademacher,
     "hypercube": hypercube,
     "packing": packing,
+    "tori": torus_keys,
     "jl": jl,
 }
