@@ -12,7 +12,7 @@ import torch
 from kvfloor import parse
 from kvfloor.audit.bounds import Bounds, check_bounds
 from kvfloor.audit.rounds import joined
-from kvfloor.audit.rows import read_rows, write_rows
+from kvfloor.audit.rows import certified_figures, read_rows, write_rows
 from kvfloor.audit.traces import Trace
 from kvfloor.certify.certified import Certified
 from tests.support import seeded
@@ -56,6 +56,13 @@ def test_a_row_keeps_what_was_found(row: Any, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [row("exact"), made])
     assert read_rows(tmp_path / "rows.jsonl")[1] == made
     assert (made.checked, made.largest_bound, made.largest_error, made.violations) == (480, 0.019, 0.0004, 0)
+    told = certified_figures(made)
+    assert (told["method"], told["cold_bytes"], told["largest_bound"], told["violations"]) == (
+        made.method,
+        3000,
+        0.019,
+        0,
+    )
     later = replace(made, round=2, checked=0, largest_bound=None, largest_error=None, cold_bytes=3100)
     (whole,) = joined([made, later])
     assert whole.cold_bytes == 3050 and whole.checked == 480

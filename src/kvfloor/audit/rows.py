@@ -319,6 +319,15 @@ def read_rows(path: Path) -> list[Row]:
     return read_records(path, Row, MOST_BYTES, "rows.jsonl", "an audit row")
 
 
+def certified_figures(row: Row) -> dict[str, Any]:
+    """Return what the check of a certified method's bounds found in a row, by the names of its fields.
+
+    The row's method, task, context and protocol come first, then hot (`state_bytes`), cold and read bytes.
+    """
+    where = ("method", "task", "context", "protocol", "state_bytes", "cold_bytes", "bytes_read_per_token")
+    return {name: getattr(row, name) for name in (*where, "checked", "largest_bound", "largest_error", "violations")}
+
+
 def document(
     *, model: str, seed: int, rows: Iterable[Row], method: str | None, why: str, report: str
 ) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from kvfloor.audit.recommend import Recommendation, recommend
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.require import Condition, conditions, shortfalls, uncovered
 from kvfloor.audit.rounds import joined
-from kvfloor.audit.rows import Cell, Row, document
+from kvfloor.audit.rows import Cell, Row, certified_figures, document
 from kvfloor.audit.setting import BudgetedMethod
 from kvfloor.files import open_folder
 from kvfloor.models.load import find
@@ -92,6 +92,7 @@ class Answer:
         names = ("task", "context", "protocol")
         weak = [{name: getattr(row, name) for name in names} | {"exact_score": row.score} for row in self.left_out]
         return plain | {
+            "certified": [certified_figures(row) for row in self.rows if row.checked],
             "texts": nats,
             "heads": [head.as_dict() for head in self.heads],
             "output_errors": [asdict(one) for one in self.closer.error_maps],
