@@ -21,8 +21,8 @@ def ball_radius(epsilon: float, size: float, leak: float, rounding: float, *, of
     """Return the radius to which an answer within an l2 guarantee tells a hidden point of the unit ball.
 
     epsilon   the guarantee: |answer - attention|_2 <= epsilon S
-    size      without `of_all`, S is at most size times the longest value. With it, S is at most |softmax|_2 size for
-              values in the unit ball: size bounds the Frobenius or operator norm of all values
+    size      without `of_all`, S is at most size times the longest value. With it, S is at most |softmax|_2 size
+              (1 + rounding): size bounds the Frobenius or operator norm of all values
     leak      ratio (softmax mass off the token)/(mass on it)
     rounding  largest |rounded point - point|_2 in the values' number format
     Law: (1 + rounding) (epsilon size f + leak) + rounding, with f = sqrt(1 + leak^2) if `of_all`, else 1 + leak; and

@@ -166,8 +166,10 @@ def metric_space(
         return width if share >= 1.0 else math.floor(share * width * (1.0 + 1e-12) + 1e-12)
 
     def radius_of(m: int) -> float:
-        size = {"max": 1.0, "frobenius": float(m)}.get(metric) or squared_ball_norm(m, dv)
-        return ball_radius(epsilon, math.sqrt(size), leak(m), rounding, of_all=metric != "max")
+        size = 1.0 if metric == "max" else math.sqrt(m)
+        if metric == "operator":
+            size = math.sqrt(squared_ball_norm(m, dv)) + size * rounding  # of the points, and of their rounding
+        return ball_radius(epsilon, size, leak(m), rounding, of_all=metric != "max")
 
     m, width, errors, told = best_rows(most, dv, p, wrong)
     points, r, by_points = (0, 1.0, 0.0) if values == "binary" else best_points(most, dv, p, radius_of)

@@ -52,9 +52,10 @@ def space(
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual; None: no bound
     heads, layers   number of kv heads and of layers, which multiply the bound
-    values     number format of the values: fp16 (the default: of the 16-bit formats the one with the smaller bound),
-               bf16 or fp32. The finer the answers, the more values of the format they tell apart, and the larger the
-               bound. binary: values of one bit each, a bound that holds for every format and every eta below 1
+    values     number format of the values: fp16, bf16 or fp32. The finer the answers, the more values of the format
+               they tell apart, and the larger the bound. Of the two formats of a 16-bit cache, fp16 has the smaller
+               bound for entrywise, and bf16 for the other metrics. binary: values of one bit each, a bound that holds
+               for every format and every eta below 1
     Returns a `Floor`: the bound in bits, and memory sizes that suffice.
     The formulas are those of the functions for each case: `standard.space` (standard and window, entrywise),
     `additive_space` and `metric_space` (the other error guarantees), `tensor_space` and `visual_space`. The bound is
