@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_floors_json() -> None:
     document = json.loads(run.stdout)
     assert run.returncode == 0 and document["schema"] == 1
     assert set(document) == {"schema", "bits", "bytes", "upper_bits", "regime", "theorem", "constants", "possible"}
-    assert document["bits"] == pytest.approx(1024 * (0.9 * 64 - 0.4689955935892812))
+    assert document["bits"] == pytest.approx(1024 * (0.9 * 64 * math.log2(26) - 0.4689955935892812))
 
 
 FLOORS = {

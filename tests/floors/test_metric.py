@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfloor import floors
-from kvfloor.floors.metric import best_rows
+from kvfloor.floors.metric import NORMS, best_rows
 
 
 def signs(m: int, dv: int, seed: int) -> torch.Tensor:
@@ -174,11 +174,11 @@ def test_the_program_is_the_maximum(p, slope):
 
 def test_max_norm_by_hand():
     """epsilon = 0.2 allows 0.04 x 64 = 2.56 wrong signs: two, so log2(1 + 64 + 2016) bits of 64 are lost."""
-    floor = floors.metric_space(1000, 64, metric="max", epsilon=0.2)
+    floor = floors.metric_space(1000, 64, metric="max", epsilon=0.2, values="binary")
     assert floor.bits == pytest.approx(1000 * (0.9 * (64 - math.log2(2081)) - floors.H2(0.9)))
     assert (floor.constants["rows"], floor.constants["wrong_per_row"]) == (1000, 2)
-    exact = floors.metric_space(1000, 64, metric="max", epsilon=0.0)
-    assert exact.bits == pytest.approx(floors.space(1000, 64, eta=0.0).bits)
+    exact = floors.metric_space(1000, 64, metric="max", epsilon=0.0, values="binary")
+    assert exact.bits == pytest.approx(floors.space(1000, 64, eta=0.0, values="binary").bits)
     assert floors.metric_space(1000, 64, metric="max", epsilon=1.0).regime == "vacuous (max norm)"
 
 
@@ -188,7 +188,7 @@ def test_frobenius_by_hand():
     10 signs: none in 9 rows (90 bits), one in 19 (19 (10 - log2 11) = 124.3), two in 29 (29 (10 - log2 56) = 121.6).
     9 signs: one in 22 rows, 22 (9 - log2 10) = 124.9 bits, the most.
     """
-    floor = floors.metric_space(10**6, 10, metric="frobenius", epsilon=0.1, p=1.0)
+    floor = floors.metric_space(10**6, 10, metric="frobenius", epsilon=0.1, p=1.0, values="binary")
     assert floor.bits == pytest.approx(22 * (9 - math.log2(10)))
     assert floor.bits > max(90, 19 * (10 - math.log2(11)), 29 * (10 - math.log2(56)))
     assert (floor.constants["rows"], floor.constants["row_width"], floor.constants["wrong_per_row"]) == (22, 9, 1)
@@ -202,15 +202,15 @@ def test_the_limits_constant():
     assert best * (1 - floors.H2(best)) == pytest.approx(0.05856, abs=1e-5)
     assert 0.11 * (1 - floors.H2(0.11)) == pytest.approx(0.0550, abs=1e-4)
     for dv, least, most in ((64, 0.0585, 0.0720), (512, 0.0585, 0.0610)):
-        frobenius = floors.metric_space(10**9, 64, dv, metric="frobenius", epsilon=1e-3, p=1.0)
+        frobenius = floors.metric_space(10**9, 64, dv, metric="frobenius", epsilon=1e-3, p=1.0, values="binary")
         assert least <= frobenius.bits * 1e-6 / dv <= most
-    operator = floors.metric_space(10**9, 64, 64, metric="operator", epsilon=1e-3, p=1.0)
+    operator = floors.metric_space(10**9, 64, 64, metric="operator", epsilon=1e-3, p=1.0, values="binary")
     assert 0.0585 <= operator.bits * 1e-6 / 64**2 <= 0.0720
 
 
 def test_the_limit_is_no_bound():
     """At epsilon = 1 the answer 0 meets every guarantee from no memory, where 0.055 dv/epsilon^2 forbids it."""
-    for metric in floors.METRICS[1:]:
+    for metric in NORMS:
         assert floors.metric_space(10**9, 64, 64, metric=metric, epsilon=1.0, p=1.0).bits == 0.0
         values, weights = signs(30, 64, 0), spike_weights(30, 0.2)
         assert most_wrong(metric, 1.0, weights, values) == 64
@@ -220,15 +220,16 @@ def test_the_limit_is_no_bound():
 
 
 def test_operator_pays_one_bit_for_half_of_the_matrices_and_takes_a_measured_norm():
-    measured = floors.metric_space(100, 64, 8, metric="operator", epsilon=0.05, norm=14.0, p=1.0)
+    asked = {"metric": "operator", "epsilon": 0.05, "p": 1.0, "values": "binary"}
+    measured = floors.metric_space(100, 64, 8, norm=14.0, **asked)
     share = 0.05**2 * 14**2 / 8
     wrong = math.floor(share * 8)
     assert wrong == 0
     assert measured.bits == pytest.approx(100 * 8 - 1)
     assert measured.constants["operator_norm"] == 14.0
-    derived = floors.metric_space(100, 64, 8, metric="operator", epsilon=0.05, p=1.0)
+    derived = floors.metric_space(100, 64, 8, **asked)
     assert derived.bits <= measured.bits
-    two = floors.metric_space(100, 64, 8, metric="operator", epsilon=0.05, norm=14.0, p=1.0, heads=2)
+    two = floors.metric_space(100, 64, 8, norm=14.0, heads=2, **asked)
     assert two.bits == pytest.approx(2 * measured.bits)
 
 
@@ -250,7 +251,7 @@ ARGUMENTS = {
     "n": st.integers(1, 10**6), "d": st.integers(1, 128), "dv": st.integers(1, 24), "epsilon": st.floats(0.0, 1.2),
     "p": st.floats(0.01, 1.0), "radius": st.none() | st.floats(0.01, 100.0),
     "window": st.none() | st.integers(1, 10**6), "heads": st.integers(1, 8), "layers": st.integers(1, 8),
-    "metric": st.sampled_from(floors.METRICS[1:]),
+    "metric": st.sampled_from(NORMS), "values": st.sampled_from(list(floors.VALUES)),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from kvfloor.floors import upper
 FLOORS = {
     floors.space: {"n": 64, "d": 8},
     floors.metric_space: {"n": 64, "d": 8, "metric": "max", "epsilon": 0.1},
+    floors.additive_space: {"n": 64, "d": 8, "epsilon": 0.1},
     floors.tensor_space: {"n": 8, "d": 8},
     floors.visual_space: {"n": 8, "d": 8},
 }

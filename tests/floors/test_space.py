@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfloor import floors
@@ -13,7 +13,16 @@ ROW = 0.9 * 64 - floors.H2(0.9)
 
 
 def test_the_default_by_hand():
+    """Halved and half again as large, fp16 has 26 levels: log2 26 bits a value."""
     floor = floors.space(1024, 64)
+    assert floor.constants["levels"] == 26 and floor.constants["values"] == "fp16"
+    assert floor.bits == pytest.approx(1024 * (57.6 * math.log2(26) - 0.4689955935892812))
+    assert floor.bytes == 34_596
+    assert floor.upper_bits == pytest.approx(65_536 * math.log2(26))
+
+
+def test_single_bits_by_hand():
+    floor = floors.space(1024, 64, values="binary")
     assert floor.bits == pytest.approx(1024 * (57.6 - 0.4689955935892812))
     assert floor.bytes == 7313
     assert floor.upper_bits == 65_536
@@ -26,7 +35,7 @@ def test_the_default_by_hand():
 
 
 def test_window_hides_one_row_less_than_it_holds():
-    floor = floors.space(1024, 64, window=256)
+    floor = floors.space(1024, 64, window=256, values="binary")
     assert floor.bits == pytest.approx(255 * ROW)
     assert floor.upper_bits == 256 * 64
     assert (floor.regime, floor.constants["rows_bound_by"]) == ("sliding window", "W - 1")
@@ -36,11 +45,11 @@ def test_window_hides_one_row_less_than_it_holds():
 
 
 def test_radius_caps_the_rows():
-    floor = floors.space(10**6, 64, radius=16)
+    floor = floors.space(10**6, 64, radius=16, values="binary")
     assert floor.constants["N"] == floor.constants["rows"] == 1176
     assert floor.bits == pytest.approx(1176 * ROW)
     assert floor.regime == "norm-bounded"
-    assert floors.space(1000, 64, radius=16).bits == floors.space(1000, 64).bits
+    assert floors.space(1000, 64, radius=16, values="binary").bits == floors.space(1000, 64, values="binary").bits
     assert floors.space(10**6, 64, radius=1e-3).constants["rows"] == 1
     assert floors.space(10**6, 64, radius=16, window=100).constants["rows"] == 99
 
@@ -55,7 +64,7 @@ def test_low_dimensions():
 
 
 def test_leak_of_uneven_copies_is_in_the_threshold():
-    even, uneven = floors.space(2 * 1176, 64, radius=16), floors.space(2 * 1176 + 1, 64, radius=16)
+    even, uneven = (floors.space(n, 64, radius=16, values="binary") for n in (2 * 1176, 2 * 1176 + 1))
     assert (even.constants["eps_s"], uneven.constants["eps_s"]) == (0.125, 0.125 * 3 / 2)
     assert uneven.constants["tau"] == floors.tau(0.5, 0.1875)
 
@@ -64,9 +73,11 @@ ARGUMENTS = {
     "n": st.integers(1, 10**6), "d": st.integers(1, 256), "dv": st.integers(1, 256), "eta": st.floats(0.0, 0.99),
     "p": st.floats(0.01, 1.0), "radius": st.none() | st.floats(0.01, 200.0),
     "window": st.none() | st.integers(1, 10**6), "heads": st.integers(1, 64), "layers": st.integers(1, 128),
+    "values": st.sampled_from(["fp16", "bf16", "binary"]),
 }  # fmt: skip
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.fixed_dictionaries(ARGUMENTS), st.integers(1, 1000))
 def test_monotone_in_every_argument_and_below_what_suffices(given_arguments, more):
     def bits(**changed):

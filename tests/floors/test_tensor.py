@@ -116,7 +116,7 @@ def test_low_dimensions_split_the_keys(n, d, caches):
     circle = torch.stack([angle.cos(), angle.sin()], dim=1)
     one, rest = torch.ones_like(circle), torch.zeros(n, d - 4, dtype=torch.float64)
     k1, k2 = torch.cat([circle, one, rest], dim=1), torch.cat([one, circle, rest], dim=1)
-    constants = floors.tensor_space(n, d, caches=caches, eta=ETA).constants
+    constants = floors.tensor_space(n, d, caches=caches, eta=ETA, values="binary").constants
     assert constants["keys"].startswith("halves")
     if d < 6:
         assert constants["gap"] == pytest.approx(floors.gap_circle(n))
@@ -173,19 +173,29 @@ def test_keys_within_a_radius_separate():
 
 def test_space_by_hand():
     row = 0.9 * 64 - floors.H2(0.9)
-    four = floors.tensor_space(1000, 64)
+    four = floors.tensor_space(1000, 64, values="binary")
     assert four.bits == pytest.approx(1998 * row)
     assert four.upper_bits == 2 * 1000 * 64
     assert four.constants["gap"] == pytest.approx(1 - math.sqrt((6 * math.log(1000) + 2 * math.log(2)) / 64))
     assert four.constants["C"] == pytest.approx(math.log(1_002_000 / 0.125) / four.constants["gap"])
     assert four.regime == "tensor, four caches"
     assert {m.name: m.bits for m in four.possible}["four caches, fp16"] == 1000 * 4 * 64 * 16
-    two = floors.tensor_space(100, 64, 32, caches=2, heads=3, layers=2)
+    two = floors.tensor_space(100, 64, 32, caches=2, heads=3, layers=2, values="binary")
     assert two.bits == pytest.approx(6 * 100**2 * (0.9 * 32 - floors.H2(0.9)))
     assert two.upper_bits == 6 * 100**2 * 32
     assert {m.name: m.bits for m in two.possible}["key factors and pair values, fp32"] == 6 * 32 * (
         200 * 64 + 10**4 * 32
     )
+
+
+def test_values_of_a_format_hide_as_many_levels_as_answers_tell_apart():
+    """Pairs multiply two values, so the leak must be smaller by the largest value, 65,504."""
+    one, fine = floors.tensor_space(1000, 64), floors.tensor_space(1000, 64, eta=0.1)
+    assert one.bits == pytest.approx(1998 * (0.9 * 64 * math.log2(26) - floors.H2(0.9)))
+    assert fine.bits == pytest.approx(1998 * (0.9 * 64 * math.log2(133) - floors.H2(0.9)))
+    assert one.constants["eps_s"] == pytest.approx(floors.levels_leak(0.5) / 65_504)
+    bounded = floors.tensor_space(1000, 64, radius=20.0)
+    assert bounded.bits == floors.tensor_space(1000, 64, radius=20.0, values="binary").bits
 
 
 @settings(deadline=None)

@@ -19,10 +19,12 @@ def test_exact_bytes_by_hand():
     assert floors.exact_bytes(1024, 64, 32, "bf16") == 1024 * 96 * 2
     assert floors.exact_bytes(1024, 64, 32, "fp32") == 1024 * 96 * 4
     assert floors.exact_bytes(0, 64, 32) == 0
-    floor = floors.space(1024, 64, 32, heads=8, layers=4)
+    floor = floors.space(1024, 64, 32, heads=8, layers=4, values="binary")
     assert [memory.name for memory in floor.possible] == ["public keys", "exact, fp16", "exact, bf16", "exact, fp32"]
     assert named(floor)["public keys"].bits == floor.upper_bits == 32 * 1024 * 32
     assert {m.name: m.bits for m in floor.possible}["exact, bf16"] == 32 * 1024 * 96 * 16
+    fine = floors.space(1024, 1, 32, eta=0.0, values="fp32")
+    assert [memory.name for memory in fine.possible if memory.name.startswith("exact")] == ["exact, fp32"]
 
 
 def test_running_sum_is_exact_with_the_numbers_that_it_counts():
@@ -104,11 +106,12 @@ def test_lazy_gumbel_stands_beside_the_line():
 @settings(deadline=None)
 @given(
     st.integers(1, 10**5), st.integers(1, 64), st.integers(1, 64), st.floats(0.05, 20.0), st.floats(0.05, 1.0),
-    st.sampled_from(["entrywise", "max", "frobenius", "operator"]), st.floats(0.51, 0.99),
+    st.sampled_from(floors.METRICS), st.floats(0.51, 0.99),
+    st.sampled_from(["fp16", "bf16", "binary"]),
 )  # fmt: skip
-def test_what_is_possible_is_never_impossible(n, d, dv, radius, epsilon, metric, p):
+def test_what_is_possible_is_never_impossible(n, d, dv, radius, epsilon, metric, p, values):
     accuracy = {"eta": min(epsilon, 0.99)} if metric == "entrywise" else {"epsilon": epsilon}
-    floor = floors.space(n, d, dv, metric=metric, radius=radius, p=p, **accuracy)
+    floor = floors.space(n, d, dv, metric=metric, radius=radius, p=p, values=values, **accuracy)
     assert all(memory.bits * (1 + 1e-9) >= floor.bits for memory in floor.possible)
     assert [memory.bits for memory in floor.possible] == sorted(memory.bits for memory in floor.possible)
     for memory, told in zip(floor.possible, floor.as_dict()["possible"], strict=True):

@@ -81,25 +81,31 @@ def test_the_mutant_that_forgets_the_asking_map_leaks():
 
 def test_a_map_that_asks_hides_nothing():
     """Its own keys and values are zero: a mutant that counts its rows counts 256 too many."""
-    floor = floors.visual_space(16, 64, last_asks=True)
+    floor = floors.visual_space(16, 64, last_asks=True, values="binary")
     assert floor.constants["rows"] == 85
     assert floor.constants["C"] == pytest.approx(math.log((84 + 256) / 0.125) / floors.gap_known(85, 64))
-    assert floor.bits == floors.visual_space(16, 64).constants["bits_if_the_last_map_asks"]
+    assert floor.bits == floors.visual_space(16, 64, values="binary").constants["bits_if_the_last_map_asks"]
     assert floors.visual_space(1, 64, last_asks=True).regime == "vacuous (visual pyramid)"
 
 
 def test_space_by_hand():
     row = 0.9 * 64 - floors.H2(0.9)
-    floor = floors.visual_space(16, 64)
+    floor = floors.visual_space(16, 64, values="binary")
     assert floor.bits == pytest.approx(341 * row)
     assert floor.upper_bits == 341 * 64
     assert floor.constants["exact_bytes_fp16"] == 341 * 128 * 2
     assert floor.constants["C"] == pytest.approx(math.log((340 + 256) / 0.125) / floors.gap_known(341, 64))
-    assert floors.visual_space(24, 64, sides=(1, 2, 4, 8, 16, 24)).bits == pytest.approx(917 * row)
+    assert floors.visual_space(24, 64, sides=(1, 2, 4, 8, 16, 24), values="binary").bits == pytest.approx(917 * row)
     assert floors.visual_space(16, 1, 64).constants["rows"] == 2
-    assert floors.visual_space(16, 64, heads=2, layers=3).bits == pytest.approx(6 * floor.bits)
-    largest = floors.visual_space(512, 64).bits / (512**2 * 64)
+    assert floors.visual_space(16, 64, heads=2, layers=3, values="binary").bits == pytest.approx(6 * floor.bits)
+    largest = floors.visual_space(512, 64, values="binary").bits / (512**2 * 64)
     assert largest == pytest.approx(4 / 3 * row / 64, rel=1e-5)  # a^2/(a^2 - 1) for a = 2
+
+
+def test_values_of_a_format_hide_as_many_levels_as_answers_tell_apart():
+    floor = floors.visual_space(16, 64, eta=0.1)
+    assert floor.bits == pytest.approx(341 * (0.9 * 64 * math.log2(133) - floors.H2(0.9)))
+    assert floor.constants["C"] > 4 * floors.visual_space(16, 64, eta=0.1, values="binary").constants["C"]
 
 
 @settings(deadline=None)

@@ -161,7 +161,9 @@ def mean_power(probability, bits):
 @pytest.mark.parametrize("width", [2.0**-6, 0.25, 1.0, 16.0])
 @pytest.mark.parametrize("share", [2.0**-14, 2.0**-5])
 def test_predictions_sum_to_one(bits, width, share):
-    assert mean_power(lambda *a: log2_level_probability(*a, width, share), bits) == pytest.approx(1.0, abs=1e-9)
+    assert mean_power(
+        lambda at, level, bits: log2_level_probability(at, level, 2**bits, width, share), bits
+    ) == pytest.approx(1.0, abs=1e-9)
 
 
 def test_a_mixture_truncated_to_a_window_is_rejected():
@@ -170,9 +172,9 @@ def test_a_mixture_truncated_to_a_window_is_rejected():
     def truncated(centre, level, bits):
         near = centre.round().clamp(1, 2**bits - 2)
         window = sum(
-            torch.exp2(log2_level_probability(centre, (near + step).long(), bits, 1.0, 0.0)) for step in (-1, 0, 1)
+            torch.exp2(log2_level_probability(centre, (near + step).long(), 2**bits, 1.0, 0.0)) for step in (-1, 0, 1)
         )
-        return log2_level_probability(centre, level, bits, 1.0, 2.0**-5) - torch.log2(window)
+        return log2_level_probability(centre, level, 2**bits, 1.0, 2.0**-5) - torch.log2(window)
 
     assert mean_power(truncated, 3) > 1.5
 
@@ -180,7 +182,7 @@ def test_a_mixture_truncated_to_a_window_is_rejected():
 def test_missing_end_tails_would_waste_but_not_cheat():
     def no_tails(centre, level, bits):
         inner = (level - centre).abs() <= 2
-        return torch.where(inner, log2_level_probability(centre, level, bits, 1.0, 0.0), -math.inf)
+        return torch.where(inner, log2_level_probability(centre, level, 2**bits, 1.0, 0.0), -math.inf)
 
     assert mean_power(no_tails, 3) < 1.0
 
@@ -195,7 +197,7 @@ def test_row_beliefs_keep_the_mean_at_one():
 @pytest.mark.parametrize(("bits", "m"), [(1, 2), (2, 1)])
 def test_the_best_predictor_pays_for_its_choice_and_unpaid_choice_is_rejected(bits, m):
     tables = [torch.tensor(flat).view(m, 3) for flat in itertools.product(range(2**bits), repeat=3 * m)]
-    gains = [predictor_gains(ANSWERS[:m], TRUSTED[:m], hidden, bits) for hidden in tables]
+    gains = [predictor_gains(ANSWERS[:m], TRUSTED[:m], hidden, 2**bits) for hidden in tables]
     for predictor in zip(*gains, strict=True):
         assert math.fsum(2.0**gain for gain in predictor) / len(tables) == pytest.approx(1.0, abs=1e-9)
     paid = math.fsum(2.0 ** certificates.log_loss(row) for row in gains) / len(tables)

@@ -28,7 +28,7 @@ def coarse(bits, eta, told=None):
 def test_coarse_answers_hold_with_fewer_bits_than_one_bit_values_need_and_never_below_their_floor(bits, eta):
     result = coarse(bits, eta)
     assert (result.verdict, result.row_success) == ("holds", 1.0)
-    assert 8 * result.payload_bytes < floors.space(N, D).bits  # what the result called a floor once
+    assert 8 * result.payload_bytes < floors.space(N, D, values="binary").bits  # what the result called a floor once
     assert 0.0 < result.floor_bits < 8 * result.payload_bytes
     assert result.certified_bits <= 8 * result.message_bytes
     assert result.certificate == "rows" and result.certified_bits > result.floor_bits
@@ -43,12 +43,12 @@ def test_exact_answers_need_all_bits_that_are_hidden():
     result = play("exact", n=128, d=32, bits=8, eta=0.0, isolated=False)
     assert (result.verdict, result.row_success) == ("holds", 1.0)
     assert result.floor_bits == pytest.approx(128 * (0.9 * 8 * 32 - floors.H2(0.9)))
-    assert result.floor_bits > 7.9 * floors.space(128, 32).bits
+    assert result.floor_bits > 7.9 * floors.space(128, 32, values="binary").bits
 
 
 def test_fine_values_at_half_relative_error_need_a_little_more_than_single_bits():
     played = play("exact", n=64, d=32, bits=12, isolated=False)
-    assert 1.0 < played.floor_bits / floors.space(64, 32).bits < 1.05
+    assert 1.0 < played.floor_bits / floors.space(64, 32, values="binary").bits < 1.05
 
 
 def test_the_smallest_method_reaches_the_floor_that_is_played():

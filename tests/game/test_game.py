@@ -46,7 +46,7 @@ def test_exact_certifies_all_hidden_bits():
     assert 0.99 * 65_536 < result.certified_bits <= 8 * result.message_bytes
     assert result.certified_bits == pytest.approx(65_536 - math.log2(4) - 20)
     assert (result.verdict, result.bit_error, result.row_success) == ("holds", 0.0, 1.0)
-    assert result.floor_bits == floors.space(1024, 64).bits
+    assert result.floor_bits == floors.space(1024, 64, values="binary").bits
     json.dumps(result.as_dict(), allow_nan=False)
 
 

@@ -62,7 +62,7 @@ def test_exact_decodes_everything():
     result = play("exact", barrier="sparse", n=200, d=32, bits=3, isolated=False)
     assert (result.verdict, result.row_success, result.bit_error) == ("holds", 1.0, 0.0)
     assert result.certified_bits == pytest.approx(200 * 32 * 3 - PAID)
-    assert result.floor_bits == row_bits(200, 32, 0.9, *information(3, 0.5)) > space(200, 32).bits
+    assert result.floor_bits == row_bits(200, 32, 0.9, *information(3, 0.5)) > space(200, 32, values="binary").bits
 
 
 @pytest.mark.parametrize("policy", ["window(block=1)@24", "sinks(count=4,block=1)@24", "random(block=1)@24"])

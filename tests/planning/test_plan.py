@@ -122,11 +122,25 @@ def test_the_stock_line_is_transformers_own_cache(family: str) -> None:
 
 def test_the_floor_is_the_sum_over_layers() -> None:
     found = plan(config=tiny_config("gemma3_text"), context=CONTEXT, batch=BATCH)
-    full = floors.space(CONTEXT, 16, heads=2).bytes
-    window = floors.space(CONTEXT, 16, heads=2, attention="window", window=16).bytes
+    full = floors.space(CONTEXT, 16, heads=2, values="binary").bytes
+    window = floors.space(CONTEXT, 16, heads=2, attention="window", window=16, values="binary").bytes
     assert found.floor_bytes == pytest.approx(BATCH * (2 * full + 2 * window), abs=8) and found.floor_layers == 4
+    assert found.floor_eta is None
     latent = plan(config=tiny_config("deepseek_v3"), context=CONTEXT)
     assert latent.floor_bytes == latent.floor_layers == 0
+
+
+@pytest.mark.parametrize(("dtype", "values"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")])
+def test_the_floor_at_a_relative_error_is_that_of_the_caches_own_numbers(dtype: str, values: str) -> None:
+    def floor(eta: float | None = None) -> int:
+        return plan(config=tiny_config("llama"), context=CONTEXT, dtype=dtype, eta=eta).floor_bytes
+
+    layers = plan(config=tiny_config("llama"), context=CONTEXT).floor_layers
+    told = floors.space(CONTEXT, 16, heads=2, eta=0.1, values=values)
+    assert floor(eta=0.1) == layers * told.bytes
+    assert floor() < floor(eta=0.5) < floor(eta=0.1) < floor(eta=0.0)
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\), got 1"):
+        floor(eta=1.0)
 
 
 def test_requests_and_longest_context_fit_and_one_more_does_not() -> None:

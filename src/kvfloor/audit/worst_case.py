@@ -1,4 +1,9 @@
-"""Compute the worst-case floor of a model's layers: bytes that any method needs, for worst-case keys and values."""
+"""Compute the worst-case floor of a model's layers: bytes that any method needs, for worst-case keys and values.
+
+A method that an audit measures promises no relative error. So the floor is that of values of one bit, which holds for
+every method whose answers have any relative error below 1, in every number format. The finer answers must be, the
+larger is the floor (`kvfloor.floors.space`).
+"""
 
 from __future__ import annotations
 
@@ -25,4 +30,4 @@ def worst_case_bytes(
         if not isinstance(latent, int) or not 0 < latent < d:
             return 0
         d, dv = d - latent, latent
-    return floors.space(context, d, dv, heads=heads, layers=layers).bytes
+    return floors.space(context, d, dv, heads=heads, layers=layers, values="binary").bytes

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 
 from kvfloor.audit.protocols import PROTOCOLS
 from kvfloor.cli.options import JSON, real, whole
-from kvfloor.floors import ATTENTIONS, METRICS
+from kvfloor.floors import ATTENTIONS, METRICS, VALUES
 from kvfloor.models.load import BUILTIN
 from kvfloor.models.packaged import PACKAGED
 from kvfloor.splitting import shortened, split_list
@@ -437,7 +437,7 @@ def floors(
     ] = METRICS[0],
     epsilon: Annotated[
         float | None,
-        typer.Option(help=f"L2 error of {', '.join(METRICS[1:])}, relative to the values' norm.", **real()),
+        typer.Option(help=f"Error of {', '.join(METRICS[1:])}, relative to the values' size.", **real()),
     ] = None,
     eta: Annotated[float, typer.Option(help="Relative error that answers may have, in [0, 1).", **real())] = 0.5,
     p: Annotated[float, typer.Option("--p", help="Probability that an answer is right, in (0, 1].", **real())] = 0.9,
@@ -451,6 +451,7 @@ def floors(
     ] = None,
     heads: Annotated[int, typer.Option(help="Kv heads.", **whole())] = 1,
     layers: Annotated[int, typer.Option(help="Layers.", **whole())] = 1,
+    values: Annotated[str, typer.Option(help=f"Number format of the values: {', '.join(VALUES)}.")] = "fp16",
     as_json: Json = False,
 ) -> None:
     """Compute the memory that attention needs in the worst case, by theorem, beside the memory known to suffice.
@@ -461,13 +462,18 @@ def floors(
 
     --metric, the error that answers may have: entrywise, each number of an answer has a relative error of at most eta;
     max, an answer's L2 error is at most epsilon times the norm of the largest value; frobenius or operator, it is at
-    most epsilon times this norm of the matrix of values, times the L2 norm of the softmax weights.
+    most epsilon times this norm of the matrix of values, times the L2 norm of the softmax weights; additive, each
+    number errs by at most epsilon times the largest number of all values.
+
+    The smaller the error, the more values answers tell apart, and the larger the floor. --values: the number format of
+    the values. Of the two formats of a 16-bit cache, fp16 has the smaller floor for entrywise, bf16 for the others.
+    binary hides single bits: its floor holds for every format and every eta below 1.
     """
     from kvfloor.floors import space
 
     floor = space(
         n, d, dv, attention=attention, metric=metric, epsilon=epsilon, eta=eta, p=p, radius=radius, window=window,
-        caches=caches, ratio=ratio, heads=heads, layers=layers,
+        caches=caches, ratio=ratio, heads=heads, layers=layers, values=values,
     )  # fmt: skip
     document = floor.as_dict()
     if as_json:
@@ -644,6 +650,9 @@ def plan_(
     ] = None,
     budgets: Annotated[str | None, typer.Option(help="Comma-separated budgets: 64, 25%, 8MiB.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights, keys and values: bfloat16, float16 or float32.")] = "bfloat16",
+    eta: Annotated[
+        float | None, typer.Option(help="Relative error of the floor, in [0, 1); any below 1 unless given.", **real())
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Plan a model's memory before it runs: weights, exact cache, methods under budgets, requests that fit, floor.
@@ -658,7 +667,7 @@ def plan_(
     for name, text in (("methods", methods), ("budgets", budgets)):
         if text is not None:
             chosen[name] = tuple(split_list(text))
-    planned = plan(model, context, batch=batch, memory=memory, dtype=dtype, **chosen)
+    planned = plan(model, context, batch=batch, memory=memory, dtype=dtype, eta=eta, **chosen)
     if as_json:
         _print_json(planned.as_dict())
         return

@@ -8,6 +8,7 @@ tokens. The proof of a memory floor hides random bits in the values of a stream,
 state. So the state must hold about as many bits as were hidden. docs/floors.md has the proofs.
 """
 
+from kvfloor.floors.ball import ball_norm, ball_radius, best_points
 from kvfloor.floors.coherence import (
     gap_circle,
     gap_hypercube,
@@ -21,6 +22,14 @@ from kvfloor.floors.coherence import (
 from kvfloor.floors.covering import clusters, covering_balls, greedy_centres
 from kvfloor.floors.entropy import H2, index_bits, row_bits, token_ids
 from kvfloor.floors.floor import Floor, Possible
+from kvfloor.floors.levels import (
+    VALUES,
+    additive_leak,
+    additive_levels,
+    level_values,
+    levels_leak,
+    relative_levels,
+)
 from kvfloor.floors.metric import ball_bits, metric_space, noisy_row_bits, sign_norm, wrong_share
 from kvfloor.floors.norm_bounded import N_dr, separable_keys
 from kvfloor.floors.question import ATTENTIONS, METRICS, space
@@ -29,6 +38,7 @@ from kvfloor.floors.sampling import lazy_gumbel_tokens, subgen_numbers, subgen_p
 from kvfloor.floors.separation import eps_s, eps_s_limit, level_eps_s, level_tolerance, tau
 from kvfloor.floors.spherical import gap_packing, log_packing_count
 from kvfloor.floors.spike import paper_C, spike_C, window_C
+from kvfloor.floors.standard import additive_space
 from kvfloor.floors.taylor import taylor_degree, taylor_numbers
 from kvfloor.floors.tensor import mu_tensor, tensor_C, tensor_rows, tensor_space
 from kvfloor.floors.time import probing_success, time_operations, time_probes
@@ -39,10 +49,17 @@ __all__ = [
     "ATTENTIONS",
     "H2",
     "METRICS",
+    "VALUES",
     "Floor",
     "N_dr",
     "Possible",
+    "additive_leak",
+    "additive_levels",
+    "additive_space",
     "ball_bits",
+    "ball_norm",
+    "ball_radius",
+    "best_points",
     "clusters",
     "covering_balls",
     "eps_s",
@@ -59,6 +76,8 @@ __all__ = [
     "lazy_gumbel_tokens",
     "level_eps_s",
     "level_tolerance",
+    "level_values",
+    "levels_leak",
     "log_packing_count",
     "metric_space",
     "most_facts",
@@ -73,6 +92,7 @@ __all__ = [
     "pyramid",
     "pyramid_tokens",
     "recall_bits",
+    "relative_levels",
     "row_bits",
     "running_sum_numbers",
     "separable_keys",

@@ -39,9 +39,9 @@ class Floor:
     for.
     bits        the floor
     bytes       the floor in whole bytes, rounded up
-    upper_bits  memory that suffices if the keys are fixed in advance and each value is a single bit. If queries can
-                read the values of all tokens, bits / upper_bits is p - H2(p)/dv, where H2 is the binary entropy. This
-                is not far below 1, so no floor can be much larger
+    upper_bits  memory that suffices if the keys are fixed in advance and the values are those of the proof. If queries
+                can read the values of all tokens, bits / upper_bits is about p, so no floor for these values can be
+                much larger
     regime      the case of the theorem that these sizes fall under, such as "near-orthogonal"
     theorem     the theorem that gives `bits`
     constants   every number that was used to compute `bits`, name -> number

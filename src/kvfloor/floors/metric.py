@@ -6,11 +6,12 @@ named by `metric`. V is the matrix of values, with one row v_i per token:
     max        size = max |v_i|_2, the length of the longest value
     frobenius  size = ||softmax||_2 ||V||_F, the length of the vector of softmax weights times the Frobenius norm of V
     operator   size = ||softmax||_2 ||V||_op, the same with the operator norm of V
-In the proof, random signs ±1 are hidden in a stream as values: a row of dv signs per token. The receiver of the
-method's state reads a row as the signs of the answer to one query, which puts nearly all softmax mass on the row's
-token. An answer within the guarantee can still have wrong signs, but at most a share rho of the row. Let B be the
-number of rows of dv signs that differ from a given row in at most rho dv signs, and H2 the binary entropy. If the
-guarantee holds with probability p, a row then gives p (dv - log2 B) - H2(p) bits.
+There are two proofs, and the larger bound counts. In one, points of the unit ball are hidden in a stream as values: the
+finer an answer, the more bits a point tells (`kvfloor.floors.ball`). In the other, random signs ±1 are hidden: a row of
+dv signs per token. The receiver of the method's state reads a row as the signs of the answer to one query, which puts
+nearly all softmax mass on the row's token. An answer within the guarantee can still have wrong signs, but at most a
+share rho of the row. Let B be the number of rows of dv signs that differ from a given row in at most rho dv signs, and
+H2 the binary entropy. If the guarantee holds with probability p, a row then gives p (dv - log2 B) - H2(p) bits.
 docs/floors.md, "Other error guarantees", has the proofs.
 """
 
@@ -20,9 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 from kvfloor.floors import upper
+from kvfloor.floors.ball import ball_radius, best_points, squared_ball_norm
 from kvfloor.floors.coherence import gap_known
 from kvfloor.floors.entropy import H2
 from kvfloor.floors.floor import Floor
+from kvfloor.floors.levels import number_format
 from kvfloor.validation import one_of, positive, whole, within
 
 MOST_WIDTH = 4096  # every width of rows up to dv is tried, at a cost that grows with the square
@@ -32,6 +35,7 @@ _GUARANTEES = {
     "frobenius": "||z - A||_2 <= epsilon ||softmax||_2 ||V||_F",
     "operator": "||z - A||_2 <= epsilon ||softmax||_2 ||V||_op",
 }
+_POINTS = "points of the unit ball under an error guarantee in the l2 norm; derived, docs/floors.md"
 _THEOREMS = {
     "max": "sign rows under an error relative to the largest value (derived, docs/floors.md)",
     "frobenius": "sign rows under BalanceKV's guarantee (Kochetkova et al. 2025, eq. 2); derived, docs/floors.md",
@@ -111,6 +115,7 @@ def metric_space(
     norm: float | None = None,
     heads: int = 1,
     layers: int = 1,
+    values: str = "fp16",
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to meet an error guarantee at each step.
 
@@ -123,12 +128,17 @@ def metric_space(
     norm      for the metric operator only: an operator norm, found by measurement, that at least half of all n x dv
               sign matrices do not exceed; None: a proven one (`sign_norm`)
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers (max over m and w of `noisy_row_bits`(m, w, p, floor(rho w)) - b), and at least 0. S is the
-    number of bits. rho is the share of a row's signs that an answer within the guarantee can get wrong (`wrong_share`).
-    `noisy_row_bits` is a lower bound on the bits from which m rows of w signs are decoded with floor(rho w) wrong signs
-    each. b is 1 bit for the operator norm, where half of all sign matrices are used, else 0. The stream of the proof
-    has m tokens, with signs in w <= dv coordinates; m <= n, or m <= window - 1.
-    rho depends on the leak of a query: the softmax mass on all other tokens, divided by that on the token that it
+    values    number format of the values: fp16, bf16 or fp32. binary: signs ±1 alone are hidden, a bound that holds for
+              every format
+    Law: S >= heads layers (B - b), and at least 0, where S is the number of bits and B the larger of two maxima:
+        over m and w, `noisy_row_bits`(m, w, p, floor(rho w))
+        over m, `row_bits`(m, dv, p, log2(1/r)), unless `values` is binary
+    r is the radius to which an answer tells a point of the unit ball (`ball_radius`). rho is the share of a row's signs
+    that an answer within the guarantee can get wrong (`wrong_share`). `noisy_row_bits` is a lower bound on the bits
+    from which m rows of w signs are decoded with floor(rho w) wrong signs each. b is 1 bit for the operator norm, where
+    the likelier half of all matrices is used, else 0. The stream of the proof has m tokens, with signs in w <= dv
+    coordinates or points of dv; m <= n, or m <= window - 1.
+    Both depend on the leak of a query: the softmax mass on all other tokens, divided by that on the token that it
     reads. Let g be a gap that some m unit keys in d dimensions have (`gap_known`), i.e. 1 less the largest inner
     product of two keys. Then the leak is at most m e^(-radius g); without `radius` it is arbitrarily small.
     Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
@@ -145,7 +155,7 @@ def metric_space(
     copies = whole("heads", heads) * whole("layers", layers)
     held = n if window is None else min(n, whole("window", window))
     most = n if window is None else min(n, window - 1)
-    norm = _norm(norm, metric, most, dv)
+    norm, rounding = _norm(norm, metric, most, dv), number_format(values).rounding
 
     @functools.cache
     def leak(m: int) -> float:
@@ -155,30 +165,46 @@ def metric_space(
         share = _share(metric, epsilon, m, width, leak(m), norm)
         return width if share >= 1.0 else math.floor(share * width * (1.0 + 1e-12) + 1e-12)
 
+    def radius_of(m: int) -> float:
+        size = 1.0 if metric == "max" else math.sqrt(m)
+        if metric == "operator":
+            size = math.sqrt(squared_ball_norm(m, dv)) + size * rounding  # of the points, and of their rounding
+        return ball_radius(epsilon, size, leak(m), rounding, of_all=metric != "max")
+
     m, width, errors, told = best_rows(most, dv, p, wrong)
+    points, r, by_points = (0, 1.0, 0.0) if values == "binary" else best_points(most, dv, p, radius_of)
+    signs = told >= by_points
+    m, told = (m, told) if signs else (points, by_points)
     bits = copies * max(0.0, told - (1.0 if metric == "operator" else 0.0))
     regime = f"{metric} norm, sliding window" if most < n else f"{metric} norm"
     constants: dict[str, Any] = {
         "n": n, "d": d, "dv": dv, "metric": metric, "guarantee": _GUARANTEES[metric], "epsilon": epsilon, "p": p,
-        "H2_p": H2(p), "heads": heads, "layers": layers, "rows": m, "row_width": width, "wrong_per_row": errors,
-        "bits_per_row": told / m if m else 0.0,
+        "H2_p": H2(p), "heads": heads, "layers": layers, "values": values,
+        "hidden": "signs" if signs else "points of the unit ball", "rows": m, "bits_per_row": told / m if m else 0.0,
         "exact_bytes_fp16": copies * upper.exact_bytes(held, d, dv, "fp16"),
         "exact_bytes_fp32": copies * upper.exact_bytes(held, d, dv, "fp32"),
     }  # fmt: skip
     if m:
         constants |= {"gap": gap_known(m, d), "leak_ratio": leak(m)}
-        constants["rho"] = wrong_share(metric, epsilon, m, width, leak(m), norm)
+        if signs:
+            constants |= {"row_width": width, "wrong_per_row": errors}
+            constants["rho"] = wrong_share(metric, epsilon, m, width, leak(m), norm)
+        else:
+            constants["ball_radius"] = r
     if radius is not None:
         constants["radius"] = radius
     if window is not None:
         constants["window"] = window
     if metric == "operator" and m:
-        constants["operator_norm"] = sign_norm(m, width) if norm is None else norm
-    possible = upper.beside(copies, n, held, d, dv, windowed=window is not None)
+        proven = sign_norm(m, width) if signs else math.sqrt(squared_ball_norm(m, dv))
+        constants["operator_norm"] = norm if signs and norm is not None else proven
+    stored = 1.0 if signs else float(number_format(values).bits)
+    possible = upper.beside(copies, n, held, d, dv, windowed=window is not None, values=values, told=stored)
     if radius is not None and window is None:
         possible += upper.within_radius(copies, n, d, dv, radius, epsilon)
         possible += upper.sampled(copies, n, d, dv, metric, epsilon, radius, 1.0 - p)
-    return Floor.of(bits, float(copies * held * dv), regime, _THEOREMS[metric], constants, possible)
+    theorem = _THEOREMS[metric] if signs else _POINTS
+    return Floor.of(bits, float(copies * held * dv * stored), regime, theorem, constants, possible)
 
 
 def best_rows(most: int, dv: int, p: float, wrong: Callable[[int, int], int]) -> tuple[int, int, int, float]:

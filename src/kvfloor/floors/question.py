@@ -7,13 +7,14 @@ the allowed error.
 
 from kvfloor.floors.floor import Floor
 from kvfloor.floors.metric import NORMS, metric_space
+from kvfloor.floors.standard import additive_space
 from kvfloor.floors.standard import space as standard_space
 from kvfloor.floors.tensor import tensor_space
 from kvfloor.floors.visual import visual_space
 from kvfloor.validation import MOST_WHOLE, one_of, whole
 
 ATTENTIONS = ("standard", "window", "tensor", "visual")
-METRICS = ("entrywise", *NORMS)
+METRICS = ("entrywise", *NORMS, "additive")
 
 
 def space(
@@ -32,6 +33,7 @@ def space(
     ratio: float | None = None,
     heads: int = 1,
     layers: int = 1,
+    values: str = "fp16",
 ) -> Floor:
     """Return a lower bound on the bits that any streaming method must hold to answer attention.
 
@@ -45,14 +47,20 @@ def space(
                   side is smaller by the factor `ratio` (2 unless given)
     metric     the error guarantee. entrywise: each value of an answer is within a factor 1±`eta`. max, frobenius,
                operator (for standard and window only): the l2 error is at most `epsilon` times max |v_i|, ||softmax||_2
-               ||V||_F or ||softmax||_2 ||V||_op, where V is the matrix of the values v_i
+               ||V||_F or ||softmax||_2 ||V||_op, where V is the matrix of the values v_i. additive (likewise): each
+               number of an answer errs by at most `epsilon` times the largest size of a number of V
     p          probability that an answer meets the error guarantee
     radius     bound on |logit|, not for visual; None: no bound
     heads, layers   number of kv heads and of layers, which multiply the bound
+    values     number format of the values: fp16, bf16 or fp32. The finer the answers, the more values of the format
+               they tell apart, and the larger the bound. Of the two formats of a 16-bit cache, fp16 has the smaller
+               bound for entrywise, and bf16 for the other metrics. binary: values of one bit each, a bound that holds
+               for every format and every eta below 1
     Returns a `Floor`: the bound in bits, and memory sizes that suffice.
     The formulas are those of the functions for each case: `standard.space` (standard and window, entrywise),
-    `metric_space` (the other error guarantees), `tensor_space` and `visual_space`. The bound is for worst-case keys and
-    values, not for those of one model. Raises ValueError naming the argument, what was given and what is allowed.
+    `additive_space` and `metric_space` (the other error guarantees), `tensor_space` and `visual_space`. The bound is
+    for worst-case keys and values, not for those of one model. Raises ValueError naming the argument, what was given
+    and what is allowed.
     """
     counts = {"n": n, "d": d, "dv": dv, "window": window, "caches": caches, "heads": heads, "layers": layers}
     for name, value in counts.items():
@@ -69,21 +77,21 @@ def space(
     if (metric == "entrywise") != (epsilon is None):
         raise ValueError(
             f"metric={metric!r} needs epsilon, the error allowed" if epsilon is None
-            else f"epsilon belongs to the metrics {', '.join(NORMS)}; entrywise takes eta, got epsilon={epsilon!r}"
+            else f"epsilon belongs to the metrics {', '.join(METRICS[1:])}; entrywise has eta, got epsilon={epsilon!r}"
         )  # fmt: skip
     if epsilon is not None:
         if attention in ("tensor", "visual"):
             raise ValueError(f"metric must be entrywise with attention={attention!r}, got {metric!r}")
-        return metric_space(
-            n, d, dv, metric=metric, epsilon=epsilon, p=p, radius=radius, window=window, heads=heads, layers=layers
-        )
+        common = {"epsilon": epsilon, "p": p, "radius": radius, "window": window}
+        if metric == "additive":
+            return additive_space(n, d, dv, **common, heads=heads, layers=layers, values=values)
+        return metric_space(n, d, dv, metric=metric, **common, heads=heads, layers=layers, values=values)
+    shared = {"eta": eta, "p": p, "heads": heads, "layers": layers, "values": values}
     if attention == "tensor":
-        return tensor_space(
-            n, d, dv, caches=4 if caches is None else caches, eta=eta, p=p, radius=radius, heads=heads, layers=layers
-        )
+        return tensor_space(n, d, dv, caches=4 if caches is None else caches, radius=radius, **shared)
     if attention == "visual":
-        return visual_space(n, d, dv, ratio=2.0 if ratio is None else ratio, eta=eta, p=p, heads=heads, layers=layers)
-    return standard_space(n, d, dv, eta=eta, p=p, radius=radius, window=window, heads=heads, layers=layers)
+        return visual_space(n, d, dv, ratio=2.0 if ratio is None else ratio, **shared)
+    return standard_space(n, d, dv, radius=radius, window=window, **shared)
 
 
 def _belongs(name: str, value: object, attention: str, to: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from kvfloor.floors import upper
 from kvfloor.floors.coherence import gap_known
 from kvfloor.floors.entropy import H2, row_bits
 from kvfloor.floors.floor import Floor
+from kvfloor.floors.levels import levels_leak, number_format, relative_levels
 from kvfloor.floors.norm_bounded import separable_keys
 from kvfloor.floors.separation import eps_s, tau
 from kvfloor.floors.spike import spike_C
@@ -86,6 +87,7 @@ def tensor_space(
     radius: float | None = None,
     heads: int = 1,
     layers: int = 1,
+    values: str = "fp16",
 ) -> Floor:
     """Return a lower bound on the bits that any method must hold to answer tensor attention within a factor 1±eta.
 
@@ -95,12 +97,14 @@ def tensor_space(
     p       probability that a whole row, the dv values of one answer, is within the factor 1±eta
     radius  largest |score| in nats; None: no bound
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers `row_bits`(m, dv, p): for wide rows, m (p dv - H2(p)) times heads layers. S is the number of
-    bits, H2 the binary entropy, and m the
-    number of hidden rows that queries can read. Without `radius`, m = `tensor_rows`(n, d).
-    Under `radius`, fewer rows can be read. The leak of a query is (softmax mass off the queried key)/(mass on it). Let
-    N(w, r, x) be the number of keys of width w, at most n, that queries with scores up to r can read at a leak of at
-    most x (`separable_keys`). With eps_s = (1-eta)/4, m is the larger of two counts:
+    values  number format of the values: fp16, bf16 or fp32; binary: single bits
+    Law: S >= heads layers `row_bits`(m, dv, p, log2 L): for wide rows, m (p dv log2 L - H2(p)) times heads layers. S is
+    the number of bits, H2 the binary entropy, L = `relative_levels`(eta, values) the number of values that answers tell
+    apart, and m the number of hidden rows that queries can read. Without `radius`, m = `tensor_rows`(n, d).
+    Under `radius`, hidden values are single bits (L = 2), whatever `values` is, and fewer rows can be read. The leak of
+    a query is (softmax mass off the queried key)/(mass on it). Let N(w, r, x) be the number of keys of width w, at most
+    n, that queries with scores up to r can read at a leak of at most x (`separable_keys`). With eps_s = (1-eta)/4, m is
+    the larger of two counts:
         N(d, radius, eps_s)  as in standard attention
         2(h-1)               for d >= 4, or h^2 with two caches, with h = N(floor(d/2), radius/2, sqrt(1 + eps_s) - 1):
                              the first half of the query's d coordinates picks the first token of the pair, the second
@@ -114,22 +118,32 @@ def tensor_space(
     p = within("p", p, 0.0, 1.0, low_open=True)
     copies = whole("heads", heads) * whole("layers", layers)
     rows = tensor_rows(n, d, caches=caches)
+    hides = values if radius is None else "binary"
+    levels, ratio = relative_levels(eta, hides), eps_s(eta)
+    if hides != "binary":  # the product of two values may be as large as the square of the largest
+        ratio = levels_leak(eta, hides) / (number_format(hides).top * number_format(hides).unit)
+    told = math.log2(levels)
+    number_format(values)
     constants: dict[str, Any] = {
         "n": n, "d": d, "dv": dv, "caches": caches, "pairs": n**2, "eta": eta, "p": p, "H2_p": H2(p), "heads": heads,
-        "layers": layers, "bits_per_row": row_bits(1, dv, p), "eps_s": eps_s(eta), "tau": tau(eta, eps_s(eta)),
+        "layers": layers, "values": hides, "levels": levels, "bits_per_value": told,
+        "bits_per_row": row_bits(1, dv, p, told), "eps_s": ratio,
     }  # fmt: skip
+    if hides == "binary":
+        constants["tau"] = tau(eta, ratio)
     if radius is None:
-        constants |= _keys(n, d, caches, eps_s(eta))
+        constants |= _keys(n, d, caches, ratio)
     else:
         constants["radius"] = positive("radius", radius)
         rows = _rows_within(n, d, caches, constants["radius"], eps_s(eta))
     constants["rows"] = rows
-    values = 2 * n * dv if caches == 4 else n**2 * dv  # numbers
-    possible = upper.caches(copies, 2 * n * d + values, "four caches" if caches == 4 else "key factors and pair values")
-    possible.append(upper.public_keys(copies, values // dv, dv))
+    stored = 2 * n * dv if caches == 4 else n**2 * dv  # numbers
+    kept = "four caches" if caches == 4 else "key factors and pair values"
+    possible = upper.caches(copies, 2 * n * d + stored, kept, values=values)
+    possible.append(upper.public_keys(copies, stored // dv, dv, told))
     return Floor.of(
-        copies * row_bits(rows, dv, p),
-        float(copies * values),
+        copies * row_bits(rows, dv, p, told),
+        float(copies * stored * told),
         f"tensor, {'four' if caches == 4 else 'two'} caches" + ("" if radius is None else ", norm-bounded"),
         _THEOREMS[caches],
         constants,
@@ -176,7 +190,7 @@ def _half_ratio(ratio: float) -> float:
     queried key).
     Law: (1 + x)^2 = 1 + ratio. The score of a pair is the sum of the scores of its halves, so masses multiply.
     """
-    return math.sqrt(1.0 + ratio) - 1.0
+    return ratio / (math.sqrt(1.0 + ratio) + 1.0)  # without cancellation
 
 
 def _caches(caches: int) -> int:

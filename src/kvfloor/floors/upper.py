@@ -9,6 +9,7 @@ the number of kv heads times layers.
 import math
 
 from kvfloor.floors.floor import Possible
+from kvfloor.floors.levels import number_format
 from kvfloor.floors.sampling import lazy_gumbel_tokens, subgen_numbers, subgen_plan
 from kvfloor.floors.taylor import LARGEST_RADIUS, taylor_degree, taylor_numbers
 from kvfloor.validation import one_of, whole
@@ -39,11 +40,11 @@ def running_sum_numbers(W: int, d: int, dv: int) -> int:
     return W * (d + dv) + dv + 1
 
 
-def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") -> list[Possible]:
+def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "", values: str = "fp16") -> list[Possible]:
     """List the memory sizes of exact attention in fp32, fp16 and bf16, at `numbers` stored numbers per head and layer.
 
     `copies` is the number of kv heads times layers. The name of each entry begins with `name`, and its condition ends
-    with `proviso`.
+    with `proviso`. `values` is the number format of the values; formats of fewer bits are left out.
     """
     return [
         Possible(
@@ -53,31 +54,39 @@ def caches(copies: int, numbers: int, name: str = "exact", proviso: str = "") ->
             "by definition",
         )
         for dtype, bits in FORMATS.items()
+        if bits >= number_format(values).bits
     ]
 
 
-def public_keys(copies: int, rows: int, dv: int) -> Possible:
-    """Return the memory that suffices to answer attention over the stream of a floor's proof: one bit per value.
+def public_keys(copies: int, rows: int, dv: int, told: float = 1.0) -> Possible:
+    """Return the memory that suffices to answer attention over the stream of a floor's proof.
 
-    In that stream, tokens with public keys (fixed in advance, not stored) hide rows of dv single-bit values. `copies`
-    is the number of kv heads times layers, `rows` the number of hidden rows per head and layer.
+    In that stream, tokens with public keys (fixed in advance, not stored) hide rows of dv values of `told` bits each.
+    `copies` is the number of kv heads times layers, `rows` the number of hidden rows per head and layer.
     """
-    return Possible("public keys", float(copies * rows * dv), "keys known to both sides, values of one bit", _DERIVED)
+    size = "one bit" if told == 1.0 else f"{told:.4g} bits"
+    return Possible(
+        "public keys", float(copies * rows * dv * told), f"keys known to both sides, values of {size}", _DERIVED
+    )
 
 
-def beside(copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool) -> list[Possible]:
+def beside(
+    copies: int, n: int, held: int, d: int, dv: int, *, windowed: bool, values: str = "fp16", told: float = 1.0
+) -> list[Possible]:
     """List memory sizes that suffice for standard attention at any error, to print beside a floor.
 
-    `copies` is the number of kv heads times layers; `held` of the `n` tokens are attended to. Listed are
-        exact caches            in fp32, fp16 and bf16
-        public keys             one bit per value, for keys that are fixed in advance
+    `copies` is the number of kv heads times layers; `held` of the `n` tokens are attended to. `values` is the number
+    format of the values, and `told` the bits of a value of the floor's proof. Listed are
+        exact caches            in fp32, fp16 and bf16, but none of fewer bits than the values
+        public keys             `told` bits per value, for keys that are fixed in advance
         window and running sum  for a sliding window (`windowed`) with older tokens. It is for the kind of attention in
                                 which older tokens keep logit 0 in the softmax
         lazy Gumbel             for d = 1 without a window: a method that draws tokens by their softmax weights
     """
     slides = windowed and n > held
     proviso = "; old tokens leave the softmax" if slides else ""
-    possible = [*caches(copies, held * (d + dv), proviso=proviso), public_keys(copies, held, dv)]
+    exact = caches(copies, held * (d + dv), proviso=proviso, values=values)
+    possible = [*exact, public_keys(copies, held, dv, told)]
     if slides:
         numbers = running_sum_numbers(held, d, dv)
         carry = math.ceil(math.log2(n - held))

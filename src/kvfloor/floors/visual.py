@@ -15,7 +15,8 @@ from kvfloor.floors import upper
 from kvfloor.floors.coherence import gap_known
 from kvfloor.floors.entropy import H2, row_bits
 from kvfloor.floors.floor import Floor
-from kvfloor.floors.separation import eps_s, tau
+from kvfloor.floors.levels import levels_leak, relative_levels
+from kvfloor.floors.separation import tau
 from kvfloor.floors.spike import spike_C
 from kvfloor.validation import relative_error, whole, within
 
@@ -83,6 +84,7 @@ def visual_space(
     p: float = 0.9,
     heads: int = 1,
     layers: int = 1,
+    values: str = "fp16",
 ) -> Floor:
     """Return a lower bound on the bits that any method of visual autoregression must hold after a pyramid of maps.
 
@@ -94,10 +96,11 @@ def visual_space(
                False: a further map, as large as the last, asks
     p          probability that a whole row, the dv values of one answer, is within a factor 1±eta of attention
     heads, layers   number of kv heads and of layers, which multiply the bound
-    Law: S >= heads layers `row_bits`(m, dv, p): for wide rows, m (p dv - H2(p)) times heads layers. S is the number of
-    bits, H2 the binary entropy, and m =
-    `visual_rows`(sides, last_asks) the number of tokens that hide values; m <= 2 for d = 1. Keys and queries may be of
-    any length.
+    values     number format of the values: fp16, bf16 or fp32; binary: single bits
+    Law: S >= heads layers `row_bits`(m, dv, p, log2 L): for wide rows, m (p dv log2 L - H2(p)) times heads layers. S is
+    the number of bits, H2 the binary entropy, L = `relative_levels`(eta, values) the number of values that answers tell
+    apart, and m = `visual_rows`(sides, last_asks) the number of tokens that hide values; m <= 2 for
+    d = 1. Keys and queries may be of any length.
     Returns a `Floor`: the bound, the numbers that it was computed from, and memory sizes that suffice. Raises
     ValueError naming the argument, what was given and what is allowed.
     """
@@ -111,22 +114,31 @@ def visual_space(
 
     tokens = visual_rows(sides)
 
+    levels, ratio = relative_levels(eta, values), levels_leak(eta, values)
+    told = math.log2(levels)
+
     def bits(last: bool) -> float:
-        return copies * row_bits(_readable(sides, d, last), dv, p)
+        return copies * row_bits(_readable(sides, d, last), dv, p, told)
 
     rows = _readable(sides, d, last_asks)
     constants: dict[str, Any] = {
         "n": n, "d": d, "dv": dv, "sides": list(sides), "tokens": tokens, "last_asks": last_asks, "eta": eta, "p": p,
-        "H2_p": H2(p), "heads": heads, "layers": layers, "bits_per_row": row_bits(1, dv, p), "rows": rows,
-        "rows_asked_at_once": n**2, "bits_if_the_last_map_asks": bits(True), "eps_s": eps_s(eta),
-        "tau": tau(eta, eps_s(eta)), "exact_bytes_fp16": copies * upper.exact_bytes(tokens, d, dv, "fp16"),
+        "H2_p": H2(p), "heads": heads, "layers": layers, "values": values, "levels": levels,
+        "bits_per_value": told, "bits_per_row": row_bits(1, dv, p, told), "rows": rows,
+        "rows_asked_at_once": n**2, "bits_if_the_last_map_asks": bits(True), "eps_s": ratio,
+        "exact_bytes_fp16": copies * upper.exact_bytes(tokens, d, dv, "fp16"),
         "exact_bytes_fp32": copies * upper.exact_bytes(tokens, d, dv, "fp32"),
     }  # fmt: skip
+    if values == "binary":
+        constants["tau"] = tau(eta, ratio)
     if rows:
         gap = gap_known(rows, d)
-        constants |= {"gap": gap, "C": visual_C(rows, n**2, gap, eps_s(eta))}
-    possible = [*upper.caches(copies, tokens * (d + dv)), upper.public_keys(copies, tokens, dv)]
-    return Floor.of(bits(last_asks), float(copies * tokens * dv), "visual pyramid", _THEOREM, constants, possible)
+        constants |= {"gap": gap, "C": visual_C(rows, n**2, gap, ratio)}
+    exact = upper.caches(copies, tokens * (d + dv), values=values)
+    possible = [*exact, upper.public_keys(copies, tokens, dv, told)]
+    return Floor.of(
+        bits(last_asks), float(copies * tokens * dv * told), "visual pyramid", _THEOREM, constants, possible
+    )
 
 
 def _readable(sides: Sequence[int], d: int, last_asks: bool) -> int:

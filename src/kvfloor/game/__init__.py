@@ -17,6 +17,7 @@ from kvfloor.core.method import Method
 from kvfloor.game.engine.instance import DTYPES, Instance, KeyedInstance
 from kvfloor.game.engine.result import Result
 from kvfloor.game.instances import packing, probing, sparse, spike, tensor, visual, window
+from kvfloor.game.instances.levels import format_of
 from kvfloor.game.keys.families import FAMILIES
 
 
@@ -55,13 +56,14 @@ ARGUMENTS: dict[str, str] = {
     "d": "Width of a key",
     "dv": "Width of a value; d (packing: 64) unless given",
     "bits": "Hidden bits per value coordinate, 1 to 24; 1, then once more than the message can hold, unless given",
-    "eta": "Relative error that answers may have, in [0, 1)",
+    "eta": "Relative error that answers may have, in [0, 1); 0.5, with values of one bit, unless given",
     "seed": "Seeds the public keys and the method, never the hidden bits",
     "dtype": f"What the method is opened for: {', '.join(DTYPES)}",
     "heads": "Kv heads, independent instances in one state",
     "layers": "Layers, likewise",
     "rows": "Rows to ask, drawn with replacement; all up to n = 16,384 unless given, else 2,048",
     "family": f"Public keys: {', '.join(FAMILIES)}; the one that separates best unless given",
+    "values": "fp16 or bf16: hide as many of its numbers as answers within eta tell apart; so does eta without bits",
     "codebook": "Hide which n of so many public keys come",
     "radius": "The largest logit; 32 unless given",
     "window": "Coded tokens at the end; a quarter of them unless given",
@@ -88,10 +90,12 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
     method     a method object or its text: "h2o@16" is H2O with a budget of 16 tokens
     arguments  the barrier's own, such as n (tokens), d (width of a key) and seed. `ARGUMENTS` describes them in a line
                each, the barrier's module in `instances` in full
-    Unless `bits` is given, values are of one bit, and the game is then played again, in this process, with values of so
-    many bits that more is hidden than the message can hold (24 at most). A method that hides memory elsewhere, behind
-    an idle message, answers more of these than the message holds, and "cheats". Else the result's `unseen_bits` are
-    those of the finer game, and its details have `finer_bits` (hidden per value) and `finer_certified_bits`.
+    If `eta` is given without `bits`, the barrier spike hides as many numbers of a 16-bit format as its floor claims at
+    this error (`values`; that of `dtype`, fp16 for float32). Else, unless `bits` is given, values are of one bit, and
+    the game is then played again, in this process, with values of so many bits that more is hidden than the message can
+    hold (24 at most). A method that hides memory elsewhere, behind an idle message, answers more of these than the
+    message holds, and "cheats". Else the result's `unseen_bits` are those of the finer game, and its details have
+    `finer_bits` (hidden per value) and `finer_certified_bits`.
     Raises ValueError for an unknown barrier, for an argument that the barrier does not take (either error lists what is
     allowed), and for the errors of the barrier's own `play`.
     """
@@ -101,8 +105,10 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
     foreign = [name for name in arguments if name not in chosen.arguments]
     if foreign:
         raise ValueError(f"barrier {barrier!r} takes no {foreign[0]}; it takes {', '.join(chosen.arguments)}")
+    if "eta" in arguments and "values" in chosen.arguments and not {"bits", "values", "codebook"} & arguments.keys():
+        arguments["values"] = format_of(arguments.get("dtype", "float32"))
     result = chosen.play(method, **arguments)
-    chosen_bits = "bits" in arguments or "bits" not in chosen.arguments
+    chosen_bits = "bits" not in chosen.arguments or not {"bits", "values"}.isdisjoint(arguments)
     return result if chosen_bits else _finer(method, chosen, arguments, result)
 
 
@@ -112,7 +118,7 @@ def _finer(method: Method | str, chosen: Barrier, arguments: dict[str, Any], res
     The number of bits per value is the least with which more is hidden than the message of the first game holds, or the
     most that the values' format has room for.
     """
-    values = result.hidden_bits // result.bits
+    values = int(result.hidden_bits / result.bits)
     bits = min(_SIGNIFICANT_BITS[arguments.get("dtype", "float32")], 2 + 8 * result.message_bytes // values)
     if result.verdict == "cheats" or bits <= result.bits:
         return result

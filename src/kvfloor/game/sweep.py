@@ -32,7 +32,7 @@ class Precision:
     verdict    the game's verdict: "holds", "breaks" or "cheats" (more was answered than the bytes can hold)
     """
 
-    hidden: int
+    hidden: float
     certified: float
     verdict: Verdict
 
@@ -52,7 +52,7 @@ class Packed:
 
     d: int
     radius: float
-    hidden_bits: int
+    hidden_bits: float
     certified_bits: float
     floor_bits: float
 

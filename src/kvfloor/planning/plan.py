@@ -27,12 +27,13 @@ from kvfloor.methods.grammar import parse
 from kvfloor.models.configuration import configuration
 from kvfloor.models.load import BUILTIN
 from kvfloor.splitting import shortened
-from kvfloor.validation import one_of, whole
+from kvfloor.validation import one_of, relative_error, whole
 
 BASELINES = ("exact", "quant(bits=8)", "quant(bits=4)")
 METHODS, BUDGETS = ("sinks", "h2o"), ("25%",)
 STOCK = "stock"
-PLANNED_DTYPES = ("bfloat16", "float16", "float32")
+_VALUES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+PLANNED_DTYPES = tuple(_VALUES)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class MemoryPlan:
     compressed_layers  number of layers with attention over all tokens; window_layers: with a sliding window
     own_bytes          bytes of the cache in all but the compressed layers: sliding windows, convolution and linear
                        states
+    floor_eta          relative error that answers may have, for which the floor is told; None: any error below 1
     floor_bytes        the floor: bytes that any method provably needs, on worst-case keys and values, for the whole
                        batch, summed over the layers for which the bound is known
     floor_layers       number of these layers: all with full or sliding-window attention, unless one tensor is both key
@@ -95,6 +97,7 @@ class MemoryPlan:
     compressed_layers: int
     window_layers: int
     own_bytes: int
+    floor_eta: float | None
     floor_bytes: int
     floor_layers: int
     lines: tuple[Line, ...]
@@ -113,6 +116,7 @@ def plan(
     methods: Sequence[str] | None = None,
     budgets: Sequence[str] | None = None,
     dtype: str = PLANNED_DTYPES[0],
+    eta: float | None = None,
     config: PreTrainedConfig | None = None,
 ) -> MemoryPlan:
     """Return the memory plan of a model, from its configuration: no weights are loaded and the model does not run.
@@ -127,12 +131,16 @@ def plan(
              that have no budget of their own; None: 25%. If `methods` is None too, a method is left out if 25% is no
              more than the tokens that the method never evicts
     dtype    bfloat16, float16 or float32: of the weights, and of keys and values
+    eta      relative error that answers may have, in [0, 1): the floor is that of values of `dtype`. None: the floor
+             that holds for every eta below 1, that of values of one bit
     config   the model's configuration, instead of the one of `model`
     Raises ValueError for bad input, and for a memory that does not hold the weights.
     """
     whole("context", context)
     whole("batch", batch)
     one_of("dtype", dtype, PLANNED_DTYPES)
+    values = "binary" if eta is None else _VALUES[dtype]
+    eta = None if eta is None else relative_error(eta)
     total = None if memory is None else _memory(memory)
     chosen = _methods(METHODS if methods is None else methods, BUDGETS if budgets is None else budgets)
     asked = methods is not None or budgets is not None
@@ -170,7 +178,8 @@ def plan(
         compressed_layers=len(shape.compressed),
         window_layers=len(shape.windows),
         own_bytes=shape.own_bytes(context),
-        floor_bytes=sum(_floor(layer, context, batch) for layer in bounded),
+        floor_eta=eta,
+        floor_bytes=sum(_floor(layer, context, batch, eta or 0.0, values) for layer in bounded),
         floor_layers=len(bounded),
         lines=tuple(lines),
     )
@@ -250,9 +259,12 @@ def _line(
     return Line(name, budget_tokens, after, after + own, max(after, before) + own, requests, longest, grows)
 
 
-def _floor(layer: LayerShape, context: int, batch: int) -> int:
-    window = {} if layer.window is None else {"attention": "window", "window": layer.window}
-    return floors.space(context, layer.d, layer.dv, heads=layer.heads, layers=batch, **window).bytes
+def _floor(layer: LayerShape, context: int, batch: int, eta: float, values: str) -> int:
+    attention = "standard" if layer.window is None else "window"
+    return floors.space(
+        context, layer.d, layer.dv, attention=attention, window=layer.window, eta=eta, heads=layer.heads, layers=batch,
+        values=values,
+    ).bytes  # fmt: skip
 
 
 def _positions(config: PreTrainedConfig) -> int | None:

@@ -24,7 +24,7 @@ from kvfloor.audit.plan import BASELINES
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.files import replace_file
-from kvfloor.report import divergence, heatmap, ladder, multiples, tables
+from kvfloor.report import divergence, heatmap, ladder, multiples, plane, tables
 from kvfloor.report.chart import Chart
 from kvfloor.report.decision import decision_chart
 from kvfloor.report.environment import environment
@@ -117,6 +117,7 @@ def page(
                 (row.context for row in texts if row.text in {one.text for one in error_maps}), default=0
             ),
             examples=examples,
+            planes=plane.planes(rows, texts, error_maps, drawn),
             ladders=ladder.ladders(by_head),
             ladder_frame=ladder,
             heads=by_head,

@@ -39,7 +39,8 @@ def _pairs(plan: MemoryPlan) -> list[tuple[str, str]]:
     layers = f"{counted(plan.compressed_layers, 'layer')} with full attention"
     layers += f", {plan.window_layers} with a sliding window" if plan.window_layers else ""
     cache = f"{plan.context:,} tokens" if plan.batch == 1 else f"{plan.batch:,} requests of {plan.context:,} tokens"
-    floor = f"{bytes_text(plan.floor_bytes)} for any method, in the worst case over keys and values"
+    within = "any relative error below 1" if plan.floor_eta is None else f"a relative error of {plan.floor_eta:g}"
+    floor = f"{bytes_text(plan.floor_bytes)} for any method, in the worst case over keys and values, at {within}"
     unproved = plan.compressed_layers + plan.window_layers - plan.floor_layers
     floor += f"; {counted(unproved, 'latent layer')} without a floor" if unproved else ""
     pairs = [

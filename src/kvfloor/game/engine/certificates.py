@@ -105,7 +105,7 @@ def certified(gains: Sequence[float], alpha: float = ALPHA) -> float:
     return max(0.0, max(gains) - math.log2(len(gains)) - math.log2(1.0 / alpha))
 
 
-def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: float = ALPHA) -> float:
+def certified_from_sample(n: int, row_bits: float, wrong: int, drawn: int, alpha: float = ALPHA) -> float:
     """Return the bits that a message about `n` rows certifiably carries at confidence 1 - alpha, by a sample of rows.
 
     n         number of hidden rows; a row is the dv hidden values that one query reads
@@ -117,7 +117,7 @@ def certified_from_sample(n: int, row_bits: int, wrong: int, drawn: int, alpha: 
     Clopper-Pearson limit on the share of wrong rows at alpha/2. The result is 0 for e >= 1 - 2^-row_bits, the error
     rate of guessing.
     """
-    n, row_bits = whole("n", n), whole("row_bits", row_bits)
+    n, row_bits = whole("n", n), within("row_bits", row_bits, 0.0, math.inf, low_open=True, high_open=True)
     e = clopper_pearson_limit(wrong, drawn, alpha / 2.0)
     if e >= 1.0 - 2.0**-row_bits:
         return 0.0

@@ -184,7 +184,7 @@ def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_fro
         gains = {
             "hard": certificates.hard(m * dv * bits, int(wrong.sum())),
             "erasure": certificates.erasure(dv * bits, wrong_bits(trusted_levels, hidden, bits), trusted),
-            "log-loss": certificates.log_loss(predictor_gains(answers, trusted, hidden, bits)),
+            "log-loss": certificates.log_loss(predictor_gains(answers, trusted, hidden, 2**bits)),
             "rows": certificates.rows(log2_chance, m - int(answered.sum())),
         }
         kind, value = max(gains, key=lambda name: gains[name]), certificates.certified(list(gains.values()))

@@ -126,7 +126,12 @@ class Instance(ABC):
     # ---- common to all barriers ----------------------------------------------------------------------------
 
     @property
-    def hidden_bits(self) -> int:
+    def value_bits(self) -> float:
+        """Return the bits that Alice hides in one value."""
+        return self.bits
+
+    @property
+    def hidden_bits(self) -> float:
         """Return the number of bits that Alice hides in all streams together."""
         return self.copies * self.rows * self.dv * self.bits
 
@@ -139,6 +144,14 @@ class Instance(ABC):
         """
         return row_bits(self.copies * self.rows, self.dv, SUCCESS, *information(self.bits, self.eta))
 
+    def draw(self, hidden: Hidden) -> Tensor:
+        """Draw the hidden levels (copies * rows, dv), int64, that Alice streams."""
+        return hidden.levels(self.copies * self.rows, self.dv, self.bits)
+
+    def streamed(self, levels: Tensor) -> Tensor:
+        """Return the numbers, float64, that hidden levels are streamed as: level x as x / (2^bits - 1)."""
+        return levels.double() / (2**self.bits - 1)
+
     def spec(self) -> Spec:
         """Return the sizes, dtype, scale and seed for which the method opens Alice's state.
 
@@ -149,10 +162,10 @@ class Instance(ABC):
     def feed(self, state: State, levels: Tensor, hidden: Hidden) -> None:
         """Append all of Alice's tokens to the state in order, then seal the state, which marks the end of the prompt.
 
-        levels (copies * rows, dv) are the hidden levels: level x becomes the value x / (2^bits - 1). `hidden` draws
-        token positions that only Alice knows, in games that have such positions.
+        levels (copies * rows, dv) are the hidden levels, which become values (`streamed`). `hidden` draws token
+        positions that only Alice knows, in games that have such positions.
         """
-        values = (levels.double() / (2**self.bits - 1)).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
+        values = self.streamed(levels).view(self.copies, self.rows, self.dv).to(DTYPES[self.dtype])
         for k, v in self.stream(values, hidden):
             self.take_in(state, k, v)
         state.seal()

@@ -116,7 +116,7 @@ def play_index(
     lifted = instance.lift(parse(method) if isinstance(method, str) else method)
     method = resolve(lifted, instance.spec(), length=instance.length)
     request = _request(method_text(method, given), instance)
-    levels = hidden.levels(instance.copies * instance.rows, instance.dv, instance.bits)
+    levels = instance.draw(hidden)
     state = method.open(instance.spec())
     instance.feed(state, levels, hidden)
     payload_bytes = 0

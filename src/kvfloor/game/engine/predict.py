@@ -26,20 +26,20 @@ _CERTAIN_AND_NOT = (1.0 - 2.0**-7, 2.0**-7)  # belief in a trusted and in an unt
 _EQUAL_BELIEFS = (1.0 - 2.0**-20, 0.75, 0.25, 0.05)
 
 
-def log2_level_probability(centre: Tensor, level: Tensor, bits: int, width: float, uniform_share: float) -> Tensor:
+def log2_level_probability(centre: Tensor, level: Tensor, levels: int, width: float, uniform_share: float) -> Tensor:
     """Return log2 of the probability of `level`, predicted by a logistic distribution around the answer `centre`.
 
-    `centre`, `level` and the result have one shape. Levels are 0..2^bits-1, and `centre` is in the same unit: an answer
-    times 2^bits - 1. `width` is the scale of the logistic, and `uniform_share` the share of a uniform distribution over
-    all levels that is mixed in.
+    `centre`, `level` and the result have one shape. Levels are 0..levels-1, and `centre` is in the same unit. `width`
+    is the scale of the logistic, and `uniform_share` the share of a uniform distribution over all levels that is mixed
+    in.
     """
-    top = 2**bits - 1
+    top = levels - 1
     below = torch.where(level == 0, -math.inf, (level - 0.5 - centre) / width)
     above = torch.where(level == top, math.inf, (level + 0.5 - centre) / width)
     right = below + above > 0  # sigmoid loses nothing on the negative side
     low, high = torch.where(right, -above, below), torch.where(right, -below, above)
     mass = torch.sigmoid(high) - torch.sigmoid(low)
-    return torch.log2((1.0 - uniform_share) * mass + uniform_share / 2**bits)
+    return torch.log2((1.0 - uniform_share) * mass + uniform_share / levels)
 
 
 def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
@@ -52,13 +52,13 @@ def log2_row_gain(row_gain: Tensor, belief: Tensor) -> Tensor:
     return torch.logaddexp2(row_gain + torch.log2(belief), torch.log2(1.0 - belief))
 
 
-def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int) -> list[float]:
+def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, levels: int) -> list[float]:
     """Return the gain, in bits, of each predictor in a fixed public list, for answers and hidden levels (m, dv).
 
-    An answer is in the unit of the streamed numbers, in which level x is x / (2^bits - 1); `hidden` has the levels x.
+    An answer is on a scale on which level x is x / (levels - 1); `hidden` has the levels x of 0..levels-1.
     A predictor gives, from the answers alone, a probability P to the dv hidden levels of each row. Its gain is the sum
-    over all rows of dv * bits + log2 P. P is the product of one logistic distribution per value, mixed with a guess.
-    The predictors are all combinations of
+    over all rows of dv log2(levels) + log2 P. P is the product of one logistic distribution per value, mixed with a
+    guess. The predictors are all combinations of
         scaling        two: the answers as they are, or divided by the largest answer of their row
         width          scale of the logistic distribution, from 1/64 of a level to half the range
         uniform share  share of a uniform distribution that is mixed into each value's distribution: two values
@@ -69,22 +69,22 @@ def predictor_gains(answers: Tensor, trusted: Tensor, hidden: Tensor, bits: int)
     beliefs = [torch.where(trusted, *(torch.tensor(b, dtype=torch.float64) for b in _CERTAIN_AND_NOT))]
     beliefs += [torch.full((m,), b, dtype=torch.float64) for b in _EQUAL_BELIEFS]
     gains = []
-    for centre in _centres(answers, bits):
-        for width in (2.0**power for power in range(-6, bits)):
+    for centre in _centres(answers, levels):
+        for width in (2.0**power for power in range(-6, (levels - 1).bit_length())):
             for uniform_share in _UNIFORM_SHARES:
-                entries = log2_level_probability(centre, hidden, bits, width, uniform_share)
-                row_gain = (bits + entries).sum(dim=1)
+                entries = log2_level_probability(centre, hidden, levels, width, uniform_share)
+                row_gain = (math.log2(levels) + entries).sum(dim=1)
                 gains += [log2_row_gain(row_gain, belief).sum().item() for belief in beliefs]
     return gains
 
 
-def _centres(answers: Tensor, bits: int) -> Iterator[Tensor]:
+def _centres(answers: Tensor, levels: int) -> Iterator[Tensor]:
     """Yield two scalings of the answers (m, dv), each (m, dv) in units of the level spacing.
 
-    The answers are in the unit of the streamed numbers. The first scaling multiplies them by 2^bits - 1. In the second,
-    each row is scaled so that its largest answer lies on the top level.
+    On the answers' scale the top level is 1. The first scaling multiplies them by levels - 1. In the second, each row
+    is scaled so that its largest answer lies on the top level.
     """
-    top = 2**bits - 1
+    top = levels - 1
     answers = torch.nan_to_num(answers.double(), nan=0.5, posinf=1.0, neginf=0.0)
     yield answers * top
     yield answers / answers.amax(dim=1, keepdim=True).clamp_min(1e-3) * top

@@ -17,6 +17,7 @@ from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
+from kvfloor.floors.levels import level_values
 from kvfloor.game.keys.families import FAMILIES
 from kvfloor.validation import whole
 
@@ -25,6 +26,8 @@ from kvfloor.validation import whole
 class PublicBits(Method):
     """Store only the hidden levels of n tokens with public keys, packed into n * dv * bits bits per stream.
 
+    `values` names the number format of the levels, if they are those that answers within a factor 1±`eta` tell apart
+    (`floors.level_values`); else they are equally spaced in [0, 1].
     `family` (name of the rule that makes the keys, such as "chirp"), `n` and `key_seed` define the keys, so keys need
     no memory. The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of [0,
     1]; other keys raise ValueError. With one bit per value, the message without its header has as many bits (in whole
@@ -37,12 +40,23 @@ class PublicBits(Method):
     n: int
     key_seed: int
     bits: int = 1
+    values: str = ""
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         whole("n", self.n)
         whole("bits", self.bits)
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+
+        if self.values:
+            level_values(self.eta, self.values)
+
+    def numbers(self) -> Tensor:
+        """Return the numbers (levels,), float64, that hidden levels are streamed as, ascending."""
+        if self.values:
+            return torch.tensor(level_values(self.eta, self.values), dtype=torch.float64)
+        return torch.arange(2**self.bits, dtype=torch.float64) / (2**self.bits - 1)
 
     @property
     def traits(self) -> Traits:
@@ -82,7 +96,10 @@ class PublicBitsState(State[PublicBits]):
 
     def _append(self, k: Tensor, v: Tensor, take: Tensor) -> None:
         plan, start, count = self.method, int(self.seen[0]), int(take[0])
-        levels = (v[:, :count].double() * (2**plan.bits - 1)).round().long().numpy()
+        if plan.values:
+            levels = torch.searchsorted(plan.numbers(), v[:, :count].double().contiguous()).numpy()
+        else:
+            levels = (v[:, :count].double() * (2**plan.bits - 1)).round().long().numpy()
         bits = self._levels()
         bits[:, start : start + count] = levels[..., None] >> np.arange(plan.bits)[::-1] & 1
         self.packed = torch.from_numpy(np.packbits(bits.reshape(self.spec.rows, -1), axis=1))
@@ -91,7 +108,8 @@ class PublicBitsState(State[PublicBits]):
     def _read(self, q: Tensor) -> Partial:
         plan, seen = self.method, int(self.seen[0])
         levels = torch.from_numpy(self._levels() @ (1 << np.arange(plan.bits)[::-1]))[:, :seen]
-        values = (levels.double() / (2**plan.bits - 1)).to(self.spec.dtype)
+        values = plan.numbers()[levels] if plan.values else levels.double() / (2**plan.bits - 1)
+        values = values.to(self.spec.dtype)
         keys = self.shared["keys"][:seen].expand(self.spec.rows, -1, -1)
         return Partial.over(q, keys, values, self.spec)
 

@@ -31,14 +31,14 @@ class Result:
     barrier              name of the kind of game
     n                    hidden rows per stream, a row being the dv values that one query reads
     d, dv                widths of a key and of a value
-    bits                 hidden bits per value
+    bits                 hidden bits per value: a whole number, or log2 of the number of levels of a number format
     eta                  relative error that answers may have
     seed                 seed of the public keys
     hidden_bits          bits hidden in all streams together
     certified_bits       bits that the message (the bytes of Alice's state) provably carries
     live_certified_bits  bits that Alice's own state (the live state) provably carries
     bits_per_value       certified bits per hidden value: the precision that the method keeps, at most `bits`
-    bit_error            share of hidden bits decoded wrong
+    bit_error            share of hidden bits decoded wrong; of hidden values, for levels of a number format
     row_success          share of rows answered within a factor 1±eta. row_success and bit_error are of the state
                          restored from the message, or of the live state if none could be restored
     alpha                1 - alpha is the confidence of the certified bits
@@ -68,11 +68,11 @@ class Result:
     n: int
     d: int
     dv: int
-    bits: int
+    bits: float
     eta: float
     seed: int
     alpha: float
-    hidden_bits: int
+    hidden_bits: float
     bit_error: float
     certified_bits: float
     live_certified_bits: float
@@ -150,8 +150,9 @@ def conclude(
     certified = 0.0 if played.restored is None else sent.certified_bits
     verdict, why = judge_bytes(played, live, sent, certified)
     return Result(
-        method=played.method, barrier=instance.barrier, n=instance.rows, d=instance.d, dv=instance.dv, bits=bits,
-        eta=eta, seed=seed, alpha=ALPHA, hidden_bits=instance.hidden_bits, bit_error=sent.bit_error,
+        method=played.method, barrier=instance.barrier, n=instance.rows, d=instance.d, dv=instance.dv,
+        bits=instance.value_bits, eta=eta, seed=seed, alpha=ALPHA,
+        hidden_bits=instance.hidden_bits, bit_error=sent.bit_error,
         certified_bits=certified, live_certified_bits=live.certified_bits,
         bits_per_value=certified / (total * instance.dv), message_bytes=played.message_bytes,
         payload_bytes=played.payload_bytes, state_bytes=played.state_bytes,

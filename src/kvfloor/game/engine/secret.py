@@ -29,6 +29,10 @@ class Hidden:
         words = torch.frombuffer(bytearray(self._stream("values", 4 * rows * dv)), dtype=torch.int32)
         return (words.long() & (2**bits - 1)).view(rows, dv)
 
+    def choices(self, rows: int, dv: int, count: int) -> Tensor:
+        """Draw hidden levels (rows, dv), int64, independent and, but for a share of 2^-40, uniform in [0, count)."""
+        return (self._whole("values", rows * dv) % count).view(rows, dv)
+
     def rows(self, n: int, count: int) -> Tensor:
         """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 

@@ -59,7 +59,7 @@ class Codebook(KeyedInstance):
         return self.n
 
     @property
-    def hidden_bits(self) -> int:
+    def hidden_bits(self) -> float:
         return int(log2_choose(self.codebook, self.n)) + self.n * self.dv * self.bits
 
     @property
@@ -104,7 +104,7 @@ class Codebook(KeyedInstance):
         for width in (2.0**power for power in range(-6, self.bits)):
             for share in _UNIFORM_SHARES:
                 centre = answers[both].double() * (2**self.bits - 1)
-                entries = log2_level_probability(centre, levels[both], self.bits, width, share)
+                entries = log2_level_probability(centre, levels[both], 2**self.bits, width, share)
                 row_gain = (self.bits + entries).sum(dim=1)
                 for belief in _BELIEFS:
                     total = log2_row_gain(row_gain, torch.full_like(row_gain, belief)).sum().item()

@@ -24,6 +24,7 @@ from kvfloor.game.engine.public_bits import PublicBits
 from kvfloor.game.engine.result import Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.codebook import play as play_codebook
+from kvfloor.game.instances.levels import play as play_levels
 from kvfloor.validation import whole
 
 ALL_ROWS_UP_TO = 16_384
@@ -81,6 +82,7 @@ def play(
     hidden_seed: int | str | None = None,
     family: str | None = None,
     codebook: int | None = None,
+    values: str | None = None,
     isolated: bool = True,
 ) -> Result:
     """Play the spike game against a method and certify the bits that its message, the bytes of its state, carries.
@@ -103,11 +105,16 @@ def play(
                  width d best
     codebook     size of a public set from which Alice chooses the n keys in secret, so that the keys hide bits too
                  (`kvfloor.game.instances.codebook`); None: all n public keys are streamed
+    values       fp16 or bf16: hide as many numbers of this format as answers within 1±eta tell apart, as the floor of
+                 `floors.space` does, in place of 2^bits equally spaced ones (`kvfloor.game.instances.levels`). None:
+                 values of `bits` bits
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
     Raises ValueError naming the argument that is out of its domain, or the reason that the method cannot be rebuilt.
     """
+    if values is not None and (codebook is not None or bits != 1):
+        raise ValueError(f"values={values!r} says how many levels are hidden: leave bits and codebook out")
     if codebook is not None:
         if heads != 1 or layers != 1 or rows is not None:
             raise ValueError("codebook plays one head and asks for every key: leave heads, layers and rows out")
@@ -115,12 +122,18 @@ def play(
             method, codebook=codebook, n=n, d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype,
             hidden_seed=hidden_seed, family=family, isolated=isolated,
         )  # fmt: skip
-    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     n, copies = whole("n", n), whole("heads", heads) * whole("layers", layers)
-    instance = Spike(**shared, n=n, public=keys_for(shared, n, family), copies=copies)
     if rows is None:
         rows = copies * n if copies * n <= ALL_ROWS_UP_TO else ROWS_SAMPLED
-    sampled = rows if whole("rows", rows) < copies * n else None
+    whole("rows", rows)
+    if values is not None:
+        return play_levels(
+            method, values=values, n=n, d=d, dv=dv, eta=eta, seed=seed, heads=heads, layers=layers, dtype=dtype,
+            rows=rows, hidden_seed=hidden_seed, family=family, isolated=isolated,
+        )  # fmt: skip
+    shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
+    instance = Spike(**shared, n=n, public=keys_for(shared, n, family), copies=copies)
+    sampled = rows if rows < copies * n else None
     played = play_index(method, instance, Hidden(hidden_seed), sampled, isolated=isolated)
     row = played.rows % n
     worst = instance.queries(row)[1].min().item()
