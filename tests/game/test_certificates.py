@@ -138,6 +138,7 @@ def test_rows_by_hand():
     assert certificates.rows(torch.full((10,), -8.0), 0) == pytest.approx(80.0)
     assert certificates.rows(torch.full((10,), -8.0), 10) == certificates.rows(torch.zeros(10), 3) == 0.0
     assert certificates.rows(torch.full((4,), -1536.0), 1) > 3 * 1536 - 8
+    assert certificates.rows(torch.full((4,), -torch.inf), 4) == 0.0  # answers that serve no row
     with pytest.raises(ValueError, match="wrong must be at most m = 4, got 5"):
         certificates.rows(torch.zeros(4), 5)
 

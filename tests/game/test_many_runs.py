@@ -1,6 +1,7 @@
 """The certificates' promise, over many games: more bits than were sent are claimed with probability alpha at most."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -77,6 +78,39 @@ def test_no_method_claims_more_than_its_bytes_in_any_game():
 def test_no_method_claims_more_than_its_bytes_in_a_thousand_games():
     methods = list(dict.fromkeys(METHODS + REGISTERED))
     assert len(violations(1000, methods)) <= binomial_limit(1000, certificates.ALPHA) == 0
+
+
+# ---- no method that answers holds less than the floor ----------------------------------------------------------------
+
+CODED = ["exact:k8v8", "exact:k4v4", "exact:k2v2", "sinks(4):k4v3@40", "h2o(recent=8):k5v4@44", "exact:kivi4"]
+ERRORS = [0.0, 0.001, 0.01, 0.1, 0.3, 0.5, 0.9]
+FLOORED = [given for given in GAMES if given.get("barrier") != "probing"]  # whose floor is one of time
+
+
+def below_the_floor(runs, methods):
+    """Return those of the first `runs` games that are won with fewer bits than their floor, and how many are won."""
+    found, won = [], 0
+    plays = list(itertools.product(ERRORS, FLOORED, methods))
+    for run in range(runs):
+        seed, (eta, given, text) = run // len(plays), plays[run % len(plays)]
+        given = {"n": 48, "d": 32, "eta": eta, "seed": seed, "hidden_seed": f"{run}/floors", "isolated": False} | given
+        result = play(text, **given)
+        won += result.verdict == "holds"
+        if result.verdict == "holds" and 8 * min(result.message_bytes, result.state_bytes) < result.floor_bits:
+            found.append((text, given, result.floor_bits, result.message_bytes))
+    return found, won
+
+
+def test_no_method_that_answers_holds_less_than_the_floor():
+    found, won = below_the_floor(len(ERRORS) * len(FLOORED), ["exact:k4v4"])
+    assert not found and won > 20
+
+
+@pytest.mark.slow
+def test_no_method_that_answers_holds_less_than_the_floor_in_ten_thousand_games():
+    methods = list(dict.fromkeys(METHODS + CODED + REGISTERED))
+    found, won = below_the_floor(10_000, methods)
+    assert not found and won > 1000
 
 
 # ---- tight payloads, at an alpha that is reached --------------------------------------------------------------------

@@ -84,7 +84,8 @@ def rows(log2_chance: Tensor, wrong: int) -> float:
         raise ValueError(f"wrong must be at most m = {m}, got {wrong}")
     log_hit = (log2_chance.double() * math.log(2.0)).clamp_max(0.0)
     log_miss = torch.log1p(-log_hit.exp())  # -inf where every row is served
-    low, high = 0.0, 64.0 + math.log(m + 1.0) - 2.0 * log_hit[log_hit.isfinite()].min().item() if m else 0.0
+    possible = log_hit[log_hit.isfinite()]  # an answer may serve no row at all
+    low, high = 0.0, 64.0 + math.log(m + 1.0) - 2.0 * (possible.min().item() if len(possible) else 0.0)
     for _ in range(200):  # any t gives a bound; at the best one, `wrong` answers miss on average
         t = 0.5 * (low + high)
         either = torch.logaddexp(log_hit, log_miss - t)
