@@ -125,6 +125,19 @@ def test_levels_fall_with_the_error_and_the_leak(eta, other, leak, more, values)
     assert floors.relative_levels(low, "fp16") <= floors.relative_levels(low, "bf16")
 
 
+@pytest.mark.parametrize("eta", [0.003, 0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("values", ["fp16", "bf16"])
+def test_a_code_of_as_many_words_answers_every_number_of_the_format(values, eta):
+    """A logarithmic code: each word answers all numbers of an interval within 1±eta, and L words cover the format."""
+    unit, ratio = number_format(values).unit, (1 + Fraction(eta)) / (1 - Fraction(eta))
+    words, done = 0, Fraction(-1)
+    for number in numbers(values):
+        value = int(number / unit)
+        if value > done:
+            words, done = words + 1, value * ratio
+    assert words == floors.relative_levels(eta, values)
+
+
 # ---- no message is shorter -------------------------------------------------------------------------------------
 
 TINY = Format(4, 1, 3, 1.0)  # 0, 1, 2, 3, 4, 6, 8, 12
