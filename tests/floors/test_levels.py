@@ -71,6 +71,15 @@ def test_the_worst_answers_to_neighbouring_levels_stay_apart(values, eta):
         assert eta > 0.9 or bool((too_much > lowest).any())  # a mutant that allows eight times the leak
 
 
+def test_levels_of_fp32_are_numbers_of_it_counted_quickly_and_nearly_all():
+    for eta, most in ((0.5, 176), (0.1, 952), (0.01, 9433), (0.001, 93_181)):
+        found = np.array(floors.level_values(eta, "fp32"))
+        assert 0.95 * most <= len(found) <= most
+        assert bool((found.astype(np.float32).astype(float) == found).all()) and found[1] <= 2.0**-136
+    counts = [floors.relative_levels(10.0 ** (-step / 8), "fp32") for step in range(1, 60)]
+    assert counts == sorted(counts) and counts[-1] > 10**8 / 2
+
+
 def test_the_closed_form_forgets_that_small_numbers_are_sparse():
     """2 + floor(ln(largest/least)/ln((1+eta)/(1-eta))) counts values that fp16 does not have."""
     for values, eta, levels, closed in (
@@ -123,6 +132,19 @@ def test_levels_fall_with_the_error_and_the_leak(eta, other, leak, more, values)
         assert count(low, values, little) >= count(low, values, much)
         assert count(low, "fp32", 0.5) >= count(low, "fp16", 0.5)
     assert floors.relative_levels(low, "fp16") <= floors.relative_levels(low, "bf16")
+
+
+@pytest.mark.parametrize("eta", [0.003, 0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("values", ["fp16", "bf16"])
+def test_a_code_of_as_many_words_answers_every_number_of_the_format(values, eta):
+    """A logarithmic code: each word answers all numbers of an interval within 1±eta, and L words cover the format."""
+    unit, ratio = number_format(values).unit, (1 + Fraction(eta)) / (1 - Fraction(eta))
+    words, done = 0, Fraction(-1)
+    for number in numbers(values):
+        value = int(number / unit)
+        if value > done:
+            words, done = words + 1, value * ratio
+    assert words == floors.relative_levels(eta, values)
 
 
 # ---- no message is shorter -------------------------------------------------------------------------------------
@@ -227,6 +249,33 @@ def test_levels_under_a_radius_stay_apart_at_its_leak(values, radius, eta):
     assert floor.bits <= floors.space(n, d, eta=eta, values=values).bits
     if constants["rows"] > 1 and levels < floors.relative_levels(eta, values):
         assert floors.relative_levels(eta, values, 4096 * leak) < levels  # the leak counts
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2, 0.6])
+@pytest.mark.parametrize(("n", "radius"), [*itertools.product((1, 7, 16, 41), (5.0, 9.0, 14.0, 30.0)), (16, 60.0)])
+def test_attention_under_a_radius_tells_the_levels_that_are_claimed(radius, eta, n):
+    """Keys ±e_i, repeated unevenly, and the receiver's own token: the worst values of all others, the worst answers."""
+    floor = floors.space(n, 8, 1, eta=eta, radius=radius)
+    rows, levels = floor.constants["rows"], floor.constants["levels"]
+    keys = np.concatenate([np.eye(8), -np.eye(8)])[:rows]
+    token = np.arange(n) % rows
+    logits = radius * keys[token] @ keys.T  # (n, rows): the query of each row is radius times its key
+    mass = np.concatenate([np.exp(logits), np.ones((1, rows))])  # his own token has key 0 and value 0
+    weights = mass / mass.sum(axis=0)
+    chain = counting._relative_runs(eta, VALUES["fp16"], 2.0 * _ratio(floor) if rows > 1 else 0.0)
+    numbers = [0] + [v for start, step, count in chain for v in range(start + step, start + step * count + 1, step)]
+    assert len(numbers) >= levels
+    own = np.array([weights[:n][token == row, row].sum() for row in range(rows)])
+    others = np.array([weights[:n][token != row, row].sum() for row in range(rows)])
+    for low, high in itertools.pairwise(numbers):
+        highest = (1 + eta) * (own * low + others * VALUES["fp16"].top)
+        assert bool((highest < (1 - eta) * own * high * (1 + 1e-12)).all())
+
+
+def _ratio(floor: floors.Floor) -> float:
+    """Return the leak for which keys were counted: half of that at which levels were."""
+    n, rows = floor.constants["n"], floor.constants["rows"]
+    return floor.constants["eps_s"] / (math.ceil(n / rows) / (n // rows) if rows < n else 1.0)
 
 
 def test_additive_floor_by_hand_and_by_kind_of_values():

@@ -16,6 +16,8 @@ from fractions import Fraction
 
 from kvfloor.validation import one_of, relative_error, within
 
+_ALL_FRACTIONS = 16  # formats of more fraction bits are thinned out
+
 
 @dataclass(frozen=True)
 class Format:
@@ -69,6 +71,20 @@ def number_format(values: str) -> Format:
     return VALUES[one_of("values", values, tuple(VALUES))]
 
 
+def _used(values: str, eta: float) -> Format:
+    """Return the numbers of a format of which levels are taken: all of a 16-bit format.
+
+    Of fp32 they are those of the fewest fraction bits, from 10 to 23, that leave 128 numbers between neighbouring
+    levels of normal size. That costs a few hundredths of the levels, and counts them in a fraction of a second.
+    """
+    kind = number_format(values)
+    if kind.fraction <= _ALL_FRACTIONS:
+        return kind
+    spread = 2.0 * eta / (1.0 - eta)
+    fraction = next((bits for bits in range(10, kind.fraction) if 2.0**bits * spread >= 128.0), kind.fraction)
+    return Format(kind.bits, fraction, kind.binades, kind.unit * 2.0 ** (kind.fraction - fraction))
+
+
 def relative_levels(eta: float, values: str = "fp16", leak: float = 0.0) -> int:
     """Count the non-negative values of a format that answers within a factor 1±eta tell apart, 0 among them.
 
@@ -77,6 +93,7 @@ def relative_levels(eta: float, values: str = "fp16", leak: float = 0.0) -> int:
     Law: the largest number L of values 0 = x_0 < x_1 < ... of the format with (1+eta) (x_j + leak x_top) < (1-eta)
     x_{j+1}, where x_top is the format's largest value. Without a leak this is about 2 + ln(largest/least)/ln((1+eta)/
     (1-eta)), but where the format has fewer values. L is at least 1: the value 0 alone tells nothing.
+    Of fp32, numbers of fewer fraction bits are counted where a finer one would hardly add a level.
     Derived here. Raises ValueError naming the argument, what was given and what is allowed.
     """
     eta, leak = relative_error(eta), within("leak", leak, 0.0, math.inf, high_open=True)
@@ -89,8 +106,8 @@ def level_values(eta: float, values: str = "fp16") -> list[float]:
 
     `values` is their number format. There are `relative_levels`(eta, values) of them.
     """
-    kind, found = number_format(values), [0]
-    for start, step, count in _relative_runs(relative_error(eta), kind, 0.0):
+    kind, found = _used(values, relative_error(eta)), [0]
+    for start, step, count in _relative_runs(eta, kind, 0.0):
         found += range(start + step, start + step * count + 1, step)
     return [value * kind.unit for value in found]
 
@@ -103,7 +120,7 @@ def levels_leak(eta: float, values: str = "fp16") -> float:
     of the hidden values x_0 < x_1 < ... < x_top (`level_values`).
     Law: half of the least ((1-eta) x_{j+1} - (1+eta) x_j) / ((1+eta) x_top), and at most (1-eta)/4. Derived here.
     """
-    eta, kind = relative_error(eta), number_format(values)
+    kind = _used(values, relative_error(eta))
     up, down = 1 + Fraction(eta), 1 - Fraction(eta)
     room = Fraction(kind.top)
     for start, step, count in _relative_runs(eta, kind, 0.0):
@@ -145,7 +162,7 @@ def additive_leak(error: float, values: str = "fp16") -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _count(eta: float, values: str, leak: float) -> int:
-    return 1 + sum(count for _, _, count in _relative_runs(eta, VALUES[values], leak))
+    return 1 + sum(count for _, _, count in _relative_runs(eta, _used(values, eta), leak))
 
 
 def _relative_runs(eta: float, kind: Format, leak: float) -> Iterator[tuple[int, int, int]]:
