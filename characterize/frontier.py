@@ -133,7 +133,7 @@ SOURCES = {
     ),
     "smollm2-4096": FrontierSource(
         *("smollm2", "SmolLM2-135M", 30, 3, 64, 3, 4096),
-        ((BRIEF, (*BUDGETS, *FEWEST)),),
+        ((BRIEF, (*BUDGETS, *FEWEST)), (("snapkv:k5v4", "snapkv:k4v3"), ("1.5625%",))),
         "frontier-smollm2-4096.svg",
     ),
     "gemma3-270m-2048": FrontierSource(

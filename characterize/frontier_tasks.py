@@ -5,8 +5,8 @@
 Three settings of equal bytes: `h2o` and `snapkv` with few tokens, and `snapkv:k4v3` with more tokens in 4 bits for keys
 and 3 for values. The tasks are RULER's, in contexts of 1,024 tokens whose question is visible while they are
 compressed. Every policy sees the whole prompt before it evicts, so one run of the model serves all settings. An answer
-ends after 48 tokens. Shares of bytes are those of `characterize/frontier.py`. The budget of a setting is the largest
-whose share is at most 1/8.
+ends after 48 tokens. Rows of tasks that are not asked for stay in the table. Shares of bytes are those of
+`characterize/frontier.py`. The budget of a setting is the largest whose share is at most 1/8.
 
 `exact` has the figures of the exact cache. Where it fails, a task says nothing. `right` of `n` answers have all values
 that are asked for; `parts` is the mean share of these values, RULER's own score. `more` is the share of right answers
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from characterize.frontier import FrontierSource
-from characterize.lib.table import Row, save
+from characterize.lib.table import ResultTable, Row
 from kvfloor.audit.chat import Chat
 from kvfloor.audit.grid import EXACT
 from kvfloor.audit.measure import Bench
@@ -125,7 +125,7 @@ def table(found: dict[tuple[str, str], TaskOutcome], tasks: Sequence[str], tried
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n", type=int, default=N)
-    parser.add_argument("--tasks", default=",".join(TASKS), help="names with commas")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="names with commas; all unless given")
     parser.add_argument("--out", type=Path, help="folder that keeps the measured rows")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -134,7 +134,10 @@ def main() -> None:
         folder = given.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         found = measure(folder / f"frontier_tasks-{given.n}.jsonl", tasks, [EXACT, *tried], given.n)
-    save(__file__, FIELDS, table(found, tasks, tried))
+    results = ResultTable(__file__, FIELDS, tasks, TASKS)
+    for row in table(found, tasks, tried):
+        results.add(*row)
+    results.save()
 
 
 if __name__ == "__main__":
