@@ -308,18 +308,17 @@ def chart(points: Sequence[FrontierPoint], floor: float, title: str, width: int 
             f'<path d="M{x(p.share):.1f} {y(p.low):.1f}V{y(p.high):.1f}" stroke="{colour}" opacity="0.45"/>'
             f'<circle cx="{x(p.share):.1f}" cy="{y(p.kl):.1f}" r="4.5" fill="{colour}"/></g>'
         )
-    for i, p in enumerate(best):
+    for p in best:
         words = f'fill="{COLOURS[p.axis]}">{escape(p.setting)}</text>'
         if p.axis == "bits":
             parts.append(f'<text x="{x(p.share) + 9:.1f}" y="{y(p.kl) + 4:.1f}" font-size="11" {words}')
         else:
-            down = (20, 36, 52)[i % 3]
-            parts.append(
-                f'<text x="{x(p.share) - 4:.1f}" y="{y(p.kl) + down:.1f}" text-anchor="middle" font-size="11" {words}'
-            )
+            at = f"{x(p.share):.1f} {y(p.kl) + 14:.1f}"  # slanted, so that labels of near points stay apart
+            parts.append(f'<text transform="translate({at}) rotate(42)" font-size="11" {words}')
     parts.append(f'<path d="M{x(floor):.1f} {top}V{bottom}" stroke="#222222" stroke-dasharray="2 3"/>')
     parts.append(f'<text x="{x(floor) + 6:.1f}" y="{bottom - 8}" fill="#222222">floor, worst case</text>')
-    for i, (name, words) in enumerate(NAMES.items()):
+    shown = [(name, words) for name, words in NAMES.items() if any(p.axis == name for p in points)]
+    for i, (name, words) in enumerate(shown):
         at = right - 400 + 108 * i
         parts.append(f'<circle cx="{at}" cy="20" r="4.5" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{at + 10}" y="24" fill="#222222">{words}</text>')
