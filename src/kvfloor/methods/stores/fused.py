@@ -111,7 +111,7 @@ def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> t
         *(values.width, values.bits, *_arrays(values)),
         *(mean, top, mass, seen),
     )
-    _run(kernels.attend_chunks, r * chunks, r * view.width, given)
+    shared(kernels.attend_chunks, r * chunks, r * view.width, given)
     out, log_mass = torch.empty(r, m, spec.dv), torch.empty(r, m)
     kernels.join(mean, top, mass, out.numpy(), log_mass.numpy())
     return Partial(out, log_mass), torch.from_numpy(seen).bool()
@@ -145,7 +145,7 @@ def _table(bits: int, width: int | None) -> Any:
     return pad(level, (0, max(0, 16 - len(level)))).numpy()
 
 
-def _run(kernel: Any, tasks: int, slots: int, given: tuple[Any, ...]) -> None:
+def shared(kernel: Any, tasks: int, slots: int, given: tuple[Any, ...]) -> None:
     """Do the kernel's tasks, on as many threads as torch uses if there are many slots to read."""
     threads = min(torch.get_num_threads(), tasks) if slots >= _SHARED else 1
     if threads == 1:
