@@ -86,16 +86,15 @@ def _pair_products(builder: Any, codes: Any, pair: Any) -> Any:
 
 
 @instruction
-def _code_products(
-    context: Any, words: Any, fine: Any, at: Any, counts: Any, extra: Any, factors: Any, first: Any, many: Any, out: Any
+def _logits(
+    context: Any, words: Any, fine: Any, at: Any, counts: Any, extra: Any, factors: Any, by: Any, first: Any, many: Any, out: Any, to: Any
 ) -> Any:
-    """Write the sums of codes times factors, for 16 tokens and `many` queries from `first` on, as two integers each.
+    """Write the logits of 16 tokens and `many` queries from `first` on to out[first .., to .. to + 15].
 
     words, fine  uint32 (count * TILE), word j of token t at j TILE + t: 4 codes of 8 bits, 32 / extra of extra bits
     at           the first token
-    counts       (number of words, number of fine words)
-    factors      int16 (m, 2, width) as `_fold` writes them
-    out          int32 (m, 2, TILE), the sums with the upper and the lower halves of the factors
+    counts       number of words, of fine words, of pairs of codes in a fine word
+    factors, by  int16 (m, 2, width) and float32 (m, 4) as `_fold` writes them
     """
     del context
     if not isinstance(many, types.IntegerLiteral):
@@ -103,23 +102,26 @@ def _code_products(
     number = many.literal_value
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        coarse, loud, given, result = addresses(target, builder, signature, arguments, 0, 1, 5, 8)
+        coarse, loud, given, scales, result = addresses(target, builder, signature, arguments, 0, 1, 5, 6, 9)
         whole = arguments[2].type
-        full, short = cgutils.unpack_tuple(builder, arguments[3], 2)
-        shape = cgutils.create_struct_proxy(signature.args[5])(target, builder, arguments[5]).shape
-        width = builder.lshr(cgutils.unpack_tuple(builder, shape)[2], ir.Constant(whole, 1))  # in pairs
-        pairs = builder.bitcast(given, _INDEX.as_pointer())
-        starts = []
-        for i in range(number):
-            row = builder.mul(builder.add(arguments[6], ir.Constant(whole, i)), ir.Constant(whole, 2))
-            starts += [builder.mul(builder.add(row, ir.Constant(whole, half)), width) for half in range(2)]
-        zero = ir.Constant(_INDICES, [0] * _LANES)
-        totals = [cgutils.alloca_once_value(builder, zero) for _ in starts]
+        full, short, each = cgutils.unpack_tuple(builder, arguments[3], 3)
 
-        def add(codes: Any, pair: Any) -> None:
+        def width(which: int) -> Any:
+            shape = cgutils.create_struct_proxy(signature.args[which])(target, builder, arguments[which]).shape
+            return cgutils.unpack_tuple(builder, shape)[-1]
+
+        queries = [builder.add(arguments[7], ir.Constant(whole, i)) for i in range(number)]
+        plane = builder.lshr(width(5), ir.Constant(whole, 1))  # in pairs
+        starts = [builder.mul(builder.mul(i, ir.Constant(whole, 2)), plane) for i in queries]
+        pairs = builder.bitcast(given, _INDEX.as_pointer())
+        zero = ir.Constant(_INDICES, [0] * _LANES)
+        upper, lower, finest = ([cgutils.alloca_once_value(builder, zero) for _ in queries] for _ in range(3))
+
+        def add(totals: list[Any], half: int, codes: Any, pair: Any) -> None:
             for start, total in zip(starts, totals, strict=True):
-                factor = builder.load(builder.gep(pairs, [builder.add(start, pair)]))
-                builder.store(builder.add(builder.load(total), _pair_products(builder, codes, factor)), total)
+                place = builder.add(start, builder.add(pair, plane) if half else pair)
+                found = _pair_products(builder, codes, builder.load(builder.gep(pairs, [place])))
+                builder.store(builder.add(builder.load(total), found), total)
 
         def load(data: Any, word: Any) -> Any:
             place = builder.add(builder.mul(word, ir.Constant(whole, TILE)), arguments[2])
@@ -128,50 +130,143 @@ def _code_products(
         mask = ir.Constant(_INDICES, [0x00FF00FF] * _LANES)
         with cgutils.for_range(builder, full) as loop:
             four = load(coarse, loop.index)
-            add(builder.and_(four, mask), loop.index)
-            odd = builder.and_(builder.lshr(four, ir.Constant(_INDICES, [8] * _LANES)), mask)
-            add(odd, builder.add(full, loop.index))
+            odd = builder.lshr(four, ir.Constant(_INDICES, [8] * _LANES))
+            for codes, pair in ((four, loop.index), (odd, builder.add(full, loop.index))):
+                codes = builder.and_(codes, mask)
+                add(upper, 0, codes, pair)
+                add(lower, 1, codes, pair)
         bits = builder.trunc(arguments[4], _INDEX)
-        each = builder.sdiv(ir.Constant(whole, 16), builder.select(
-            builder.icmp_signed("==", arguments[4], ir.Constant(arguments[4].type, 0)), ir.Constant(whole, 16), arguments[4]))
         ones = builder.sub(builder.shl(ir.Constant(_INDEX, 1), bits), ir.Constant(_INDEX, 1))
         both = _splat(builder, builder.or_(ones, builder.shl(ones, ir.Constant(_INDEX, 16))), _LANES)
-        base = builder.add(full, full)
         with cgutils.for_range(builder, short) as outer:
             word = load(loud, outer.index)
-            begin = builder.add(base, builder.mul(outer.index, each))
+            begin = builder.add(builder.add(full, full), builder.mul(outer.index, each))
             with cgutils.for_range(builder, each) as inner:
                 by = _splat(builder, builder.mul(bits, builder.trunc(inner.index, _INDEX)), _LANES)
-                add(builder.and_(builder.lshr(word, by), both), builder.add(begin, inner.index))
-        for n, total in enumerate(totals):
-            i = builder.add(arguments[6], ir.Constant(whole, n // 2))
-            place = builder.add(builder.mul(i, ir.Constant(whole, 2 * TILE)), ir.Constant(whole, n % 2 * TILE))
-            place = builder.add(place, arguments[2])
-            builder.store(builder.load(total), address(builder, result, place, _INDICES), align=4)
+                add(finest, 0, builder.and_(builder.lshr(word, by), both), builder.add(begin, inner.index))
+        row = width(9)
+        for n, i in enumerate(queries):
+            factors = [
+                builder.load(builder.gep(scales, [builder.add(builder.mul(i, ir.Constant(whole, 4)), ir.Constant(whole, j))]))
+                for j in range(4)
+            ]
+            total = _splat(builder, factors[3], _LANES)
+            for j, (sums, turn) in enumerate(((upper, builder.sitofp), (lower, builder.uitofp), (finest, builder.sitofp))):
+                total = scaled_onto(builder, total, factors[j], turn(builder.load(sums[n]), _NUMBERS))
+            place = builder.add(builder.mul(i, row), arguments[10])
+            builder.store(total, address(builder, result, place, _NUMBERS), align=4)
         return target.get_dummy_value()
 
     integer = types.intp
-    pair = types.UniTuple(integer, 2)
-    return types.void(words, fine, integer, pair, integer, factors, integer, many, out), code
+    triple = types.UniTuple(integer, 3)
+    return types.void(words, fine, integer, triple, integer, factors, by, integer, many, out, integer), code
 
 
 @instruction
-def _look_up_bytes(context: Any, packed: Any, at: Any, table: Any, planes: Any, out: Any, to: Any) -> Any:
-    """Write the levels of the 64 bytes from packed[at] on to out[to .. to + 63], that of byte c where `_lane` says.
+def _halves(context: Any, whole: Any, factors: Any, row: Any) -> Any:
+    """Write the upper and lower halves of integers whole (d), int32, to factors[row]: the even ones, then the odd ones.
 
+    factors is int16 (m, 2, width), with the upper halves in [row, 0, :d] and the lower 15 bits in [row, 1, :d]; d is a
+    multiple of 32.
+    """
+    del context
+    halves = ir.VectorType(_SHORT, _LANES)
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, into = addresses(target, builder, signature, arguments, 0, 1)
+        given, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (0, 1))
+        (d,) = cgutils.unpack_tuple(builder, given.shape, 1)
+        width, kind = cgutils.unpack_tuple(builder, result.shape)[2], d.type
+        start = builder.mul(builder.mul(arguments[2], ir.Constant(kind, 2)), width)
+        wide = ir.VectorType(_INDEX, 32)
+        with cgutils.for_range(builder, builder.sdiv(d, ir.Constant(kind, 32))) as block:
+            whole = builder.load(
+                address(builder, source, builder.mul(block.index, ir.Constant(kind, 32)), wide), align=4
+            )
+            for odd in range(2):
+                picked = ir.Constant(_INDICES, [2 * i + odd for i in range(_LANES)])
+                mine = builder.shuffle_vector(whole, ir.Constant(wide, ir.Undefined), picked)
+                upper = builder.ashr(mine, ir.Constant(_INDICES, [15] * _LANES))
+                lower = builder.and_(mine, ir.Constant(_INDICES, [32767] * _LANES))
+                first = builder.mul(block.index, ir.Constant(kind, _LANES))
+                if odd:
+                    first = builder.add(first, builder.sdiv(d, ir.Constant(kind, 2)))
+                for half, numbers in enumerate((upper, lower)):
+                    at = builder.add(start, builder.add(first, width) if half else first)
+                    builder.store(builder.trunc(numbers, halves), address(builder, into, at, halves), align=2)
+        return target.get_dummy_value()
+
+    return types.void(whole, factors, types.intp), code
+
+
+@instruction
+def _ranks(context: Any, wide: Any, rank: Any) -> Any:
+    """Write, for each number wide[c] >= 0, how many are larger, or equal and before it, to rank (d), int32.
+
+    d is a multiple of 16.
+    """
+    del context
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, into = addresses(target, builder, signature, arguments, 0, 1)
+        shape = cgutils.create_struct_proxy(signature.args[0])(target, builder, arguments[0]).shape
+        (d,) = cgutils.unpack_tuple(builder, shape, 1)
+        bits, lanes = builder.bitcast(source, _INDEX.as_pointer()), ir.Constant(d.type, _LANES)  # ordered like the numbers
+        ones = ir.Constant(_INDICES, [1] * _LANES)
+        with cgutils.for_range(builder, builder.sdiv(d, lanes)) as block:
+            start = builder.mul(block.index, lanes)
+            mine = builder.load(address(builder, source, start, _INDICES), align=4)
+            total = cgutils.alloca_once_value(builder, ir.Constant(_INDICES, [0] * _LANES))
+
+            def count(begin: Any, end: Any, less: Any) -> None:
+                with cgutils.for_range_slice(builder, begin, end, ir.Constant(d.type, 1)) as (k, _):
+                    other = _splat(builder, builder.load(builder.gep(bits, [k])), _LANES)
+                    above = builder.icmp_signed(">", other, less(k))
+                    builder.store(builder.add(builder.load(total), builder.zext(above, _INDICES)), total)
+
+            below = builder.sub(mine, ones)
+            index = ir.Constant(_INDICES, list(range(_LANES)))
+
+            def among(k: Any) -> Any:
+                at = _splat(builder, builder.trunc(builder.sub(k, start), _INDEX), _LANES)
+                return builder.select(builder.icmp_signed(">", index, at), below, mine)
+
+            after = builder.add(start, lanes)
+            count(ir.Constant(d.type, 0), start, lambda k: below)
+            count(start, after, among)
+            count(after, d, lambda k: mine)
+            builder.store(builder.load(total), address(builder, into, start, _INDICES), align=4)
+        return target.get_dummy_value()
+
+    return types.void(wide, rank), code
+
+
+@instruction
+def _look_up_bytes(
+    context: Any, packed: Any, at: Any, table: Any, planes: Any, out: Any, to: Any, squares: Any, token: Any
+) -> Any:
+    """Write the levels of the 64 bytes from packed[at] on to out[to .. to + 63], that of byte c where `_lane_of` says.
+
+    Adds their squares to the 16 numbers from squares[16 token] on, four to each.
     table   float32 (256), the level of each code; table[255 - c] = -table[c]
     planes  uint8 (3, 128), the three upper bytes of table[128 + i], the lowest of them first; the fourth byte is 0
     """
     del context
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, levels, parts, into = addresses(target, builder, signature, arguments, 0, 2, 3, 4)
+        source, levels, parts, into, sums = addresses(target, builder, signature, arguments, 0, 2, 3, 4, 6)
         at, to, whole = arguments[1], arguments[5], arguments[1].type
+        begin = builder.mul(arguments[7], ir.Constant(whole, _LANES))
+        place = address(builder, sums, begin, _NUMBERS)
         if "avx512vbmi" not in _HAS:
+            first = builder.gep(sums, [begin])
+            square = builder.load(first)
             for c in range(64):
                 byte = builder.zext(builder.load(builder.gep(source, [builder.add(at, ir.Constant(whole, c))])), whole)
                 number = builder.load(builder.gep(levels, [byte]))
                 builder.store(number, builder.gep(into, [builder.add(to, ir.Constant(whole, _lane_of(c)))]))
+                square = builder.fadd(square, builder.fmul(number, number))
+            builder.store(square, first)
             return target.get_dummy_value()
         codes = builder.load(address(builder, source, at, _BYTES), align=1)
         none = ir.Constant(_BYTES, [0] * 64)
@@ -198,6 +293,7 @@ def _look_up_bytes(context: Any, packed: Any, at: Any, table: Any, planes: Any, 
 
         sign = builder.select(upper, none, ir.Constant(_BYTES, [128] * 64))
         first, second, third = looked_up(0), looked_up(1), builder.or_(looked_up(2), sign)
+        squares = builder.load(place, align=4)
         for half in range(2):
             lower = builder.bitcast(unpacked(_BYTES, none, first, half), _PAIRS)
             above = builder.bitcast(unpacked(_BYTES, second, third, half), _PAIRS)
@@ -205,9 +301,32 @@ def _look_up_bytes(context: Any, packed: Any, at: Any, table: Any, planes: Any, 
                 numbers = builder.bitcast(unpacked(_PAIRS, lower, above, part), _NUMBERS)
                 start = builder.add(to, ir.Constant(whole, 16 * (2 * half + part)))
                 builder.store(numbers, address(builder, into, start, _NUMBERS), align=4)
+                square = builder.fmul(numbers, numbers)
+                squares = builder.fadd(squares, square)
+        builder.store(squares, place, align=4)
         return target.get_dummy_value()
 
-    return types.void(packed, types.intp, table, planes, out, types.intp), code
+    integer = types.intp
+    return types.void(packed, integer, table, planes, out, integer, squares, integer), code
+
+
+@instruction
+def _sums_of_16(context: Any, numbers: Any, at: Any, out: Any, to: Any) -> Any:
+    """Write the sums of 16 numbers each, numbers[at + 16 t ..], for t < 16, to out[to + t]."""
+    del context
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, into = addresses(target, builder, signature, arguments, 0, 2)
+        places = [builder.add(arguments[1], ir.Constant(arguments[1].type, _LANES * t)) for t in range(_LANES)]
+        rows = [builder.load(address(builder, source, place, _NUMBERS), align=4) for place in places]
+        halves = [ir.Constant(_INDICES, [2 * i + odd for i in range(_LANES)]) for odd in range(2)]
+        while len(rows) > 1:
+            pairs = zip(rows[::2], rows[1::2], strict=True)
+            rows = [builder.fadd(*(builder.shuffle_vector(*pair, half) for half in halves)) for pair in pairs]
+        builder.store(rows[0], address(builder, into, arguments[3], _NUMBERS), align=4)
+        return target.get_dummy_value()
+
+    return types.void(numbers, types.intp, out, types.intp), code
 
 
 def _lane_of(c: int) -> int:
@@ -220,6 +339,22 @@ def lane(channel):
     """Return where a channel's number is among those of a token, as `_look_up_bytes` writes them."""
     c = channel % 64
     return channel - c + c % 16 // 4 * 16 + c // 16 * 4 + c % 4
+
+
+@instruction
+def highest(context: Any, x: Any, at: Any) -> Any:
+    """Return the largest of the TILE numbers of x (m, n) from entry `at` of all on."""
+    del context
+    wide = ir.VectorType(ir.FloatType(), TILE)
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (source,) = addresses(target, builder, signature, arguments, 0)
+        vector = builder.load(address(builder, source, arguments[1], wide), align=4)
+        kind = ir.FunctionType(ir.FloatType(), [wide])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{TILE}f32")
+        return builder.call(reduce, [vector])
+
+    return types.float32(x, types.intp), code
 
 
 @instruction
@@ -276,161 +411,151 @@ def _weighted(context: Any, numbers: Any, weights: Any, first: Any, many: Any, c
 def _ranges(low, high, span, row, page, begin, wide):
     """Write the start and the width of each channel's range, (d), to the bit as `codes.ranges` computes them."""
     from_low, by_low, from_high, by_high = span[row, page, 0], span[row, page, 1], span[row, page, 2], span[row, page, 3]
-    for c in range(len(begin)):
-        begin[c] = from_low + np.float32(low[row, page, c]) * by_low
-        end = from_high + np.float32(high[row, page, c]) * by_high
+    for c in range(len(begin)):  # products are exact in float64, so that they cannot be rounded as one with the sums
+        begin[c] = from_low + np.float32(np.float64(low[row, page, c]) * np.float64(by_low))
+        end = from_high + np.float32(np.float64(high[row, page, c]) * np.float64(by_high))
         wide[c] = end - begin[c] if end > begin[c] else np.float32(0.0)
 
 
 @compiled
-def _order(wide, rank, order):
-    """Write the indices of the channels by falling width to order (d), equal ones in their order."""
-    d, total = len(wide), 0
-    for c in range(d):
-        rank[c] = 0
-    for k in range(d):
-        width = wide[k]
-        for c in range(d):
-            rank[c] += np.int32(width > wide[c])
-    for c in range(d):
-        total += rank[c]
-    if total != d * (d - 1) // 2:  # some are equal
-        for k in range(d):
-            for c in range(k + 1, d):
-                rank[c] += np.int32(wide[k] == wide[c])
-    for c in range(d):
-        order[rank[c]] = c
+def _order(wide, rank, spots, order):
+    """Write the channels' ranks by falling width to rank (d); the channel of rank n to order[spots[n]], for n < d // 2."""
+    _ranks(wide, rank)
+    for c in range(len(wide)):
+        if rank[c] < len(spots):
+            order[spots[rank[c]]] = c
 
 
 @compiled
-def _fold(q, r, scale, extra, begin, wide, step, most, order, folded, whole, factors, unit, shift, half):
-    """Fold a page's ranges into the queries of row r of q (r, m, d).
+def _steps(wide, rank, loud, extra, most, step):
+    """Write the largest code and the step of each channel, (d), in float64; those of rank < loud have `extra` bits."""
+    for c in range(len(wide)):
+        most[c] = np.float64((256 << extra) - 1 if rank[c] < loud else 255)
+    for c in range(len(wide)):
+        step[c] = np.float64(wide[c] / np.float32(most[c]))
 
-    begin, wide, order  (d) what `_ranges` and `_order` wrote. step, most (d) and folded, whole (d): scratch
-    extra    bits that the first d // 2 channels of the order have beyond 8
-    factors  int16 (m, 2, width): upper and lower halves of the integers that codes are multiplied with, those of the
-             even channels, then of the odd ones, then of the channels with extra bits, in the order in which
-             `_code_products` reads pairs
-    unit     (m) what an integer counts; shift (m) products with the starts of the ranges
-    half     (m) bound on the error of a logit from half a step of every channel
+
+@compiled
+def _fold(asked, extra, begin, step, most, order, folded, whole, fine, by):
+    """Fold a page's ranges into one query, asked (d), times the scale, in float64.
+
+    begin, step, most  (d) what `_ranges` and `_steps` wrote; order: what `_order` wrote, if extra > 0
+    whole   (d) int32, the factors that codes of 8 bits are multiplied with
+    fine    (d // 2) int16, those of the further bits, in the order of `order`
+    by      float32 (4): what the upper half of a factor counts, what its lower half and what one of `fine`, and the
+            product with the starts of the ranges
+    folded  scratch, (d)
+    Returns a bound on the error of a logit from half a step of every channel, and one from rounding `fine`.
     """
-    d = len(begin)
-    for c in range(d):
-        most[c] = np.float32(255.0)
-    if extra > 0:
-        for n in range(d // 2):
-            most[order[n]] = np.float32((1 << (8 + extra)) - 1)
-    for c in range(d):
-        step[c] = wide[c] / most[c]
-    each = 16 // extra if extra > 0 else 1
-    for i in range(len(unit)):
-        start, error, top = 0.0, 0.0, 0.0
-        for c in range(d):
-            factor = np.float64(q[r, i, c]) * scale
-            start += factor * np.float64(begin[c])
-            folded[c] = factor * np.float64(step[c])
-            error += abs(folded[c])
-        shift[i], half[i] = start, error / 2
-        for c in range(d):
-            top = max(top, abs(folded[c]) * np.float64(most[c] + np.float32(1.0)))
-        one = top / 256.0 * 2.0**-29
-        unit[i] = one if one > 0 else 1.0
-        by = 1.0 / unit[i]
-        for c in range(d):
-            whole[c] = np.int32(math.floor(folded[c] * by + 0.5))
-        for n in range(d // 2 if extra > 0 else 0):  # pair k of a word has the codes k and k + each
-            word, k = n // (2 * each), n % (2 * each)
-            to = d + 2 * (word * each + k % each) + k // each
-            factors[i, 0, to] = np.int16(whole[order[n]] >> 15)
-            factors[i, 1, to] = np.int16(whole[order[n]] & 32767)
-        if extra > 0:
-            for n in range(d // 2):
-                whole[order[n]] <<= extra
-        for c in range(d // 2):
-            factors[i, 0, c] = np.int16(whole[2 * c] >> 15)
-            factors[i, 1, c] = np.int16(whole[2 * c] & 32767)
-            factors[i, 0, d // 2 + c] = np.int16(whole[2 * c + 1] >> 15)
-            factors[i, 1, d // 2 + c] = np.int16(whole[2 * c + 1] & 32767)
+    start, error, square, fine_square = 0.0, 0.0, 0.0, 0.0
+    for c in range(len(asked)):
+        part = asked[c] * step[c]
+        size = part * (most[c] + 1.0) * 2.0**-8  # what one of the 8 bits counts
+        start += asked[c] * np.float64(begin[c])
+        error += abs(part)
+        square += size * size
+        fine_square += part * part if most[c] > 255.0 else 0.0
+        folded[c] = part
+    top = math.sqrt(square) * 2.0**-29
+    top = top if top > 0 else 1.0
+    over = 1.0 / top
+    for c in range(len(asked)):
+        whole[c] = np.int32(np.floor(folded[c] * ((most[c] + 1.0) * 2.0**-8) * over + 0.5))
+    tiny, left = math.sqrt(fine_square) / 32767.0, 0.0
+    tiny = tiny if tiny > 0 else 1.0
+    over = 1.0 / tiny
+    for n in range(len(order)):
+        exact = folded[order[n]]
+        rounded = np.floor(exact * over + 0.5)
+        fine[n] = np.int16(np.int32(rounded))
+        left += abs(exact - rounded * tiny)
+    by[0], by[1], by[2], by[3] = np.float32(top * 32768.0), np.float32(top), np.float32(tiny), np.float32(start)
+    return error / 2, left * ((1 << extra) - 1)
 
 
 @compiled
-def _scaled(products, unit, shift, softcap, logits, at):
-    """Write a tile's logits to logits[i, at ..] from its `_tile_products`."""
-    for i in range(len(unit)):
-        upper, lower, start = np.float32(unit[i] * 32768.0), np.float32(unit[i]), np.float32(shift[i])
-        for t in range(TILE):
-            logits[i, at + t] = (
-                np.float32(products[i, 0, t]) * upper + np.float32(np.uint32(products[i, 1, t])) * lower + start
-            )
-        if softcap > 0:
-            for t in range(TILE):
-                logits[i, at + t] = np.float32(softcap * math.tanh(np.float64(logits[i, at + t]) / softcap))
-
-
-@compiled
-def _tile_products(words, fine, full, short, extra, factors, m, out):
-    """Write the products of a tile's codes with all m queries' factors to out: `_code_products`."""
+def _tile_logits(words, fine, counts, extra, factors, by, softcap, out, to):
+    """Write a tile's logits to out[:, to .. to + TILE - 1]: `_logits`, and the softcap."""
+    m = len(out)
     for t in range(0, TILE, 16):
         i = 0
         while i < m:
             if m - i >= 4:
-                _code_products(words, fine, t, (full, short), extra, factors, i, 4, out)
+                _logits(words, fine, t, counts, extra, factors, by, i, 4, out, to + t)
                 i += 4
             elif m - i == 3:
-                _code_products(words, fine, t, (full, short), extra, factors, i, 3, out)
+                _logits(words, fine, t, counts, extra, factors, by, i, 3, out, to + t)
                 i += 3
             elif m - i == 2:
-                _code_products(words, fine, t, (full, short), extra, factors, i, 2, out)
+                _logits(words, fine, t, counts, extra, factors, by, i, 2, out, to + t)
                 i += 2
             else:
-                _code_products(words, fine, t, (full, short), extra, factors, i, 1, out)
+                _logits(words, fine, t, counts, extra, factors, by, i, 1, out, to + t)
                 i += 1
+    if softcap > 0:
+        for i in range(m):
+            for t in range(to, to + TILE):
+                out[i, t] = np.float32(softcap * math.tanh(np.float64(out[i, t]) / softcap))
 
 
 @compiled
-def _exponentials(x, i, n, top):
-    """Turn the logits x[i, :n] into weights relative to `top`; return their sum and the sum of their squares."""
+def _exponential_part(x, top):
+    """Do the work of `_exponentials` for few logits, whose sums are in float32."""
+    one, two = np.float32(0.0), np.float32(0.0)
+    for t in range(len(x)):
+        away = x[t] - top
+        weight = exponential(away) if away >= np.float32(LEAST) else np.float32(0.0)
+        x[t] = weight
+        one += weight
+        two += weight * weight
+    return one, two
+
+
+@compiled
+def _exponentials(x, top):
+    """Turn logits x into weights relative to `top`; return their sum and the sum of their squares."""
     mass, square = 0.0, 0.0
-    for tile in range(0, n, TILE):
-        one, two = np.float32(0.0), np.float32(0.0)
-        for t in range(tile, tile + TILE):
-            away = x[i, t] - top
-            weight = np.float32(0.0) if away < np.float32(LEAST) else exponential(max(away, np.float32(LEAST)))
-            x[i, t] = weight
-            one += weight
-            two += weight * weight
+    for start in range(0, len(x), CHUNK):
+        one, two = _exponential_part(x[start : start + CHUNK], top)
         mass += np.float64(one)
         square += np.float64(two)
     return mass, square
 
 
 @compiled
-def _lighter(x, i, n, limit):
-    """Return how many weights x[i, :n] are above the limit, and the sum of the squares of the others."""
+def _lighter_part(x, limit):
+    """Do the work of `_lighter` for few weights, whose sum is in float32."""
+    count, square = 0, np.float32(0.0)
+    for t in range(len(x)):
+        above = x[t] > limit
+        count += above
+        square += np.float32(0.0) if above else x[t] * x[t]
+    return count, square
+
+
+@compiled
+def _lighter(x, limit):
+    """Return how many of the weights x are above the limit, and the sum of the squares of the others."""
     count, square = 0, 0.0
-    for tile in range(0, n, TILE):
-        some, two = np.int32(0), np.float32(0.0)
-        for t in range(tile, tile + TILE):
-            above = x[i, t] > limit
-            some += np.int32(above)
-            two += np.float32(0.0) if above else x[i, t] * x[i, t]
+    for start in range(0, len(x), CHUNK):
+        some, two = _lighter_part(x[start : start + CHUNK], limit)
         count += some
         square += np.float64(two)
     return count, square
 
 
 @compiled
-def _limit(x, i, n, square):
-    """Return a weight such that at most HEAVY of x[i, :n] are above it, and those stand out; square: of all of them."""
-    limit, before = np.float32(math.sqrt(square / HEAVY)), -1
+def _limit(x, square):
+    """Return a weight that at most HEAVY of the weights x are above, and these stand out. square: the sum of x^2."""
+    limit, before, lower = np.float32(np.inf), 0, np.float32(math.sqrt(square / HEAVY))
     for _ in range(4):
-        count, rest = _lighter(x, i, n, limit)
+        count, rest = _lighter(x, lower)
+        if count > HEAVY:
+            break
+        limit = lower
         if count == before:
             break
-        lower = np.float32(math.sqrt(rest / HEAVY))
-        if _lighter(x, i, n, lower)[0] > HEAVY:
-            break
-        limit, before = lower, count
+        before, lower = count, np.float32(math.sqrt(rest / HEAVY))
     return limit
 
 
@@ -438,15 +563,17 @@ def _limit(x, i, n, square):
 
 
 @compiled
-def _decoded(packed, start, dv, table, planes, numbers, norms):
+def _decoded(packed, start, dv, table, planes, numbers, squares, norms):
     """Write the levels of a tile's values, (TILE * dv), and their norms (TILE), without the values' scales."""
-    for at in range(0, TILE * dv, 64):
-        _look_up_bytes(packed, start + at, table, planes, numbers, at)
+    for n in range(len(squares)):
+        squares[n] = np.float32(0.0)
     for t in range(TILE):
-        total = np.float32(0.0)
-        for c in range(dv):
-            total += numbers[t * dv + c] * numbers[t * dv + c]
-        norms[t] = math.sqrt(total)
+        for at in range(t * dv, (t + 1) * dv, 64):
+            _look_up_bytes(packed, start + at, table, planes, numbers, at, squares, t)
+    for t in range(0, TILE, 16):
+        _sums_of_16(squares, 16 * t, norms, t)
+    for t in range(TILE):
+        norms[t] = math.sqrt(norms[t])
 
 
 @compiled
@@ -471,42 +598,33 @@ def _add_values(numbers, weights, dv, out):
 
 
 @compiled
-def _weigh(x, at, limit, norms, scales, radii, growth, weights, sums):
-    """Write the weights of a tile's values to weights (2 m, TILE), and add to sums (m, 5).
+def _weigh(x, limit, sizes, scales, radii, once, twice):
+    """Write weights x of tokens times scales to `once`, and weights squared, 0 above the limit, times scales to `twice`.
 
-    x (m, slots) weights of tokens; growth (m) bounds on exp(eta) - 1 in this page
-    weights  first times the values' scales; then squared, times the scales, 0 for heavy tokens
-    sums     of w |v| and (1 + growth) w radius; and, of the tokens that are not heavy, of w^2 |v|^2, of w^2, and of
-             (1 + growth)^2 w^2
+    All are (TILE). Returns how many weights are above the limit, the sums of x sizes and of x radii over all tokens, and
+    those of x^2 sizes^2 and of x^2 over tokens up to the limit.
     """
-    m = len(limit)
-    for i in range(m):
-        a, b, c, e = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-        for t in range(TILE):
-            w = x[i, at + t]
-            light = np.float32(0.0) if w > limit[i] else w * w
-            size = scales[t] * norms[t]
-            weights[i, t] = w * scales[t]
-            weights[m + i, t] = light * scales[t]
-            a += w * size
-            b += w * radii[t]
-            c += light * size * size
-            e += light
-        grown = 1.0 + growth[i]
-        sums[i, 0] += np.float64(a)
-        sums[i, 1] += grown * np.float64(b)
-        sums[i, 2] += np.float64(c)
-        sums[i, 3] += np.float64(e)
-        sums[i, 4] += grown * grown * np.float64(e)
+    count, one, two, three, four = np.int32(0), np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for t in range(TILE):
+        heavy = x[t] > limit
+        light = np.float32(0.0) if heavy else x[t] * x[t]
+        once[t] = x[t] * scales[t]
+        twice[t] = light * scales[t]
+        count += np.int32(heavy)
+        one += x[t] * sizes[t]
+        two += x[t] * radii[t]
+        three += light * sizes[t] * sizes[t]
+        four += light
+    return count, one, two, three, four
 
 
 @compiled
 def _flush(part, total):
-    """Add part (n, w), float32, to total (n, w), float64, and clear it."""
-    for i in range(part.shape[0]):
-        for c in range(part.shape[1]):
-            total[i, c] += np.float64(part[i, c])
-            part[i, c] = np.float32(0.0)
+    """Add part, float32, to total, float64, both flat, and clear it."""
+    for n in range(len(part)):
+        total[n] += np.float64(part[n])
+    for n in range(len(part)):
+        part[n] = np.float32(0.0)
 
 
 # ---- the bound ------------------------------------------------------------------------------------------------------
@@ -647,18 +765,25 @@ def certify(
     full, short, key_bytes = d // 4, key_fine.shape[1], key_packed.shape[1]
     keys, values, masked = key_packed.ravel(), value_packed.ravel(), hide.shape[0] > 0
     words, fine = np.empty(d * TILE // 4, np.uint32), np.empty(max(1, short) * TILE, np.uint32)
-    begins, wide, step, most = np.empty((4, d), np.float32)
-    rank, whole, order = np.empty(d, np.int32), np.empty(d, np.int32), np.empty(d, np.int64)
-    folded, factors = np.empty(d), np.zeros((m, 2, d + (d // 2 if extra > 0 else 0)), np.int16)
-    unit, shift, half, gram, norm, rounding = np.empty((6, m))
-    products = np.empty((m, 2, TILE), np.int32)
+    begins, wide = np.empty(d, np.float32), np.empty(d, np.float32)
+    step, most, folded = np.empty(d), np.empty(d), np.empty(d)
+    loud, each_word = (d // 2, 16 // extra) if extra > 0 else (0, 1)
+    rank, whole, order, spots = np.full(d, d, np.int32), np.empty(d, np.int32), np.empty(loud, np.int64), np.empty(loud, np.int64)
+    for n in range(loud):
+        k = n % (2 * each_word)
+        spots[n] = n - k + 2 * (k % each_word) + k // each_word
+    asked = np.empty((m, d))
+    factors, by, counts = np.zeros((m, 2, d + loud), np.int16), np.empty((m, 4), np.float32), (full, short, each_word)
+    gram, norm, rounding = np.empty(m), np.empty(m), np.empty(m)
     numbers, norms = np.empty(TILE * dv, np.float32), np.empty(TILE, np.float32)
-    scales, radii, live = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.bool_)
+    squares = np.empty(16 * TILE, np.float32)
+    scales, radii, sizes = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    longest, least = np.empty(TILE, np.float32), np.empty((m, TILE), np.float32)
     weights, part, total = np.empty((2 * m, TILE), np.float32), np.zeros((2 * m, dv), np.float32), np.empty((2 * m, dv))
-    sums, growth, limit = np.empty((m, 5)), np.empty(m), np.empty(m, np.float32)
+    sums, limit = np.empty((m, 5)), np.empty(m, np.float32)
     heavy, heavies = np.empty((m, HEAVY), np.int64), np.empty(m, np.int64)
     each, own, apart_each, square = np.empty(HEAVY), np.empty(HEAVY), np.empty(HEAVY), np.empty(HEAVY)
-    apart = np.empty(m)
+    apart, lost = np.empty(m), np.empty(m)
     sorted_each, sorted_own, by_size = np.empty(HEAVY), np.empty(HEAVY), np.empty(HEAVY, np.int64)
     places = np.empty(first + ring, np.int64)
     fresh_logits, fresh_sizes = np.empty((m, first + ring)), np.empty(first + ring)
@@ -676,6 +801,7 @@ def certify(
         for i in range(m):
             square_sum = 0.0
             for c in range(d):
+                asked[i, c] = np.float64(q[r, i, c]) * scale
                 square_sum += np.float64(q[r, i, c]) ** 2
             norm[i] = scale * math.sqrt(square_sum)
             size = _sum_fresh(q, r, i, scale, softcap, fresh_k, fresh_v, r, places, fresh, fresh_logits, fresh_sizes)
@@ -685,33 +811,34 @@ def certify(
             gram[i] = _gram(q, r, i, scale, key_gram, r, gram_rounding) * (1 + 1e-6)
             wild[i] = not norm[i] * max(np.float64(reach[r]), size) < 1e6
             apart[i] = half_rounding  # of the uncoded tokens
+            lost[i] = 0.0
             top[i] = HIDDEN
         for page in range(pages):
             _ranges(low, high, span, r, page, begins, wide)
             if extra > 0:
-                _order(wide, rank, order)
-            _fold(q, r, scale, extra, begins, wide, step, most, order, folded, whole, factors, unit, shift, half)
+                _order(wide, rank, spots, order)
+            _steps(wide, rank, loud, extra, most, step)
             for i in range(m):
-                doubt[i, page] = min((half[i] + norm[i] * excess[r]) * (1 + 1e-6), gram[i]) + rounding[i]
+                half, left = _fold(asked[i], extra, begins, step, most, order, folded, whole, factors[i, 0, d:], by[i])
+                _halves(whole, factors, i)
+                doubt[i, page] = min((half + norm[i] * excess[r]) * (1 + 1e-6), gram[i])
+                lost[i] = max(lost[i], left)
             for start in range(page * group, (page + 1) * group, TILE):
                 place = offset[r] + start
                 turn_words(keys, place * key_bytes, key_bytes, 4, full, words)
                 for w in range(short):
                     for t in range(TILE):
                         fine[w * TILE + t] = key_fine[place + t, w]
-                _tile_products(words, fine, full, short, extra, factors, m, products)
-                _scaled(products, unit, shift, softcap, x, start)
-                for i in range(m):
-                    for t in range(start, min(first, start + TILE)):
-                        x[i, t] = HIDDEN
-                    if masked:
+                _tile_logits(words, fine, counts, extra, factors, by, softcap, x, start)
+                if start < first or masked:
+                    for i in range(m):
                         for t in range(start, start + TILE):
-                            x[i, t] = HIDDEN if hide[r, i, t] else x[i, t]
-                    best = top[i]
-                    for t in range(start, start + TILE):
-                        best = max(best, x[i, t])
-                    top[i] = best
+                            if t < first or (masked and hide[r, i, t]):
+                                x[i, t] = HIDDEN
         for i in range(m):
+            rounding[i] += lost[i]
+            for page in range(pages):
+                doubt[i, page] += rounding[i]
             if wild[i]:
                 continue
             for f in range(fresh):
@@ -719,48 +846,50 @@ def certify(
                 if masked and hide[r, i, p]:
                     fresh_logits[i, f] = HIDDEN
                 top[i] = max(top[i], np.float32(fresh_logits[i, f]))
-            mass[i], whole_square = _exponentials(x, i, n, top[i])
-            limit[i] = _limit(x, i, n, whole_square)
+            for t in range(0, n, TILE):
+                top[i] = max(top[i], highest(x, i * n + t))
+            mass[i], whole_square = _exponentials(x[i], top[i])
+            limit[i] = _limit(x[i], whole_square)
             heavies[i] = 0
-            largest[r, i] = np.float32(0.0)
-        longest = 0.0
+        longest[:] = np.float32(0.0)
+        least[:] = np.float32(0.0)
         total[:] = 0.0
         sums[:] = 0.0
         for start in range(0, n, TILE):
             place = offset[r] + start
-            _decoded(values, place * dv, dv, table, planes, numbers, norms)
-            least = np.float32(0.0)
+            _decoded(values, place * dv, dv, table, planes, numbers, squares, norms)
             for t in range(TILE):
-                dead = start + t < first
-                scales[t] = np.float32(0.0) if dead else short_float(value_scale[place + t])
-                radii[t] = np.float32(0.0) if dead else short_float(radius[place + t])
+                scales[t], radii[t] = short_float(value_scale[place + t]), short_float(radius[place + t])
+            for t in range(min(TILE, first - start)):
+                scales[t] = radii[t] = np.float32(0.0)
             for t in range(TILE):
-                size = scales[t] * norms[t]
-                longest = max(longest, np.float64(size + radii[t]))
-                least = max(least, size * np.float32(1 - UNIT * (4 * dv + 64)) - radii[t])
+                sizes[t] = scales[t] * norms[t]
+            for t in range(TILE):
+                size = sizes[t] + radii[t]
+                longest[t] = size if size > longest[t] else longest[t]
+            for i in range(m if masked else 1):
+                for t in range(TILE):
+                    size = sizes[t] * np.float32(1 - UNIT * (4 * dv + 64)) - radii[t]
+                    size = np.float32(0.0) if masked and hide[r, i, start + t] else size
+                    least[i, t] = size if size > least[i, t] else least[i, t]
             for i in range(m):
-                growth[i] = math.expm1(min(doubt[i, start // group], DOUBT))
-                if not masked:
-                    largest[r, i] = max(largest[r, i], least)
-                else:
-                    for t in range(TILE):
-                        if not hide[r, i, start + t]:
-                            size = scales[t] * norms[t] * np.float32(1 - UNIT * (4 * dv + 64)) - radii[t]
-                            largest[r, i] = max(largest[r, i], size)
-            _weigh(x, start, limit, norms, scales, radii, growth, weights, sums)
+                some, one, two, three, four = _weigh(
+                    x[i, start : start + TILE], limit[i], sizes, scales, radii, weights[i], weights[m + i]
+                )
+                grown = 1.0 + math.expm1(min(doubt[i, start // group], DOUBT))
+                sums[i, 0] += np.float64(one)
+                sums[i, 1] += grown * np.float64(two)
+                sums[i, 2] += np.float64(three)
+                sums[i, 3] += np.float64(four)
+                sums[i, 4] += grown * grown * np.float64(four)
+                for t in range(start, start + TILE if some > 0 else start):
+                    if x[i, t] > limit[i]:
+                        heavy[i, heavies[i]] = t
+                        heavies[i] += 1
             _add_values(numbers, weights, dv, part)
             if start % CHUNK == CHUNK - TILE:
-                _flush(part, total)
-            for i in range(m):
-                found = False
-                for t in range(TILE):
-                    found |= x[i, start + t] > limit[i]
-                if found:
-                    for t in range(TILE):
-                        if x[i, start + t] > limit[i] and heavies[i] < HEAVY:
-                            heavy[i, heavies[i]] = start + t
-                            heavies[i] += 1
-        _flush(part, total)
+                _flush(part.ravel(), total.ravel())
+        _flush(part.ravel(), total.ravel())
         for i in range(m):
             if wild[i]:
                 mean[r, i, :] = np.float32(0.0)
@@ -773,7 +902,10 @@ def certify(
                 log_mass[r, i] = np.float32(-np.inf)
                 error[r, i] = spread[r, i] = largest[r, i] = np.float32(0.0)
                 continue
-            fresh_mass, fresh_size, fresh_largest = 0.0, 0.0, np.float32(0.0)
+            fresh_mass, fresh_size, lowest, widest_value = 0.0, 0.0, 0.0, 0.0
+            for t in range(TILE):
+                lowest = max(lowest, np.float64(least[i if masked else 0, t]))
+                widest_value = max(widest_value, np.float64(longest[t]))
             plain[:] = 0.0
             for f in range(fresh):
                 away = np.float32(fresh_logits[i, f]) - top[i]
@@ -784,8 +916,8 @@ def certify(
                     for c in range(dv):
                         plain[c] += weight * np.float64(fresh_v[r, places[f], c])
                 if fresh_logits[i, f] > HIDDEN:
-                    fresh_largest = max(fresh_largest, np.float32(fresh_sizes[f] * (1 - UNIT)))
-                    longest = max(longest, fresh_sizes[f])
+                    lowest = max(lowest, fresh_sizes[f] * (1 - UNIT))
+                    widest_value = max(widest_value, fresh_sizes[f])
             whole_mass = mass[i] + fresh_mass
             for a in range(dv):
                 moved = total[i, lane(a)]
@@ -844,10 +976,10 @@ def certify(
             lengths = (sums[i, 0] + sums[i, 1] + fresh_size) / whole_mass
             floor = count[r] * math.exp(LEAST)
             log = np.float64(top[i]) + math.log(whole_mass)
-            terms = UNIT * (CHUNK / 2 + 64)
+            terms = UNIT * (CHUNK + 64)
             told = terms + 4 * UNIT * (abs(log) + 1)
             loose = (1 + UNIT * (count[r] / 64 + 4 * dv + 256)) * (1 + told)
-            off = (about + min(by_norm, by_radius) + floor * (longest + long)) / whole_mass
+            off = (about + min(by_norm, by_radius) + floor * (widest_value + long)) / whole_mass
             off = (off + terms * lengths * math.exp(widest)) * loose
             wide_off = ((over + floor) / whole_mass + told) * loose
             checked = off + wide_off + by_norm + by_radius + long
@@ -855,4 +987,4 @@ def certify(
                 off = wide_off = np.inf
             log_mass[r, i] = np.float32(log)
             error[r, i], spread[r, i] = np.float32(off), np.float32(wide_off)
-            largest[r, i] = max(largest[r, i], fresh_largest)
+            largest[r, i] = np.float32(lowest * (1 - UNIT))
