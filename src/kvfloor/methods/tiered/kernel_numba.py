@@ -212,29 +212,31 @@ def _ranks(context: Any, wide: Any, rank: Any) -> Any:
         shape = cgutils.create_struct_proxy(signature.args[0])(target, builder, arguments[0]).shape
         (d,) = cgutils.unpack_tuple(builder, shape, 1)
         bits, lanes = builder.bitcast(source, _INDEX.as_pointer()), ir.Constant(d.type, _LANES)  # ordered like the numbers
-        ones = ir.Constant(_INDICES, [1] * _LANES)
-        with cgutils.for_range(builder, builder.sdiv(d, lanes)) as block:
+        ones, blocks = ir.Constant(_INDICES, [1] * _LANES), builder.sdiv(d, lanes)
+        with cgutils.for_range(builder, blocks) as block:
             start = builder.mul(block.index, lanes)
-            mine = builder.load(address(builder, source, start, _INDICES), align=4)
+            mine = builder.load(address(builder, bits, start, _INDICES), align=4)
+            below = builder.sub(mine, ones)  # where an equal number counts too
             total = cgutils.alloca_once_value(builder, ir.Constant(_INDICES, [0] * _LANES))
 
-            def count(begin: Any, end: Any, less: Any) -> None:
-                with cgutils.for_range_slice(builder, begin, end, ir.Constant(d.type, 1)) as (k, _):
-                    other = _splat(builder, builder.load(builder.gep(bits, [k])), _LANES)
-                    above = builder.icmp_signed(">", other, less(k))
-                    builder.store(builder.add(builder.load(total), builder.zext(above, _INDICES)), total)
+            def count(from_block: Any, to_block: Any, less: Any) -> None:
+                with cgutils.for_range_slice(builder, from_block, to_block, ir.Constant(d.type, 1)) as (other, _):
+                    numbers = builder.load(address(builder, bits, builder.mul(other, lanes), _INDICES), align=4)
+                    found = builder.load(total)
+                    for k in range(_LANES):
+                        every = ir.Constant(_INDICES, [k] * _LANES)
+                        each = builder.shuffle_vector(numbers, ir.Constant(_INDICES, ir.Undefined), every)
+                        found = builder.sub(found, builder.sext(builder.icmp_signed(">", each, less(k)), _INDICES))
+                    builder.store(found, total)
 
-            below = builder.sub(mine, ones)
-            index = ir.Constant(_INDICES, list(range(_LANES)))
+            def among(k: int) -> Any:
+                after = ir.Constant(ir.VectorType(ir.IntType(1), _LANES), [c > k for c in range(_LANES)])
+                return builder.select(after, below, mine)
 
-            def among(k: Any) -> Any:
-                at = _splat(builder, builder.trunc(builder.sub(k, start), _INDEX), _LANES)
-                return builder.select(builder.icmp_signed(">", index, at), below, mine)
-
-            after = builder.add(start, lanes)
-            count(ir.Constant(d.type, 0), start, lambda k: below)
-            count(start, after, among)
-            count(after, d, lambda k: mine)
+            following = builder.add(block.index, ir.Constant(d.type, 1))
+            count(ir.Constant(d.type, 0), block.index, lambda k: below)
+            count(block.index, following, among)
+            count(following, blocks, lambda k: mine)
             builder.store(builder.load(total), address(builder, into, start, _INDICES), align=4)
         return target.get_dummy_value()
 
@@ -301,8 +303,8 @@ def _look_up_bytes(
                 numbers = builder.bitcast(unpacked(_PAIRS, lower, above, part), _NUMBERS)
                 start = builder.add(to, ir.Constant(whole, 16 * (2 * half + part)))
                 builder.store(numbers, address(builder, into, start, _NUMBERS), align=4)
-                square = builder.fmul(numbers, numbers)
-                squares = builder.fadd(squares, square)
+                square = builder.fmul(numbers, numbers, flags=("contract",))
+                squares = builder.fadd(squares, square, flags=("contract",))
         builder.store(squares, place, align=4)
         return target.get_dummy_value()
 
@@ -423,7 +425,7 @@ def _order(wide, rank, spots, order):
     _ranks(wide, rank)
     for c in range(len(wide)):
         if rank[c] < len(spots):
-            order[spots[rank[c]]] = c
+            order[spots[np.uint64(rank[c])]] = c
 
 
 @compiled
@@ -436,7 +438,7 @@ def _steps(wide, rank, loud, extra, most, step):
 
 
 @compiled
-def _fold(asked, extra, begin, step, most, order, folded, whole, fine, by):
+def _fold(asked, extra, begin, step, most, order, folded, small, whole, fine, by):
     """Fold a page's ranges into one query, asked (d), times the scale, in float64.
 
     begin, step, most  (d) what `_ranges` and `_steps` wrote; order: what `_order` wrote, if extra > 0
@@ -444,7 +446,7 @@ def _fold(asked, extra, begin, step, most, order, folded, whole, fine, by):
     fine    (d // 2) int16, those of the further bits, in the order of `order`
     by      float32 (4): what the upper half of a factor counts, what its lower half and what one of `fine`, and the
             product with the starts of the ranges
-    folded  scratch, (d)
+    folded, small  scratch, (d), float64 and int32
     Returns a bound on the error of a logit from half a step of every channel, and one from rounding `fine`.
     """
     start, error, square, fine_square = 0.0, 0.0, 0.0, 0.0
@@ -464,11 +466,12 @@ def _fold(asked, extra, begin, step, most, order, folded, whole, fine, by):
     tiny, left = math.sqrt(fine_square) / 32767.0, 0.0
     tiny = tiny if tiny > 0 else 1.0
     over = 1.0 / tiny
+    for c in range(len(asked)):
+        rounded = np.floor(folded[c] * over + 0.5) if most[c] > 255.0 else 0.0
+        small[c] = np.int32(rounded)
+        left += abs(folded[c] - rounded * tiny) if most[c] > 255.0 else 0.0
     for n in range(len(order)):
-        exact = folded[order[n]]
-        rounded = np.floor(exact * over + 0.5)
-        fine[n] = np.int16(np.int32(rounded))
-        left += abs(exact - rounded * tiny)
+        fine[n] = np.int16(small[order[n]])
     by[0], by[1], by[2], by[3] = np.float32(top * 32768.0), np.float32(top), np.float32(tiny), np.float32(start)
     return error / 2, left * ((1 << extra) - 1)
 
@@ -627,22 +630,54 @@ def _flush(part, total):
         part[n] = np.float32(0.0)
 
 
+@compiled
+def _as_floats(bits, out):
+    """Write the bfloat16 numbers with these bits to out."""
+    for n in range(len(out)):
+        out[n] = short_float(bits[n])
+
+
+@compiled
+def _sizes(norms, scales, radii, shrink, sizes, longest, least):
+    """Write norms times scales to sizes; raise `longest` to sizes plus radii, `least` to shrunk sizes minus radii."""
+    for t in range(TILE):
+        size = norms[t] * scales[t]
+        sizes[t] = size
+        high, low = size + radii[t], size * shrink - radii[t]
+        longest[t] = high if high > longest[t] else longest[t]
+        least[t] = low if low > least[t] else least[t]
+
+
+@compiled
+def _dot(one, two):
+    """Return the dot product of two vectors, in float64."""
+    total = 0.0
+    for c in range(len(one)):
+        total += np.float64(one[c]) * np.float64(two[c])
+    return total
+
+
+@compiled
+def _add_scaled(total, weight, vector):
+    """Add weight times a vector to total, in float64."""
+    for c in range(len(total)):
+        total[c] += weight * np.float64(vector[c])
+
+
 # ---- the bound ------------------------------------------------------------------------------------------------------
 
 
-@compiled(fast=False)
-def _gram(q, r, i, scale, key_gram, row, grown):
-    """Return a bound on the root of the sum of squared errors of logits, from the sums of the keys' residuals."""
-    d = q.shape[2]
-    square, norm, trace = 0.0, 0.0, 0.0
-    for c in range(d):
-        part = 0.0
-        for e in range(d):
-            part += np.float64(key_gram[row, c, e]) * np.float64(q[r, i, e])
-        square += part * np.float64(q[r, i, c])
-        norm += np.float64(q[r, i, c]) ** 2
-        trace += np.float64(key_gram[row, c, c])
-    return scale * math.sqrt(max(square, 0.0) + grown * norm * trace)
+@compiled
+def _gram(asked, key_gram, grown):
+    """Return a bound on the root of the sum of squared errors of logits, from the sums of the keys' residuals.
+
+    asked (d): the query times the scale. grown: allowance for the rounding of the sums, relative to their trace.
+    """
+    square, trace = 0.0, 0.0
+    for c in range(len(asked)):
+        square += _dot(key_gram[c], asked) * asked[c]
+        trace += np.float64(key_gram[c, c])
+    return math.sqrt(max(square, 0.0) + grown * _dot(asked, asked) * trace)
 
 
 @compiled(fast=False)
@@ -670,28 +705,6 @@ def _sort(key, count, order):
             order[at] = order[at - 1]
             at -= 1
         order[at] = n
-
-
-@compiled
-def _sum_fresh(q, r, i, scale, softcap, keys, values, row, places, count, logits, sizes):
-    """Write the logits of the uncoded tokens at `places` of a row to logits[i]; return their keys' largest norm.
-
-    sizes (tokens): their values' norms.
-    """
-    d, dv, widest = keys.shape[2], values.shape[2], 0.0
-    for f in range(count):
-        at = places[f]
-        total, square, size = 0.0, 0.0, 0.0
-        for c in range(d):
-            total += np.float64(q[r, i, c]) * np.float64(keys[row, at, c])
-            square += np.float64(keys[row, at, c]) * np.float64(keys[row, at, c])
-        for c in range(dv):
-            size += np.float64(values[row, at, c]) * np.float64(values[row, at, c])
-        total *= scale
-        logits[i, f] = softcap * math.tanh(total / softcap) if softcap > 0 else total
-        sizes[f] = math.sqrt(size)
-        widest = max(widest, square)
-    return math.sqrt(widest)
 
 
 _BYTES_OF, _FLOATS = types.uint8[:, ::1], types.float32[::1]
@@ -768,7 +781,8 @@ def certify(
     begins, wide = np.empty(d, np.float32), np.empty(d, np.float32)
     step, most, folded = np.empty(d), np.empty(d), np.empty(d)
     loud, each_word = (d // 2, 16 // extra) if extra > 0 else (0, 1)
-    rank, whole, order, spots = np.full(d, d, np.int32), np.empty(d, np.int32), np.empty(loud, np.int64), np.empty(loud, np.int64)
+    rank, whole, order, spots = np.full(d, d, np.int32), np.empty(d, np.int32), np.empty(loud, np.uint64), np.empty(loud, np.uint64)
+    small = np.empty(d, np.int32)
     for n in range(loud):
         k = n % (2 * each_word)
         spots[n] = n - k + 2 * (k % each_word) + k // each_word
@@ -778,7 +792,8 @@ def certify(
     numbers, norms = np.empty(TILE * dv, np.float32), np.empty(TILE, np.float32)
     squares = np.empty(16 * TILE, np.float32)
     scales, radii, sizes = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    longest, least = np.empty(TILE, np.float32), np.empty((m, TILE), np.float32)
+    longest, least, seen = np.empty(TILE, np.float32), np.empty((1, TILE), np.float32), np.empty((m, TILE), np.float32)
+    shrink = np.float32(1 - UNIT * (4 * dv + 64))
     weights, part, total = np.empty((2 * m, TILE), np.float32), np.zeros((2 * m, dv), np.float32), np.empty((2 * m, dv))
     sums, limit = np.empty((m, 5)), np.empty(m, np.float32)
     heavy, heavies = np.empty((m, HEAVY), np.int64), np.empty(m, np.int64)
@@ -798,17 +813,25 @@ def certify(
             if p < first or p >= n:
                 places[fresh] = p if p < first else first + p % ring
                 fresh += 1
+        size = 0.0
+        for f in range(fresh):
+            key, value = fresh_k[r, places[f]], fresh_v[r, places[f]]
+            size = max(size, _dot(key, key))
+            fresh_sizes[f] = math.sqrt(_dot(value, value))
+        size = math.sqrt(size)
         for i in range(m):
             square_sum = 0.0
             for c in range(d):
                 asked[i, c] = np.float64(q[r, i, c]) * scale
                 square_sum += np.float64(q[r, i, c]) ** 2
             norm[i] = scale * math.sqrt(square_sum)
-            size = _sum_fresh(q, r, i, scale, softcap, fresh_k, fresh_v, r, places, fresh, fresh_logits, fresh_sizes)
+            for f in range(fresh):
+                logit = _dot(asked[i], fresh_k[r, places[f]])
+                fresh_logits[i, f] = softcap * math.tanh(logit / softcap) if softcap > 0 else logit
             fixed = UNIT * (16.0 - LEAST + 8.0 * softcap)
             rounding[i] = UNIT * (12.0 + d * (1 << extra) / 64.0 + d / 64.0) * norm[i] * reach[r] + fixed
             half_rounding = UNIT * norm[i] * size + fixed
-            gram[i] = _gram(q, r, i, scale, key_gram, r, gram_rounding) * (1 + 1e-6)
+            gram[i] = _gram(asked[i], key_gram[r], gram_rounding) * (1 + 1e-6)
             wild[i] = not norm[i] * max(np.float64(reach[r]), size) < 1e6
             apart[i] = half_rounding  # of the uncoded tokens
             lost[i] = 0.0
@@ -819,12 +842,14 @@ def certify(
                 _order(wide, rank, spots, order)
             _steps(wide, rank, loud, extra, most, step)
             for i in range(m):
-                half, left = _fold(asked[i], extra, begins, step, most, order, folded, whole, factors[i, 0, d:], by[i])
+                half, left = _fold(asked[i], extra, begins, step, most, order, folded, small, whole, factors[i, 0, d:], by[i])
                 _halves(whole, factors, i)
                 doubt[i, page] = min((half + norm[i] * excess[r]) * (1 + 1e-6), gram[i])
                 lost[i] = max(lost[i], left)
             for start in range(page * group, (page + 1) * group, TILE):
                 place = offset[r] + start
+                for at in range(0, TILE * key_bytes, 64):
+                    fetch(keys, (place + 2 * TILE) * key_bytes + at)
                 turn_words(keys, place * key_bytes, key_bytes, 4, full, words)
                 for w in range(short):
                     for t in range(TILE):
@@ -853,25 +878,24 @@ def certify(
             heavies[i] = 0
         longest[:] = np.float32(0.0)
         least[:] = np.float32(0.0)
+        seen[:] = np.float32(0.0)
         total[:] = 0.0
         sums[:] = 0.0
         for start in range(0, n, TILE):
             place = offset[r] + start
+            for at in range(0, TILE * dv, 64):
+                fetch(values, (place + 2 * TILE) * dv + at)
             _decoded(values, place * dv, dv, table, planes, numbers, squares, norms)
-            for t in range(TILE):
-                scales[t], radii[t] = short_float(value_scale[place + t]), short_float(radius[place + t])
+            _as_floats(value_scale[place : place + TILE], scales)
+            _as_floats(radius[place : place + TILE], radii)
             for t in range(min(TILE, first - start)):
                 scales[t] = radii[t] = np.float32(0.0)
-            for t in range(TILE):
-                sizes[t] = scales[t] * norms[t]
-            for t in range(TILE):
-                size = sizes[t] + radii[t]
-                longest[t] = size if size > longest[t] else longest[t]
-            for i in range(m if masked else 1):
-                for t in range(TILE):
-                    size = sizes[t] * np.float32(1 - UNIT * (4 * dv + 64)) - radii[t]
-                    size = np.float32(0.0) if masked and hide[r, i, start + t] else size
-                    least[i, t] = size if size > least[i, t] else least[i, t]
+            _sizes(norms, scales, radii, shrink, sizes, longest, least[0])
+            if masked:
+                for i in range(m):
+                    for t in range(TILE):
+                        size = np.float32(0.0) if hide[r, i, start + t] else sizes[t] * shrink - radii[t]
+                        seen[i, t] = size if size > seen[i, t] else seen[i, t]
             for i in range(m):
                 some, one, two, three, four = _weigh(
                     x[i, start : start + TILE], limit[i], sizes, scales, radii, weights[i], weights[m + i]
@@ -904,7 +928,7 @@ def certify(
                 continue
             fresh_mass, fresh_size, lowest, widest_value = 0.0, 0.0, 0.0, 0.0
             for t in range(TILE):
-                lowest = max(lowest, np.float64(least[i if masked else 0, t]))
+                lowest = max(lowest, np.float64(seen[i, t] if masked else least[0, t]))
                 widest_value = max(widest_value, np.float64(longest[t]))
             plain[:] = 0.0
             for f in range(fresh):
@@ -913,17 +937,13 @@ def certify(
                     weight = np.float64(exponential(away))
                     fresh_mass += weight
                     fresh_size += weight * fresh_sizes[f]
-                    for c in range(dv):
-                        plain[c] += weight * np.float64(fresh_v[r, places[f], c])
+                    _add_scaled(plain, weight, fresh_v[r, places[f]])
                 if fresh_logits[i, f] > HIDDEN:
                     lowest = max(lowest, fresh_sizes[f] * (1 - UNIT))
                     widest_value = max(widest_value, fresh_sizes[f])
             whole_mass = mass[i] + fresh_mass
             for a in range(dv):
-                moved = total[i, lane(a)]
-                for b in range(dv):
-                    moved += turn[a, b] * plain[b]
-                turned[a] = moved / whole_mass
+                turned[a] = (total[i, lane(a)] + _dot(turn[a], plain)) / whole_mass
             center_square = 0.0
             for a in range(dv):
                 center[lane(a)] = turned[a]
@@ -932,8 +952,7 @@ def certify(
             for b in range(dv):
                 plain[b] = 0.0
             for a in range(dv):
-                for b in range(dv):
-                    plain[b] += turn[a, b] * turned[a]
+                _add_scaled(plain, turned[a], turn[a])
             for b in range(dv):
                 mean[r, i, b] = np.float32(plain[b])
             # the heavy tokens, each by itself
