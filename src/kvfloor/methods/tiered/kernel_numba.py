@@ -438,22 +438,22 @@ def _steps(wide, rank, loud, extra, most, step):
 
 
 @compiled
-def _fold(asked, extra, begin, step, most, order, folded, small, whole, fine, by):
-    """Fold a page's ranges into one query, asked (d), times the scale, in float64.
+def _fold(queries, i, extra, begin, step, most, order, folded, small, whole, factors, by):
+    """Fold a page's ranges into query i of `queries` (m, d), times the scale, in float64.
 
     begin, step, most  (d) what `_ranges` and `_steps` wrote; order: what `_order` wrote, if extra > 0
     whole   (d) int32, the factors that codes of 8 bits are multiplied with
-    fine    (d // 2) int16, those of the further bits, in the order of `order`
-    by      float32 (4): what the upper half of a factor counts, what its lower half and what one of `fine`, and the
-            product with the starts of the ranges
+    factors int16 (m, 2, d + d // 2), in [i, 0, d:] those of the further bits, in the order of `order`
+    by      float32 (m, 4), in row i: what the upper half of a factor counts, what its lower half and what a factor of
+            the further bits, and the product with the starts of the ranges
     folded, small  scratch, (d), float64 and int32
     Returns a bound on the error of a logit from half a step of every channel, and one from rounding `fine`.
     """
     start, error, square, fine_square = 0.0, 0.0, 0.0, 0.0
-    for c in range(len(asked)):
-        part = asked[c] * step[c]
+    for c in range(len(step)):
+        part = queries[i, c] * step[c]
         size = part * (most[c] + 1.0) * 2.0**-8  # what one of the 8 bits counts
-        start += asked[c] * np.float64(begin[c])
+        start += queries[i, c] * np.float64(begin[c])
         error += abs(part)
         square += size * size
         fine_square += part * part if most[c] > 255.0 else 0.0
@@ -461,18 +461,18 @@ def _fold(asked, extra, begin, step, most, order, folded, small, whole, fine, by
     top = math.sqrt(square) * 2.0**-29
     top = top if top > 0 else 1.0
     over = 1.0 / top
-    for c in range(len(asked)):
+    for c in range(len(step)):
         whole[c] = np.int32(np.floor(folded[c] * ((most[c] + 1.0) * 2.0**-8) * over + 0.5))
     tiny, left = math.sqrt(fine_square) / 32767.0, 0.0
     tiny = tiny if tiny > 0 else 1.0
-    over = 1.0 / tiny
-    for c in range(len(asked)):
+    over, d = 1.0 / tiny, np.uint64(len(step))
+    for c in range(len(step)):
         rounded = np.floor(folded[c] * over + 0.5) if most[c] > 255.0 else 0.0
         small[c] = np.int32(rounded)
         left += abs(folded[c] - rounded * tiny) if most[c] > 255.0 else 0.0
     for n in range(len(order)):
-        fine[n] = np.int16(small[order[n]])
-    by[0], by[1], by[2], by[3] = np.float32(top * 32768.0), np.float32(top), np.float32(tiny), np.float32(start)
+        factors[i, 0, d + np.uint64(n)] = np.int16(small[order[n]])
+    by[i, 0], by[i, 1], by[i, 2], by[i, 3] = np.float32(top * 32768.0), np.float32(top), np.float32(tiny), np.float32(start)
     return error / 2, left * ((1 << extra) - 1)
 
 
@@ -601,21 +601,24 @@ def _add_values(numbers, weights, dv, out):
 
 
 @compiled
-def _weigh(x, limit, sizes, scales, radii, once, twice):
-    """Write weights x of tokens times scales to `once`, and weights squared, 0 above the limit, times scales to `twice`.
+def _weigh(x, i, at, limit, sizes, scales, radii, weights):
+    """Write the weights of a tile's values, for query i of m, to weights (2 m, TILE).
 
-    All are (TILE). Returns how many weights are above the limit, the sums of x sizes and of x radii over all tokens, and
+    Row i gets the tokens' weights x[i, at ..] times the values' scales, row m + i their squares, 0 for weights above the
+    limit, times the scales. `at` is a uint64, for an index that is never negative. Returns how many weights are above the limit, the sums of x sizes and of x radii over all tokens, and
     those of x^2 sizes^2 and of x^2 over tokens up to the limit.
     """
     count, one, two, three, four = np.int32(0), np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    other = len(weights) // 2 + i
     for t in range(TILE):
-        heavy = x[t] > limit
-        light = np.float32(0.0) if heavy else x[t] * x[t]
-        once[t] = x[t] * scales[t]
-        twice[t] = light * scales[t]
+        w = x[i, at + np.uint64(t)]
+        heavy = w > limit
+        light = np.float32(0.0) if heavy else w * w
+        weights[i, t] = w * scales[t]
+        weights[other, t] = light * scales[t]
         count += np.int32(heavy)
-        one += x[t] * sizes[t]
-        two += x[t] * radii[t]
+        one += w * sizes[t]
+        two += w * radii[t]
         three += light * sizes[t] * sizes[t]
         four += light
     return count, one, two, three, four
@@ -631,10 +634,10 @@ def _flush(part, total):
 
 
 @compiled
-def _as_floats(bits, out):
-    """Write the bfloat16 numbers with these bits to out."""
+def _as_floats(bits, at, out):
+    """Write the bfloat16 numbers with the bits bits[at ..] to out; `at` is a uint64."""
     for n in range(len(out)):
-        out[n] = short_float(bits[n])
+        out[n] = short_float(bits[at + np.uint64(n)])
 
 
 @compiled
@@ -649,35 +652,81 @@ def _sizes(norms, scales, radii, shrink, sizes, longest, least):
 
 
 @compiled
-def _dot(one, two):
-    """Return the dot product of two vectors, in float64."""
-    total = 0.0
-    for c in range(len(one)):
-        total += np.float64(one[c]) * np.float64(two[c])
-    return total
+def _turned(turn, vector, out):
+    """Write the product of the matrix turn (w, w) and a vector to out."""
+    for a in range(len(out)):
+        total = 0.0
+        for b in range(len(vector)):
+            total += turn[a, b] * vector[b]
+        out[a] = total
 
 
 @compiled
-def _add_scaled(total, weight, vector):
-    """Add weight times a vector to total, in float64."""
-    for c in range(len(total)):
-        total[c] += weight * np.float64(vector[c])
+def _turned_back(turn, vector, out):
+    """Write the product of the transpose of turn (w, w) and a vector to out."""
+    for b in range(len(out)):
+        out[b] = 0.0
+    for a in range(len(vector)):
+        for b in range(len(out)):
+            out[b] += turn[a, b] * vector[a]
+
+
+@compiled
+def _fresh_logits(asked, softcap, keys, count, logits):
+    """Write the logits of the first `count` of keys (n, d) to logits (m, n); return the largest square of a norm."""
+    widest = np.float32(0.0)
+    for f in range(count):
+        square = np.float32(0.0)
+        for c in range(keys.shape[1]):
+            square += keys[f, c] * keys[f, c]
+        widest = max(widest, square)
+        for i in range(len(asked)):
+            logit = np.float32(0.0)
+            for c in range(keys.shape[1]):
+                logit += asked[i, c] * keys[f, c]
+            logits[i, f] = logit
+    if softcap > 0:
+        for i in range(len(asked)):
+            for f in range(count):
+                logits[i, f] = np.float32(softcap * math.tanh(np.float64(logits[i, f]) / softcap))
+    return np.float64(widest)
+
+
+@compiled
+def _fresh_sums(values, sizes, logits, i, count, total):
+    """Add weights logits[i, f], f < count, times values[f] to total; write the values' norms to sizes.
+
+    Returns the sum of the weights, and of weights times norms.
+    """
+    mass, size = 0.0, 0.0
+    for f in range(count):
+        weight = np.float64(logits[i, f])
+        mass += weight
+        size += weight * sizes[f]
+        for c in range(len(total)):
+            total[c] += weight * np.float64(values[f, c])
+    return mass, size
 
 
 # ---- the bound ------------------------------------------------------------------------------------------------------
 
 
 @compiled
-def _gram(asked, key_gram, grown):
+def _gram(asked, i, key_gram, r, grown):
     """Return a bound on the root of the sum of squared errors of logits, from the sums of the keys' residuals.
 
-    asked (d): the query times the scale. grown: allowance for the rounding of the sums, relative to their trace.
+    asked (m, d): queries times the scale, of which i is meant. grown: allowance for the rounding of the sums, relative
+    to their trace.
     """
-    square, trace = 0.0, 0.0
-    for c in range(len(asked)):
-        square += _dot(key_gram[c], asked) * asked[c]
-        trace += np.float64(key_gram[c, c])
-    return math.sqrt(max(square, 0.0) + grown * _dot(asked, asked) * trace)
+    square, trace, norm = 0.0, 0.0, 0.0
+    for c in range(asked.shape[1]):
+        part = 0.0
+        for e in range(asked.shape[1]):
+            part += np.float64(key_gram[r, c, e]) * asked[i, e]
+        square += part * asked[i, c]
+        norm += asked[i, c] * asked[i, c]
+        trace += np.float64(key_gram[r, c, c])
+    return math.sqrt(max(square, 0.0) + grown * norm * trace)
 
 
 @compiled(fast=False)
@@ -792,7 +841,7 @@ def certify(
     numbers, norms = np.empty(TILE * dv, np.float32), np.empty(TILE, np.float32)
     squares = np.empty(16 * TILE, np.float32)
     scales, radii, sizes = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    longest, least, seen = np.empty(TILE, np.float32), np.empty((1, TILE), np.float32), np.empty((m, TILE), np.float32)
+    longest, least, seen = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty((m, TILE), np.float32)
     shrink = np.float32(1 - UNIT * (4 * dv + 64))
     weights, part, total = np.empty((2 * m, TILE), np.float32), np.zeros((2 * m, dv), np.float32), np.empty((2 * m, dv))
     sums, limit = np.empty((m, 5)), np.empty(m, np.float32)
@@ -800,8 +849,11 @@ def certify(
     each, own, apart_each, square = np.empty(HEAVY), np.empty(HEAVY), np.empty(HEAVY), np.empty(HEAVY)
     apart, lost = np.empty(m), np.empty(m)
     sorted_each, sorted_own, by_size = np.empty(HEAVY), np.empty(HEAVY), np.empty(HEAVY, np.int64)
+    flat_part, flat_total = part.ravel(), total.ravel()
     places = np.empty(first + ring, np.int64)
-    fresh_logits, fresh_sizes = np.empty((m, first + ring)), np.empty(first + ring)
+    fresh_logits, fresh_sizes = np.empty((m, first + ring), np.float32), np.empty(first + ring)
+    fresh_keys, fresh_values = np.empty((first + ring, d), np.float32), np.empty((first + ring, dv), np.float32)
+    asked_once = np.empty((m, d), np.float32)
     top, mass, wild = np.empty(m, np.float32), np.empty(m), np.empty(m, np.bool_)
     center, turned, plain = np.empty(dv), np.empty(dv), np.empty(dv)
     for r in range(begin, stop):
@@ -813,25 +865,29 @@ def certify(
             if p < first or p >= n:
                 places[fresh] = p if p < first else first + p % ring
                 fresh += 1
-        size = 0.0
         for f in range(fresh):
-            key, value = fresh_k[r, places[f]], fresh_v[r, places[f]]
-            size = max(size, _dot(key, key))
-            fresh_sizes[f] = math.sqrt(_dot(value, value))
-        size = math.sqrt(size)
+            at = np.uint64(places[f])
+            for c in range(d):
+                fresh_keys[f, c] = fresh_k[r, at, c]
+            long_square = np.float32(0.0)
+            for c in range(dv):
+                fresh_values[f, c] = fresh_v[r, at, c]
+                long_square += fresh_v[r, at, c] * fresh_v[r, at, c]
+            fresh_sizes[f] = math.sqrt(long_square)
+        for i in range(m):
+            for c in range(d):
+                asked[i, c] = np.float64(q[r, i, c]) * scale
+                asked_once[i, c] = np.float32(asked[i, c])
+        size = math.sqrt(_fresh_logits(asked_once, softcap, fresh_keys, fresh, fresh_logits)) * (1 + 1e-4)
         for i in range(m):
             square_sum = 0.0
             for c in range(d):
-                asked[i, c] = np.float64(q[r, i, c]) * scale
                 square_sum += np.float64(q[r, i, c]) ** 2
             norm[i] = scale * math.sqrt(square_sum)
-            for f in range(fresh):
-                logit = _dot(asked[i], fresh_k[r, places[f]])
-                fresh_logits[i, f] = softcap * math.tanh(logit / softcap) if softcap > 0 else logit
             fixed = UNIT * (16.0 - LEAST + 8.0 * softcap)
             rounding[i] = UNIT * (12.0 + d * (1 << extra) / 64.0 + d / 64.0) * norm[i] * reach[r] + fixed
-            half_rounding = UNIT * norm[i] * size + fixed
-            gram[i] = _gram(asked[i], key_gram[r], gram_rounding) * (1 + 1e-6)
+            half_rounding = UNIT * (d / 2 + 2) * norm[i] * size + fixed
+            gram[i] = _gram(asked, i, key_gram, r, gram_rounding) * (1 + 1e-6)
             wild[i] = not norm[i] * max(np.float64(reach[r]), size) < 1e6
             apart[i] = half_rounding  # of the uncoded tokens
             lost[i] = 0.0
@@ -842,7 +898,7 @@ def certify(
                 _order(wide, rank, spots, order)
             _steps(wide, rank, loud, extra, most, step)
             for i in range(m):
-                half, left = _fold(asked[i], extra, begins, step, most, order, folded, small, whole, factors[i, 0, d:], by[i])
+                half, left = _fold(asked, i, extra, begins, step, most, order, folded, small, whole, factors, by)
                 _halves(whole, factors, i)
                 doubt[i, page] = min((half + norm[i] * excess[r]) * (1 + 1e-6), gram[i])
                 lost[i] = max(lost[i], left)
@@ -886,11 +942,11 @@ def certify(
             for at in range(0, TILE * dv, 64):
                 fetch(values, (place + 2 * TILE) * dv + at)
             _decoded(values, place * dv, dv, table, planes, numbers, squares, norms)
-            _as_floats(value_scale[place : place + TILE], scales)
-            _as_floats(radius[place : place + TILE], radii)
+            _as_floats(value_scale, np.uint64(place), scales)
+            _as_floats(radius, np.uint64(place), radii)
             for t in range(min(TILE, first - start)):
                 scales[t] = radii[t] = np.float32(0.0)
-            _sizes(norms, scales, radii, shrink, sizes, longest, least[0])
+            _sizes(norms, scales, radii, shrink, sizes, longest, least)
             if masked:
                 for i in range(m):
                     for t in range(TILE):
@@ -898,7 +954,7 @@ def certify(
                         seen[i, t] = size if size > seen[i, t] else seen[i, t]
             for i in range(m):
                 some, one, two, three, four = _weigh(
-                    x[i, start : start + TILE], limit[i], sizes, scales, radii, weights[i], weights[m + i]
+                    x, i, np.uint64(start), limit[i], sizes, scales, radii, weights
                 )
                 grown = 1.0 + math.expm1(min(doubt[i, start // group], DOUBT))
                 sums[i, 0] += np.float64(one)
@@ -912,8 +968,8 @@ def certify(
                         heavies[i] += 1
             _add_values(numbers, weights, dv, part)
             if start % CHUNK == CHUNK - TILE:
-                _flush(part.ravel(), total.ravel())
-        _flush(part.ravel(), total.ravel())
+                _flush(flat_part, flat_total)
+        _flush(flat_part, flat_total)
         for i in range(m):
             if wild[i]:
                 mean[r, i, :] = np.float32(0.0)
@@ -926,33 +982,27 @@ def certify(
                 log_mass[r, i] = np.float32(-np.inf)
                 error[r, i] = spread[r, i] = largest[r, i] = np.float32(0.0)
                 continue
-            fresh_mass, fresh_size, lowest, widest_value = 0.0, 0.0, 0.0, 0.0
+            lowest, widest_value = 0.0, 0.0
             for t in range(TILE):
-                lowest = max(lowest, np.float64(seen[i, t] if masked else least[0, t]))
+                lowest = max(lowest, np.float64(seen[i, t] if masked else least[t]))
                 widest_value = max(widest_value, np.float64(longest[t]))
             plain[:] = 0.0
             for f in range(fresh):
-                away = np.float32(fresh_logits[i, f]) - top[i]
-                if away >= np.float32(LEAST):
-                    weight = np.float64(exponential(away))
-                    fresh_mass += weight
-                    fresh_size += weight * fresh_sizes[f]
-                    _add_scaled(plain, weight, fresh_v[r, places[f]])
                 if fresh_logits[i, f] > HIDDEN:
-                    lowest = max(lowest, fresh_sizes[f] * (1 - UNIT))
+                    lowest = max(lowest, fresh_sizes[f] * (1 - UNIT * (dv + 4)))
                     widest_value = max(widest_value, fresh_sizes[f])
+            _exponential_part(fresh_logits[i, :fresh], top[i])
+            fresh_mass, fresh_size = _fresh_sums(fresh_values, fresh_sizes, fresh_logits, i, fresh, plain)
             whole_mass = mass[i] + fresh_mass
+            _turned(turn, plain, turned)
             for a in range(dv):
-                turned[a] = (total[i, lane(a)] + _dot(turn[a], plain)) / whole_mass
+                turned[a] = (total[i, lane(a)] + turned[a]) / whole_mass
             center_square = 0.0
             for a in range(dv):
                 center[lane(a)] = turned[a]
                 center_square += turned[a] * turned[a]
             long = math.sqrt(center_square)
-            for b in range(dv):
-                plain[b] = 0.0
-            for a in range(dv):
-                _add_scaled(plain, turned[a], turn[a])
+            _turned_back(turn, turned, plain)
             for b in range(dv):
                 mean[r, i, b] = np.float32(plain[b])
             # the heavy tokens, each by itself
