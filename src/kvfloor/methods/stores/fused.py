@@ -39,7 +39,8 @@ _NONE = np.zeros((0, 0, 0), np.float32)
 
 
 @lru_cache(maxsize=1)
-def _installed() -> bool:
+def installed() -> bool:
+    """Return True if numba is there."""
     return find_spec("numba") is not None
 
 
@@ -50,7 +51,7 @@ def serves(slots: CodedSlots) -> bool:
     tiles, and have ranges of 8 bits.
     """
     keys, spec = slots.key_codes, slots.spec
-    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not _installed():
+    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not installed():
         return False
     if not isinstance(slots.value_codes, TokenCodes):
         return False

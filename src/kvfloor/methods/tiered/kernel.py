@@ -41,39 +41,46 @@ def _kernel() -> Any:
 
 
 def serves(hot: Hot) -> bool:
-    """Return True if the kernel can read this tier: on a CPU, in float32, of tokens that all stayed, and with numba.
+    """Return True if the kernel can read this tier: on a CPU, in float32, with numba, and if no token was dropped.
 
-    Pages must be whole tiles, keys at most 256 numbers and a multiple of 32, values a multiple of 64, and the finer bits
-    of a key a multiple of 32.
+    Pages must be whole tiles; keys at most 256 numbers, and a multiple of 32, as the bits beyond 8 of a key must be;
+    values a multiple of 64.
     """
     codes, spec = hot.codes, hot.spec
-    keys, values = codes.key_codes, codes.value_codes
-    if not fused.serves(codes) and not isinstance(keys, LoudChannels):
+    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not fused.installed():
         return False
-    return True
+    keys, values = codes.key_codes, codes.value_codes
+    if spec.d % 32 or spec.d > _WIDEST or spec.dv % 64 or not codes.ordered or codes.group % _kernel().TILE:
+        return False
+    if keys.bits != _BITS or not isinstance(values, TokenCodes) or values.bits != _BITS:
+        return False
+    if isinstance(keys, LoudChannels):
+        return keys.extra in (1, 2, 4) and not keys.fine.shape[1] % 4
+    return isinstance(keys, ChannelCodes)
 
 
 def read(hot: Hot, q: Tensor, hide: Tensor | None) -> Certified:
+    """Return certified answers (r, m) to q (r, m, d) from the codes of a tier that the kernel serves, not rotated.
+
+    hide: bool (r, m, s), True for tokens that the queries do not see; None: they see all that their row holds.
+    """
     codes, spec = hot.codes, hot.spec
     keys, values = codes.key_codes, codes.value_codes
     assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, TokenCodes)
-    rows, m = q.shape[:2]
-    extra = keys.extra if isinstance(keys, LoudChannels) else 0
-    fine = keys.fine.numpy().view(np.uint32) if isinstance(keys, LoudChannels) else _NO_WORDS
+    loud, (rows, m) = isinstance(keys, LoudChannels), q.shape[:2]
     pages = int(codes.coded.max()) // codes.group
-    mean = np.empty((rows, m, spec.dv), np.float32)
-    numbers = np.empty((4, rows, m), np.float32)
+    mean, numbers = np.empty((rows, m, spec.dv), np.float32), np.empty((4, rows, m), np.float32)
+    radius: Tensor = codes.columns.radius  # type: ignore[attr-defined]
     given = (
         *(q.to(torch.float32).contiguous().numpy(), float(spec.scale), float(spec.softcap or 0.0)),
         *(codes.offset.numpy(), codes.held.numpy(), codes.coded.numpy(), codes.first, codes.group, codes.ring),
         _NOTHING if hide is None else hide.numpy(),
-        *(keys.packed.numpy(), fine, extra, keys.low.numpy(), keys.high.numpy(), keys.range.numpy()),
-        *(values.packed.numpy(), values.scale.view(torch.int16).numpy()),
-        codes.columns.radius.view(torch.int16).numpy(),
+        *(keys.packed.numpy(), keys.fine.numpy().view(np.uint32) if loud else _NO_WORDS, keys.extra if loud else 0),
+        *(keys.low.numpy(), keys.high.numpy(), keys.range.numpy()),
+        *(values.packed.numpy(), values.scale.view(torch.int16).numpy(), radius.view(torch.int16).numpy()),
         *_levels(spec.dv),
         *(codes.fresh_k.to(torch.float32).numpy(), codes.fresh_v.to(torch.float32).numpy()),
-        hot.key_gram.numpy(),
-        unit(spec.compute_dtype) * (2 * spec.d + codes.group + pages + 32),
+        *(hot.key_gram.numpy(), unit(spec.compute_dtype) * (2 * spec.d + codes.group + pages + 32)),
         *(hot.excess.numpy(), hot.reach.numpy(), hot.operator.numpy()),
         matrix(spec.dv, torch.float64, "cpu").numpy(),
         *(mean, *numbers),

@@ -168,7 +168,9 @@ class TieredState(Blocked[Tiered]):
         arrived = torch.arange(q.shape[2])
         last = before.unsqueeze(1) + arrived  # the last slot that a query sees
         real = (last < self.slots.held.unsqueeze(1)).to(q.device)
-        hide = (torch.arange(int(self.slots.held.max())) > last.unsqueeze(2)).to(q.device)
+        hide = None
+        if q.shape[2] > 1:  # a single token sees all that its row holds
+            hide = (torch.arange(int(self.slots.held.max())) > last.unsqueeze(2)).to(q.device)
         return self._certified(self.hot, q, hide, real, self.method.epsilon).partial
 
     def _certified(self, hot: Hot, q: Tensor, hide: Tensor | None, real: Tensor | None, epsilon: float) -> Certified:
@@ -183,10 +185,6 @@ class TieredState(Blocked[Tiered]):
             real = torch.ones(rows, m, dtype=torch.bool, device=q.device)
         else:
             q = q.masked_fill(~real[:, None, :, None], 0)  # padding may be anything, NaN too
-        live = self.slots.view().live
-        if live is not None:
-            gone = ~live.unsqueeze(1)
-            hide = gone.expand(-1, m, -1) if hide is None else hide | gone
         assert isinstance(self.slots, ExactSlots)
         reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
         piece = max(1, _NUMBERS // max(1, rows * width * max(g, d)))
