@@ -3,7 +3,7 @@
 A row is one (batch item, kv head) stream, a slot the place of one held token in flat tensors over all rows, a code the
 small integer that stands for a number. The module `fused` says when the kernel is used, and `coded` defines the same
 attention in torch. Import this module only where numba is installed. It is one file, as numba's cache on disk notices
-changes of a function's own file alone.
+changes of a function's own file alone; files that build on it name it in BUILT_ON (`compiled`).
 
 The kernel goes through a row's slots in tiles of TILE. Codes become words: a word has 8 codes of 4 bits, those of
 channels 8j .. 8j + 7 of one token. For codes above 4 bits a second word has the upper bits. Keys' words are laid out
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ CHUNK = 4096
 HIDDEN = np.float32(-1e30)
 """Stand-in for the logit of a token that is not seen: finite, so that the compiler may reorder sums."""
 
-_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 _LANES = 16
 _INDEX = ir.IntType(32)
 _INDICES = ir.VectorType(_INDEX, _LANES)
@@ -48,11 +48,16 @@ _NARROWING = [(4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000F
 _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 
 
+@lru_cache(maxsize=8)
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def compiled(function: Any = None, signature: Any = None, fast: bool = True) -> Any:
     """Compile a function: now if it has a signature, and kept for later processes if there is a folder to write to.
 
     fast: True if sums may be reordered, and products and sums rounded as one. A compiled function is kept until its
-    file or this one changes.
+    file changes, or one of those that its module names in BUILT_ON.
     """
     if function is None:
         return lambda found: compiled(found, signature, fast)
@@ -60,7 +65,7 @@ def compiled(function: Any = None, signature: Any = None, fast: bool = True) -> 
     try:
         made = njit(cache=True, **options)(function)
         kept = made._cache._cache_file
-        kept._source_stamp = (kept._source_stamp, _SOURCE)
+        kept._source_stamp = (kept._source_stamp, *map(_digest, function.__globals__.get("BUILT_ON", ())))
     except RuntimeError:  # no folder that can be written
         made = njit(**options)(function)
     if signature is not None:
@@ -272,7 +277,9 @@ def _words(context: Any, packed: Any, at: Any, plane: Any, count: Any, above: An
         def same(value: int) -> Any:
             return ir.Constant(whole, [value] * length)
 
-        words = builder.load(address(builder, source, arguments[1], ir.VectorType(ir.IntType(8 * bits), length)), align=1)
+        words = builder.load(
+            address(builder, source, arguments[1], ir.VectorType(ir.IntType(8 * bits), length)), align=1
+        )
         found = [words if 8 * bits == wide.width else builder.zext(words, whole)]
         if bits == 8:
             found = [builder.and_(x, same(0x0F0F0F0F0F0F0F0F)) for x in (words, builder.lshr(words, same(4)))]

@@ -61,9 +61,7 @@ class CertifiedReader:
             fetched[at] = some
         return shaped(found, rows, g, m), fetched
 
-    def _read(
-        self, q: Tensor, hide: Tensor | None, real: Tensor, asked: Tensor | None
-    ) -> tuple[Certified, Tensor]:
+    def _read(self, q: Tensor, hide: Tensor | None, real: Tensor, asked: Tensor | None) -> tuple[Certified, Tensor]:
         """Do the work of `read` in torch, for the rows `asked` (None: all): answers (r, g m), tokens fetched (r, m)."""
         rows, g, m, _ = q.shape
         every = torch.arange(rows) if asked is None else asked.cpu()

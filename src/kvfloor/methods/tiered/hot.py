@@ -26,6 +26,7 @@ from kvfloor.logits import capped
 from kvfloor.methods.stores.coded import CodedSlots
 from kvfloor.methods.stores.codes import GroupCodes
 from kvfloor.methods.stores.turn import turned, turned_back
+from kvfloor.methods.tiered import kernel
 from kvfloor.methods.tiered.hot_store import HotStore
 
 _RADIUS = torch.bfloat16
@@ -58,6 +59,7 @@ class Hot(Memory):
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
         self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
         self.operator, self.excess, self.reach = (torch.zeros(spec.rows, **how) for _ in range(3))
+        kernel.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 

@@ -50,13 +50,13 @@ def serves(hot: Hot) -> bool:
     if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not fused.installed():
         return False
     keys, values = codes.key_codes, codes.value_codes
-    if spec.d % 32 or spec.d > _WIDEST or spec.dv % 64 or not codes.ordered or codes.group % _kernel().TILE:
+    if spec.d % 32 or spec.d > _WIDEST or spec.dv % 64 or not codes.ordered:
         return False
     if keys.bits != _BITS or not isinstance(values, TokenCodes) or values.bits != _BITS:
         return False
-    if isinstance(keys, LoudChannels):
-        return keys.extra in (1, 2, 4) and not keys.fine.shape[1] % 4
-    return isinstance(keys, ChannelCodes)
+    if isinstance(keys, LoudChannels) and (keys.extra not in (1, 2, 4) or keys.fine.shape[1] % 4):
+        return False
+    return isinstance(keys, LoudChannels | ChannelCodes) and codes.group % _kernel().TILE == 0
 
 
 def read(hot: Hot, q: Tensor, hide: Tensor | None) -> Certified:

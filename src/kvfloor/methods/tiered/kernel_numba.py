@@ -5,7 +5,7 @@ bounds, and what the order of this file's sums allows for rounding. Import this 
 
 A row is one (batch item, kv head) stream, a slot the place of one held token, a page `group` tokens of a row that are
 coded together. The kernel goes twice through a row's coded slots, in tiles of TILE. The first time it computes logits,
-in integers: queries times steps become integers of 30 bits, in halves of 15, so that a sum over channels is not rounded.
+in integers: queries times steps become integers of 30 bits, in halves of 15, so that no sum over channels is rounded.
 The second time it sums values. Heavy tokens, those of large weight, are bounded one by one, all others together. Sums
 over more than CHUNK tokens are in float64.
 """
@@ -13,28 +13,25 @@ over more than CHUNK tokens are in float64.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir  # pyright: ignore[reportMissingImports]
 from numba import types  # pyright: ignore[reportMissingImports]
-from numba.core import cgutils, config  # pyright: ignore[reportMissingImports]
 
-from kvfloor.methods.stores.fused_numba import (
-    HIDDEN,
-    TILE,
-    address,
-    addresses,
-    compiled,
-    exponential,
-    fetch,
-    instruction,
-    largest,
-    level,
-    scaled_onto,
-    short_float,
-    turn_words,
+from kvfloor.methods.stores import fused_numba
+from kvfloor.methods.stores.fused_numba import HIDDEN, TILE, compiled, exponential, fetch, short_float, turn_words
+from kvfloor.methods.tiered import kernel_vectors
+from kvfloor.methods.tiered.kernel_vectors import (
+    add_weighted,
+    code_logits,
+    highest,
+    lane,
+    look_up_levels,
+    sums_of_16,
+    write_halves,
+    write_ranks,
 )
+
+BUILT_ON = (fused_numba.__file__, kernel_vectors.__file__)
 
 HEAVY = 64
 """Most tokens that are bounded one by one, for each query."""
@@ -47,364 +44,6 @@ DOUBT = 30.0
 UNIT = 2.0**-23
 """The allowance for one rounding in float32, twice the largest relative error."""
 
-_LANES = 16
-_INDEX, _SHORT, _BYTE = ir.IntType(32), ir.IntType(16), ir.IntType(8)
-_NUMBERS, _INDICES, _PAIRS = (ir.VectorType(t, n) for t, n in ((ir.FloatType(), 16), (_INDEX, 16), (_SHORT, 32)))
-_BYTES = ir.VectorType(_BYTE, 64)
-
-
-def _features() -> set[str]:
-    """Return the processor's features for which numba compiles."""
-    if config.CPU_NAME is not None:
-        return {part[1:] for part in (config.CPU_FEATURES or "").split(",") if part.startswith("+")}
-    return {name for name, there in binding.get_host_cpu_features().items() if there}
-
-
-_HAS = _features()
-
-
-# ---- vector operations ----------------------------------------------------------------------------------------------
-
-
-def _splat(builder: Any, value: Any, count: int) -> Any:
-    kind = ir.VectorType(value.type, count)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INDEX, 0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_INDEX, count), [0] * count))
-
-
-def _pair_products(builder: Any, codes: Any, pair: Any) -> Any:
-    """Return, for 16 lanes of two 16-bit codes each, their products with the two 16-bit numbers of `pair`, added."""
-    factor = _splat(builder, pair, _LANES)
-    if "avx512bw" in _HAS:
-        kind = ir.FunctionType(_INDICES, [_PAIRS, _PAIRS])
-        multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.pmaddw.d.512")
-        return builder.call(multiply, [builder.bitcast(codes, _PAIRS), builder.bitcast(factor, _PAIRS)])
-    half = ir.Constant(_INDICES, [16] * _LANES)
-    low, upper = builder.and_(codes, ir.Constant(_INDICES, [0xFFFF] * _LANES)), builder.lshr(codes, half)
-    first = builder.ashr(builder.shl(factor, half), half)
-    return builder.add(builder.mul(low, first), builder.mul(upper, builder.ashr(factor, half)))
-
-
-@instruction
-def _logits(
-    context: Any, words: Any, fine: Any, at: Any, counts: Any, extra: Any, factors: Any, by: Any, first: Any, many: Any, out: Any, to: Any
-) -> Any:
-    """Write the logits of 16 tokens and `many` queries from `first` on to out[first .., to .. to + 15].
-
-    words, fine  uint32 (count * TILE), word j of token t at j TILE + t: 4 codes of 8 bits, 32 / extra of extra bits
-    at           the first token
-    counts       number of words, of fine words, of pairs of codes in a fine word
-    factors, by  int16 (m, 2, width) and float32 (m, 4) as `_fold` writes them
-    """
-    del context
-    if not isinstance(many, types.IntegerLiteral):
-        return None
-    number = many.literal_value
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        coarse, loud, given, scales, result = addresses(target, builder, signature, arguments, 0, 1, 5, 6, 9)
-        whole = arguments[2].type
-        full, short, each = cgutils.unpack_tuple(builder, arguments[3], 3)
-
-        def width(which: int) -> Any:
-            shape = cgutils.create_struct_proxy(signature.args[which])(target, builder, arguments[which]).shape
-            return cgutils.unpack_tuple(builder, shape)[-1]
-
-        queries = [builder.add(arguments[7], ir.Constant(whole, i)) for i in range(number)]
-        plane = builder.lshr(width(5), ir.Constant(whole, 1))  # in pairs
-        starts = [builder.mul(builder.mul(i, ir.Constant(whole, 2)), plane) for i in queries]
-        pairs = builder.bitcast(given, _INDEX.as_pointer())
-        zero = ir.Constant(_INDICES, [0] * _LANES)
-        upper, lower, finest = ([cgutils.alloca_once_value(builder, zero) for _ in queries] for _ in range(3))
-
-        def add(totals: list[Any], half: int, codes: Any, pair: Any) -> None:
-            for start, total in zip(starts, totals, strict=True):
-                place = builder.add(start, builder.add(pair, plane) if half else pair)
-                found = _pair_products(builder, codes, builder.load(builder.gep(pairs, [place])))
-                builder.store(builder.add(builder.load(total), found), total)
-
-        def load(data: Any, word: Any) -> Any:
-            place = builder.add(builder.mul(word, ir.Constant(whole, TILE)), arguments[2])
-            return builder.load(address(builder, data, place, _INDICES), align=4)
-
-        mask = ir.Constant(_INDICES, [0x00FF00FF] * _LANES)
-        with cgutils.for_range(builder, full) as loop:
-            four = load(coarse, loop.index)
-            odd = builder.lshr(four, ir.Constant(_INDICES, [8] * _LANES))
-            for codes, pair in ((four, loop.index), (odd, builder.add(full, loop.index))):
-                codes = builder.and_(codes, mask)
-                add(upper, 0, codes, pair)
-                add(lower, 1, codes, pair)
-        bits = builder.trunc(arguments[4], _INDEX)
-        ones = builder.sub(builder.shl(ir.Constant(_INDEX, 1), bits), ir.Constant(_INDEX, 1))
-        both = _splat(builder, builder.or_(ones, builder.shl(ones, ir.Constant(_INDEX, 16))), _LANES)
-        with cgutils.for_range(builder, short) as outer:
-            word = load(loud, outer.index)
-            begin = builder.add(builder.add(full, full), builder.mul(outer.index, each))
-            with cgutils.for_range(builder, each) as inner:
-                by = _splat(builder, builder.mul(bits, builder.trunc(inner.index, _INDEX)), _LANES)
-                add(finest, 0, builder.and_(builder.lshr(word, by), both), builder.add(begin, inner.index))
-        row = width(9)
-        for n, i in enumerate(queries):
-            factors = [
-                builder.load(builder.gep(scales, [builder.add(builder.mul(i, ir.Constant(whole, 4)), ir.Constant(whole, j))]))
-                for j in range(4)
-            ]
-            total = _splat(builder, factors[3], _LANES)
-            for j, (sums, turn) in enumerate(((upper, builder.sitofp), (lower, builder.uitofp), (finest, builder.sitofp))):
-                total = scaled_onto(builder, total, factors[j], turn(builder.load(sums[n]), _NUMBERS))
-            place = builder.add(builder.mul(i, row), arguments[10])
-            builder.store(total, address(builder, result, place, _NUMBERS), align=4)
-        return target.get_dummy_value()
-
-    integer = types.intp
-    triple = types.UniTuple(integer, 3)
-    return types.void(words, fine, integer, triple, integer, factors, by, integer, many, out, integer), code
-
-
-@instruction
-def _halves(context: Any, whole: Any, factors: Any, row: Any) -> Any:
-    """Write the upper and lower halves of integers whole (d), int32, to factors[row]: the even ones, then the odd ones.
-
-    factors is int16 (m, 2, width), with the upper halves in [row, 0, :d] and the lower 15 bits in [row, 1, :d]; d is a
-    multiple of 32.
-    """
-    del context
-    halves = ir.VectorType(_SHORT, _LANES)
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, into = addresses(target, builder, signature, arguments, 0, 1)
-        given, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (0, 1))
-        (d,) = cgutils.unpack_tuple(builder, given.shape, 1)
-        width, kind = cgutils.unpack_tuple(builder, result.shape)[2], d.type
-        start = builder.mul(builder.mul(arguments[2], ir.Constant(kind, 2)), width)
-        wide = ir.VectorType(_INDEX, 32)
-        with cgutils.for_range(builder, builder.sdiv(d, ir.Constant(kind, 32))) as block:
-            whole = builder.load(
-                address(builder, source, builder.mul(block.index, ir.Constant(kind, 32)), wide), align=4
-            )
-            for odd in range(2):
-                picked = ir.Constant(_INDICES, [2 * i + odd for i in range(_LANES)])
-                mine = builder.shuffle_vector(whole, ir.Constant(wide, ir.Undefined), picked)
-                upper = builder.ashr(mine, ir.Constant(_INDICES, [15] * _LANES))
-                lower = builder.and_(mine, ir.Constant(_INDICES, [32767] * _LANES))
-                first = builder.mul(block.index, ir.Constant(kind, _LANES))
-                if odd:
-                    first = builder.add(first, builder.sdiv(d, ir.Constant(kind, 2)))
-                for half, numbers in enumerate((upper, lower)):
-                    at = builder.add(start, builder.add(first, width) if half else first)
-                    builder.store(builder.trunc(numbers, halves), address(builder, into, at, halves), align=2)
-        return target.get_dummy_value()
-
-    return types.void(whole, factors, types.intp), code
-
-
-@instruction
-def _ranks(context: Any, wide: Any, rank: Any) -> Any:
-    """Write, for each number wide[c] >= 0, how many are larger, or equal and before it, to rank (d), int32.
-
-    d is a multiple of 16.
-    """
-    del context
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, into = addresses(target, builder, signature, arguments, 0, 1)
-        shape = cgutils.create_struct_proxy(signature.args[0])(target, builder, arguments[0]).shape
-        (d,) = cgutils.unpack_tuple(builder, shape, 1)
-        bits, lanes = builder.bitcast(source, _INDEX.as_pointer()), ir.Constant(d.type, _LANES)  # ordered like the numbers
-        ones, blocks = ir.Constant(_INDICES, [1] * _LANES), builder.sdiv(d, lanes)
-        with cgutils.for_range(builder, blocks) as block:
-            start = builder.mul(block.index, lanes)
-            mine = builder.load(address(builder, bits, start, _INDICES), align=4)
-            below = builder.sub(mine, ones)  # where an equal number counts too
-            total = cgutils.alloca_once_value(builder, ir.Constant(_INDICES, [0] * _LANES))
-
-            def count(from_block: Any, to_block: Any, less: Any) -> None:
-                with cgutils.for_range_slice(builder, from_block, to_block, ir.Constant(d.type, 1)) as (other, _):
-                    numbers = builder.load(address(builder, bits, builder.mul(other, lanes), _INDICES), align=4)
-                    found = builder.load(total)
-                    for k in range(_LANES):
-                        every = ir.Constant(_INDICES, [k] * _LANES)
-                        each = builder.shuffle_vector(numbers, ir.Constant(_INDICES, ir.Undefined), every)
-                        found = builder.sub(found, builder.sext(builder.icmp_signed(">", each, less(k)), _INDICES))
-                    builder.store(found, total)
-
-            def among(k: int) -> Any:
-                after = ir.Constant(ir.VectorType(ir.IntType(1), _LANES), [c > k for c in range(_LANES)])
-                return builder.select(after, below, mine)
-
-            following = builder.add(block.index, ir.Constant(d.type, 1))
-            count(ir.Constant(d.type, 0), block.index, lambda k: below)
-            count(block.index, following, among)
-            count(following, blocks, lambda k: mine)
-            builder.store(builder.load(total), address(builder, into, start, _INDICES), align=4)
-        return target.get_dummy_value()
-
-    return types.void(wide, rank), code
-
-
-@instruction
-def _look_up_bytes(
-    context: Any, packed: Any, at: Any, table: Any, planes: Any, out: Any, to: Any, squares: Any, token: Any
-) -> Any:
-    """Write the levels of the 64 bytes from packed[at] on to out[to .. to + 63], that of byte c where `_lane_of` says.
-
-    Adds their squares to the 16 numbers from squares[16 token] on, four to each.
-    table   float32 (256), the level of each code; table[255 - c] = -table[c]
-    planes  uint8 (3, 128), the three upper bytes of table[128 + i], the lowest of them first; the fourth byte is 0
-    """
-    del context
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, levels, parts, into, sums = addresses(target, builder, signature, arguments, 0, 2, 3, 4, 6)
-        at, to, whole = arguments[1], arguments[5], arguments[1].type
-        begin = builder.mul(arguments[7], ir.Constant(whole, _LANES))
-        place = address(builder, sums, begin, _NUMBERS)
-        if "avx512vbmi" not in _HAS:
-            first = builder.gep(sums, [begin])
-            square = builder.load(first)
-            for c in range(64):
-                byte = builder.zext(builder.load(builder.gep(source, [builder.add(at, ir.Constant(whole, c))])), whole)
-                number = builder.load(builder.gep(levels, [byte]))
-                builder.store(number, builder.gep(into, [builder.add(to, ir.Constant(whole, _lane_of(c)))]))
-                square = builder.fadd(square, builder.fmul(number, number))
-            builder.store(square, first)
-            return target.get_dummy_value()
-        codes = builder.load(address(builder, source, at, _BYTES), align=1)
-        none = ir.Constant(_BYTES, [0] * 64)
-        upper = builder.icmp_signed("<", codes, none)
-        index = builder.select(upper, codes, builder.xor(codes, ir.Constant(_BYTES, [255] * 64)))
-        kind = ir.FunctionType(_BYTES, [_BYTES, _BYTES, _BYTES])
-        choose = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
-
-        def looked_up(plane: int) -> Any:
-            low, high = (
-                builder.load(address(builder, parts, ir.Constant(whole, 128 * plane + 64 * i), _BYTES), align=1)
-                for i in range(2)
-            )
-            return builder.call(choose, [low, index, high])
-
-        def unpacked(kind: Any, one: Any, two: Any, start: int) -> Any:
-            size = kind.count // 4  # entries of a 128-bit lane
-            picked = []
-            for lane in range(4):
-                for i in range(size // 2):
-                    entry = lane * size + start * size // 2 + i
-                    picked += [entry, kind.count + entry]
-            return builder.shuffle_vector(one, two, ir.Constant(ir.VectorType(_INDEX, kind.count), picked))
-
-        sign = builder.select(upper, none, ir.Constant(_BYTES, [128] * 64))
-        first, second, third = looked_up(0), looked_up(1), builder.or_(looked_up(2), sign)
-        squares = builder.load(place, align=4)
-        for half in range(2):
-            lower = builder.bitcast(unpacked(_BYTES, none, first, half), _PAIRS)
-            above = builder.bitcast(unpacked(_BYTES, second, third, half), _PAIRS)
-            for part in range(2):
-                numbers = builder.bitcast(unpacked(_PAIRS, lower, above, part), _NUMBERS)
-                start = builder.add(to, ir.Constant(whole, 16 * (2 * half + part)))
-                builder.store(numbers, address(builder, into, start, _NUMBERS), align=4)
-                square = builder.fmul(numbers, numbers, flags=("contract",))
-                squares = builder.fadd(squares, square, flags=("contract",))
-        builder.store(squares, place, align=4)
-        return target.get_dummy_value()
-
-    integer = types.intp
-    return types.void(packed, integer, table, planes, out, integer, squares, integer), code
-
-
-@instruction
-def _sums_of_16(context: Any, numbers: Any, at: Any, out: Any, to: Any) -> Any:
-    """Write the sums of 16 numbers each, numbers[at + 16 t ..], for t < 16, to out[to + t]."""
-    del context
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, into = addresses(target, builder, signature, arguments, 0, 2)
-        places = [builder.add(arguments[1], ir.Constant(arguments[1].type, _LANES * t)) for t in range(_LANES)]
-        rows = [builder.load(address(builder, source, place, _NUMBERS), align=4) for place in places]
-        halves = [ir.Constant(_INDICES, [2 * i + odd for i in range(_LANES)]) for odd in range(2)]
-        while len(rows) > 1:
-            pairs = zip(rows[::2], rows[1::2], strict=True)
-            rows = [builder.fadd(*(builder.shuffle_vector(*pair, half) for half in halves)) for pair in pairs]
-        builder.store(rows[0], address(builder, into, arguments[3], _NUMBERS), align=4)
-        return target.get_dummy_value()
-
-    return types.void(numbers, types.intp, out, types.intp), code
-
-
-def _lane_of(c: int) -> int:
-    """Return where `_look_up_bytes` writes the level of byte c of 64."""
-    return c % 16 // 4 * 16 + c // 16 * 4 + c % 4
-
-
-@compiled
-def lane(channel):
-    """Return where a channel's number is among those of a token, as `_look_up_bytes` writes them."""
-    c = channel % 64
-    return channel - c + c % 16 // 4 * 16 + c // 16 * 4 + c % 4
-
-
-@instruction
-def highest(context: Any, x: Any, at: Any) -> Any:
-    """Return the largest of the TILE numbers of x (m, n) from entry `at` of all on."""
-    del context
-    wide = ir.VectorType(ir.FloatType(), TILE)
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (source,) = addresses(target, builder, signature, arguments, 0)
-        vector = builder.load(address(builder, source, arguments[1], wide), align=4)
-        kind = ir.FunctionType(ir.FloatType(), [wide])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{TILE}f32")
-        return builder.call(reduce, [vector])
-
-    return types.float32(x, types.intp), code
-
-
-@instruction
-def _weighted(context: Any, numbers: Any, weights: Any, first: Any, many: Any, column: Any, out: Any) -> Any:
-    """Add a tile's numbers, 32 channels from `column` on, weighted by rows first .. first + many - 1 of weights, to out.
-
-    numbers  (TILE * w), weights (n, TILE), out (n, w)
-    """
-    del context
-    if not isinstance(many, types.IntegerLiteral):
-        return None
-    number = many.literal_value
-
-    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, given, result = addresses(target, builder, signature, arguments, 0, 1, 5)
-        shape = cgutils.create_struct_proxy(signature.args[5])(target, builder, arguments[5]).shape
-        width = cgutils.unpack_tuple(builder, shape)[1]
-        first, column, whole = arguments[2], arguments[4], arguments[2].type
-
-        def place(i: int, half: int) -> Any:
-            row = builder.mul(builder.add(first, ir.Constant(whole, i)), width)
-            entry = builder.add(builder.add(row, column), ir.Constant(whole, half * _LANES))
-            return address(builder, result, entry, _NUMBERS)
-
-        totals = [
-            cgutils.alloca_once_value(builder, builder.load(place(i, half), align=4))
-            for i in range(number)
-            for half in range(2)
-        ]
-        with cgutils.for_range(builder, ir.Constant(whole, TILE)) as loop:
-            start = builder.add(builder.mul(loop.index, width), column)
-            vectors = [
-                builder.load(address(builder, source, builder.add(start, ir.Constant(whole, half * _LANES)), _NUMBERS), align=4)
-                for half in range(2)
-            ]
-            for i in range(number):
-                row = builder.mul(builder.add(first, ir.Constant(whole, i)), ir.Constant(whole, TILE))
-                factor = builder.load(builder.gep(given, [builder.add(row, loop.index)]))
-                for half in range(2):
-                    total = totals[2 * i + half]
-                    builder.store(scaled_onto(builder, builder.load(total), factor, vectors[half]), total)
-        for i in range(number):
-            for half in range(2):
-                builder.store(builder.load(totals[2 * i + half]), place(i, half), align=4)
-        return target.get_dummy_value()
-
-    return types.void(numbers, weights, types.intp, many, types.intp, out), code
-
 
 # ---- the first time: logits and weights -----------------------------------------------------------------------------
 
@@ -412,7 +51,12 @@ def _weighted(context: Any, numbers: Any, weights: Any, first: Any, many: Any, c
 @compiled(fast=False)
 def _ranges(low, high, span, row, page, begin, wide):
     """Write the start and the width of each channel's range, (d), to the bit as `codes.ranges` computes them."""
-    from_low, by_low, from_high, by_high = span[row, page, 0], span[row, page, 1], span[row, page, 2], span[row, page, 3]
+    from_low, by_low, from_high, by_high = (
+        span[row, page, 0],
+        span[row, page, 1],
+        span[row, page, 2],
+        span[row, page, 3],
+    )
     for c in range(len(begin)):  # products are exact in float64, so that they cannot be rounded as one with the sums
         begin[c] = from_low + np.float32(np.float64(low[row, page, c]) * np.float64(by_low))
         end = from_high + np.float32(np.float64(high[row, page, c]) * np.float64(by_high))
@@ -421,8 +65,8 @@ def _ranges(low, high, span, row, page, begin, wide):
 
 @compiled
 def _order(wide, rank, spots, order):
-    """Write the channels' ranks by falling width to rank (d); the channel of rank n to order[spots[n]], for n < d // 2."""
-    _ranks(wide, rank)
+    """Write the channels' ranks by falling width to rank (d); that of rank n to order[spots[n]], for n < d // 2."""
+    write_ranks(wide, rank)
     for c in range(len(wide)):
         if rank[c] < len(spots):
             order[spots[np.uint64(rank[c])]] = c
@@ -472,28 +116,33 @@ def _fold(queries, i, extra, begin, step, most, order, folded, small, whole, fac
         left += abs(folded[c] - rounded * tiny) if most[c] > 255.0 else 0.0
     for n in range(len(order)):
         factors[i, 0, d + np.uint64(n)] = np.int16(small[order[n]])
-    by[i, 0], by[i, 1], by[i, 2], by[i, 3] = np.float32(top * 32768.0), np.float32(top), np.float32(tiny), np.float32(start)
+    by[i, 0], by[i, 1], by[i, 2], by[i, 3] = (
+        np.float32(top * 32768.0),
+        np.float32(top),
+        np.float32(tiny),
+        np.float32(start),
+    )
     return error / 2, left * ((1 << extra) - 1)
 
 
 @compiled
 def _tile_logits(words, fine, counts, extra, factors, by, softcap, out, to):
-    """Write a tile's logits to out[:, to .. to + TILE - 1]: `_logits`, and the softcap."""
+    """Write a tile's logits to out[:, to .. to + TILE - 1]: `code_logits`, and the softcap."""
     m = len(out)
     for t in range(0, TILE, 16):
         i = 0
         while i < m:
             if m - i >= 4:
-                _logits(words, fine, t, counts, extra, factors, by, i, 4, out, to + t)
+                code_logits(words, fine, t, counts, extra, factors, by, i, 4, out, to + t)
                 i += 4
             elif m - i == 3:
-                _logits(words, fine, t, counts, extra, factors, by, i, 3, out, to + t)
+                code_logits(words, fine, t, counts, extra, factors, by, i, 3, out, to + t)
                 i += 3
             elif m - i == 2:
-                _logits(words, fine, t, counts, extra, factors, by, i, 2, out, to + t)
+                code_logits(words, fine, t, counts, extra, factors, by, i, 2, out, to + t)
                 i += 2
             else:
-                _logits(words, fine, t, counts, extra, factors, by, i, 1, out, to + t)
+                code_logits(words, fine, t, counts, extra, factors, by, i, 1, out, to + t)
                 i += 1
     if softcap > 0:
         for i in range(m):
@@ -572,9 +221,9 @@ def _decoded(packed, start, dv, table, planes, numbers, squares, norms):
         squares[n] = np.float32(0.0)
     for t in range(TILE):
         for at in range(t * dv, (t + 1) * dv, 64):
-            _look_up_bytes(packed, start + at, table, planes, numbers, at, squares, t)
+            look_up_levels(packed, start + at, table, planes, numbers, at, squares, t)
     for t in range(0, TILE, 16):
-        _sums_of_16(squares, 16 * t, norms, t)
+        sums_of_16(squares, 16 * t, norms, t)
     for t in range(TILE):
         norms[t] = math.sqrt(norms[t])
 
@@ -587,16 +236,16 @@ def _add_values(numbers, weights, dv, out):
         i = 0
         while i < n:
             if n - i >= 8:
-                _weighted(numbers, weights, i, 8, c, out)
+                add_weighted(numbers, weights, i, 8, c, out)
                 i += 8
             elif n - i >= 6:
-                _weighted(numbers, weights, i, 6, c, out)
+                add_weighted(numbers, weights, i, 6, c, out)
                 i += 6
             elif n - i >= 4:
-                _weighted(numbers, weights, i, 4, c, out)
+                add_weighted(numbers, weights, i, 4, c, out)
                 i += 4
             else:
-                _weighted(numbers, weights, i, 2, c, out)
+                add_weighted(numbers, weights, i, 2, c, out)
                 i += 2
 
 
@@ -604,9 +253,9 @@ def _add_values(numbers, weights, dv, out):
 def _weigh(x, i, at, limit, sizes, scales, radii, weights):
     """Write the weights of a tile's values, for query i of m, to weights (2 m, TILE).
 
-    Row i gets the tokens' weights x[i, at ..] times the values' scales, row m + i their squares, 0 for weights above the
-    limit, times the scales. `at` is a uint64, for an index that is never negative. Returns how many weights are above the limit, the sums of x sizes and of x radii over all tokens, and
-    those of x^2 sizes^2 and of x^2 over tokens up to the limit.
+    Row i gets the tokens' weights x[i, at ..] times the values' scales, row m + i their squares times the scales, 0 for
+    weights above the limit. `at` is a uint64, for an index that is never negative. Returns how many weights are above
+    the limit; the sums of x sizes and of x radii over all tokens; those of x^2 sizes^2 and x^2 over the others.
     """
     count, one, two, three, four = np.int32(0), np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
     other = len(weights) // 2 + i
@@ -817,7 +466,7 @@ def certify(
     hide             bool (rows, m, slots), True for slots that a query does not see; or empty
     key_packed, key_fine, extra, low, high, span   what `LoudChannels` or `ChannelCodes` holds; key_fine as 32-bit words
     value_packed, value_scale, table, planes       what `TokenCodes` holds, the scales as the bits of bfloat16, and the
-                     levels as `_look_up_bytes` takes them
+                     levels as `look_up_levels` takes them
     radius           (slots,) bounds on the norms of the values' residuals, the bits of bfloat16
     key_gram, excess, reach, operator              what `Hot` holds; gram_rounding: allowance for key_gram, relative
     turn             (dv, dv) the rotation of values
@@ -830,8 +479,8 @@ def certify(
     begins, wide = np.empty(d, np.float32), np.empty(d, np.float32)
     step, most, folded = np.empty(d), np.empty(d), np.empty(d)
     loud, each_word = (d // 2, 16 // extra) if extra > 0 else (0, 1)
-    rank, whole, order, spots = np.full(d, d, np.int32), np.empty(d, np.int32), np.empty(loud, np.uint64), np.empty(loud, np.uint64)
-    small = np.empty(d, np.int32)
+    rank, whole, small = np.full(d, d, np.int32), np.empty(d, np.int32), np.empty(d, np.int32)
+    order, spots = np.empty(loud, np.uint64), np.empty(loud, np.uint64)
     for n in range(loud):
         k = n % (2 * each_word)
         spots[n] = n - k + 2 * (k % each_word) + k // each_word
@@ -899,7 +548,7 @@ def certify(
             _steps(wide, rank, loud, extra, most, step)
             for i in range(m):
                 half, left = _fold(asked, i, extra, begins, step, most, order, folded, small, whole, factors, by)
-                _halves(whole, factors, i)
+                write_halves(whole, factors, i)
                 doubt[i, page] = min((half + norm[i] * excess[r]) * (1 + 1e-6), gram[i])
                 lost[i] = max(lost[i], left)
             for start in range(page * group, (page + 1) * group, TILE):
@@ -920,6 +569,7 @@ def certify(
             rounding[i] += lost[i]
             for page in range(pages):
                 doubt[i, page] += rounding[i]
+            limit[i], heavies[i] = np.float32(np.inf), 0
             if wild[i]:
                 continue
             for f in range(fresh):
@@ -931,7 +581,6 @@ def certify(
                 top[i] = max(top[i], highest(x, i * n + t))
             mass[i], whole_square = _exponentials(x[i], top[i])
             limit[i] = _limit(x[i], whole_square)
-            heavies[i] = 0
         longest[:] = np.float32(0.0)
         least[:] = np.float32(0.0)
         seen[:] = np.float32(0.0)
@@ -953,9 +602,7 @@ def certify(
                         size = np.float32(0.0) if hide[r, i, start + t] else sizes[t] * shrink - radii[t]
                         seen[i, t] = size if size > seen[i, t] else seen[i, t]
             for i in range(m):
-                some, one, two, three, four = _weigh(
-                    x, i, np.uint64(start), limit[i], sizes, scales, radii, weights
-                )
+                some, one, two, three, four = _weigh(x, i, np.uint64(start), limit[i], sizes, scales, radii, weights)
                 grown = 1.0 + math.expm1(min(doubt[i, start // group], DOUBT))
                 sums[i, 0] += np.float64(one)
                 sums[i, 1] += grown * np.float64(two)
@@ -963,7 +610,9 @@ def certify(
                 sums[i, 3] += np.float64(four)
                 sums[i, 4] += grown * grown * np.float64(four)
                 for t in range(start, start + TILE if some > 0 else start):
-                    if x[i, t] > limit[i]:
+                    if x[i, t] > limit[i] and heavies[i] == HEAVY:
+                        wild[i] = True  # never, by `_limit`: bound nothing rather than leave a token out
+                    elif x[i, t] > limit[i]:
                         heavy[i, heavies[i]] = t
                         heavies[i] += 1
             _add_values(numbers, weights, dv, part)
@@ -1043,7 +692,7 @@ def certify(
             over += slope * rounding[i] * mass[i] + uncoded * fresh_mass
             by_norm, by_radius = math.sqrt(grown_square) * operator[r], sums[i, 1]
             lengths = (sums[i, 0] + sums[i, 1] + fresh_size) / whole_mass
-            floor = count[r] * math.exp(LEAST)
+            floor = count[r] * math.exp(LEAST + widest)
             log = np.float64(top[i]) + math.log(whole_mass)
             terms = UNIT * (CHUNK + 64)
             told = terms + 4 * UNIT * (abs(log) + 1)
