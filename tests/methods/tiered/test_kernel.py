@@ -32,9 +32,8 @@ def filled(
 ) -> TieredState:
     """Return a state of tokens k (rows, n, d) and v (rows, n, dv), in pages of 32 unless `how` says otherwise."""
     rows, _, d = k.shape
-    state = Tiered(**({"page": 32, "recent": 32} | how)).open(
-        Spec(rows, d, v.shape[2], d**-0.5, softcap, dtype=k.dtype)
-    )
+    options: dict[str, Any] = {"page": 32, "recent": 32} | how
+    state = Tiered(**options).open(Spec(rows, d, v.shape[2], d**-0.5, softcap, dtype=k.dtype))
     state.append(k, v, *(() if present is None else (present,)))
     return state
 

@@ -39,11 +39,11 @@ class CertifiedReader:
     exact: ExactSlots
     epsilon: float
 
-    def read(self, q: Tensor, hide: Tensor | None, real: Tensor) -> tuple[Certified, Tensor]:
+    def read(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor]:
         """Return certified answers (r, g, m) to q (r, g, m, d), and the number of tokens fetched for each (r, m).
 
         hide  bool (r, m, s), True for tokens that the queries do not see; None: they see all that their row holds
-        real  bool (r, m), False for padding, for which nothing is fetched
+        real  bool (r, m), False for padding, for which nothing is fetched; None: there is none
         The queries of a group share what they fetch. Where `kernel.serves` says so, few queries are first answered by a
         kernel, and then only the rows of those whose bounds are too large are read in torch.
         """
@@ -53,17 +53,23 @@ class CertifiedReader:
             return shaped(found, rows, g, m), fetched
         hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
         found, fetched = kernel.read(self.hot, q.flatten(1, 2), hidden), torch.zeros(rows, m, dtype=torch.int64)
-        unsure = ~found.within(self.epsilon).unflatten(1, (g, m)) & real.unsqueeze(1)
-        if bool(unsure.any()):
+        sure = found.within(self.epsilon)
+        if not bool(sure.all()):
+            unsure = ~sure.unflatten(1, (g, m)) if real is None else ~sure.unflatten(1, (g, m)) & real.unsqueeze(1)
             at = unsure.any(1).any(1).nonzero().squeeze(1)
-            answer, some = self._read(q[at], None if hide is None else hide[at], real[at], at)
-            found = _replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
-            fetched[at] = some
+            if len(at):
+                answer, some = self._read(q[at], *(None if x is None else x[at] for x in (hide, real)), at)
+                found = _replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
+                fetched[at] = some
         return shaped(found, rows, g, m), fetched
 
-    def _read(self, q: Tensor, hide: Tensor | None, real: Tensor, asked: Tensor | None) -> tuple[Certified, Tensor]:
+    def _read(
+        self, q: Tensor, hide: Tensor | None, real: Tensor | None, asked: Tensor | None
+    ) -> tuple[Certified, Tensor]:
         """Do the work of `read` in torch, for the rows `asked` (None: all): answers (r, g m), tokens fetched (r, m)."""
         rows, g, m, _ = q.shape
+        if real is None:
+            real = torch.ones(rows, m, dtype=torch.bool, device=q.device)
         every = torch.arange(rows) if asked is None else asked.cpu()
         live = self.hot.codes.view(asked, int(self.hot.codes.held.max())).live
         if live is not None:

@@ -33,6 +33,7 @@ _NOTHING = np.zeros((0, 0, 0), np.bool_)
 _NO_WORDS = np.zeros((0, 0), np.uint32)
 
 
+@lru_cache(maxsize=1)
 def _kernel() -> Any:
     """Return the module of the kernel. Its first import on a machine compiles it, which takes a while."""
     from kvfloor.methods.tiered import kernel_numba
@@ -67,7 +68,9 @@ def read(hot: Hot, q: Tensor, hide: Tensor | None) -> Certified:
     codes, spec = hot.codes, hot.spec
     keys, values = codes.key_codes, codes.value_codes
     assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, TokenCodes)
-    loud, (rows, m) = isinstance(keys, LoudChannels), q.shape[:2]
+    (rows, m), extra, fine = q.shape[:2], 0, _NO_WORDS
+    if isinstance(keys, LoudChannels):
+        extra, fine = keys.extra, keys.fine.numpy().view(np.uint32)
     pages = int(codes.coded.max()) // codes.group
     mean, numbers = np.empty((rows, m, spec.dv), np.float32), np.empty((4, rows, m), np.float32)
     radius: Tensor = codes.columns.radius  # type: ignore[attr-defined]
@@ -75,7 +78,7 @@ def read(hot: Hot, q: Tensor, hide: Tensor | None) -> Certified:
         *(q.to(torch.float32).contiguous().numpy(), float(spec.scale), float(spec.softcap or 0.0)),
         *(codes.offset.numpy(), codes.held.numpy(), codes.coded.numpy(), codes.first, codes.group, codes.ring),
         _NOTHING if hide is None else hide.numpy(),
-        *(keys.packed.numpy(), keys.fine.numpy().view(np.uint32) if loud else _NO_WORDS, keys.extra if loud else 0),
+        *(keys.packed.numpy(), fine, extra),
         *(keys.low.numpy(), keys.high.numpy(), keys.range.numpy()),
         *(values.packed.numpy(), values.scale.view(torch.int16).numpy(), radius.view(torch.int16).numpy()),
         *_levels(spec.dv),

@@ -181,9 +181,7 @@ class TieredState(Blocked[Tiered]):
         """
         rows, g, m, d = q.shape
         width = int(self.slots.held.max())
-        if real is None:
-            real = torch.ones(rows, m, dtype=torch.bool, device=q.device)
-        else:
+        if real is not None:
             q = q.masked_fill(~real[:, None, :, None], 0)  # padding may be anything, NaN too
         assert isinstance(self.slots, ExactSlots)
         reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
@@ -191,9 +189,10 @@ class TieredState(Blocked[Tiered]):
         found = []
         for start in range(0, max(1, m), piece):
             at = slice(start, start + piece)
-            part, fetched = reader.read(q[:, :, at], None if hide is None else hide[:, at], real[:, at])
-            self.tally.add(fetched[real[:, at]], self.spec.token_bytes)
-            self.tally.note(part, real[:, at])
+            hidden, some = (None if x is None else x[:, at] for x in (hide, real))
+            part, fetched = reader.read(q[:, :, at], hidden, some)
+            self.tally.add(fetched if some is None else fetched[some], self.spec.token_bytes)
+            self.tally.note(part, some)
             found.append(part)
         return found[0] if len(found) == 1 else _joined(found)
 
