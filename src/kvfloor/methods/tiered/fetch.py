@@ -58,7 +58,8 @@ class CertifiedReader:
             unsure = ~sure.unflatten(1, (g, m)) if real is None else ~sure.unflatten(1, (g, m)) & real.unsqueeze(1)
             at = unsure.any(1).any(1).nonzero().squeeze(1)
             if len(at):
-                answer, some = self._read(q[at], *(None if x is None else x[at] for x in (hide, real)), at)
+                hide, real = (None if x is None else x[at] for x in (hide, real))
+                answer, some = self._read(q[at], hide, real, at)
                 found = _replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
                 fetched[at] = some
         return shaped(found, rows, g, m), fetched

@@ -72,7 +72,7 @@ def _order(wide, rank, spots, order):
             order[spots[np.uint64(rank[c])]] = c
 
 
-@compiled
+@compiled(fast=False)
 def _steps(wide, rank, loud, extra, most, step):
     """Write the largest code and the step of each channel, (d), in float64; those of rank < loud have `extra` bits."""
     for c in range(len(wide)):
@@ -534,7 +534,7 @@ def certify(
                 square_sum += np.float64(q[r, i, c]) ** 2
             norm[i] = scale * math.sqrt(square_sum)
             fixed = UNIT * (16.0 - LEAST + 8.0 * softcap)
-            rounding[i] = UNIT * (12.0 + d * (1 << extra) / 64.0 + d / 64.0) * norm[i] * reach[r] + fixed
+            rounding[i] = UNIT * (12.0 + d / 32.0) * norm[i] * reach[r] + fixed
             half_rounding = UNIT * (d / 2 + 2) * norm[i] * size + fixed
             gram[i] = _gram(asked, i, key_gram, r, gram_rounding) * (1 + 1e-6)
             wild[i] = not norm[i] * max(np.float64(reach[r]), size) < 1e6
