@@ -2,9 +2,10 @@
 
     python -m characterize.certified_kernel "SmolLM2 2k"
 
-Reads the first text of one of the sources of `characterize.certified_reads`: every fourth of the last 64 tokens' queries
-attends to all tokens before them, in bfloat16. Prints how many queries each of the two certifies to 1, 2 and 5 % without
-an exact token, how large the kernel's bound is over that of torch, and how many of the kernel's answers err more.
+Reads the first text of one of the sources of `characterize.certified_reads`: every fourth of the last 64 tokens'
+queries attends to all tokens before them, in bfloat16. Prints how many queries each of the two certifies to 1, 2 and
+5 % without an exact token, how large the kernel's bound is over that of torch, and how many of the kernel's answers err
+more than their bound.
 """
 
 from __future__ import annotations
