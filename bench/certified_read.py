@@ -6,12 +6,14 @@
 thread's processor, in milliseconds, the least of all repeats, so that other work on the machine hardly counts:
 
 fp32       torch's scaled_dot_product_attention over float32 keys and values, queries folded
-certified  `tiered` at epsilon 1 %, where the codes alone suffice: the sum of the next four columns, and little else
+kernel     `tiered` at epsilon 1 %, where the codes alone suffice, with numba's kernel (`pip install "kvfloor[fast]"`);
+           nan where numba is not installed
+fp32/      the ratio of the first two columns: below 1, the certified read is slower
+torch      the same read without the kernel: the sum of the next four columns, and little else
 keys       decoding all keys
 values     decoding all values, in rotated form
 glimpse    logits and what they may err
 answer     weights, mean and bound
-fp32/      the ratio of the first two columns: below 1, the certified read is slower
 
 Prints no figures while the tests of certified reads fail.
 """
@@ -23,12 +25,14 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from gate import green
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvfloor import Spec
+from kvfloor.methods.tiered import kernel
 from kvfloor.methods.tiered.tiered import Tiered
 
 ROWS, G, D = 3, 3, 64
@@ -68,7 +72,11 @@ def timed(n: int) -> tuple[dict[str, float], int]:
         return codes._decoded(*codes._named(name), None, codes.positions(None, n), True)
 
     seen, _ = state.hot.glimpse(flat, None)
-    took = {"fp32": least(plain), "certified": least(lambda: state.read_certified(q))}
+    served = kernel.serves(state.hot)
+    took = {"fp32": least(plain), "kernel": least(lambda: state.read_certified(q)) if served else float("nan")}
+    took["fp32/"] = took["fp32"] / took["kernel"]
+    with patch.object(kernel, "serves", lambda hot: False):
+        took["torch"] = least(lambda: state.read_certified(q))
     took |= {"keys": least(lambda: decode("k")), "values": least(lambda: decode("v"))}
     took["glimpse"] = least(lambda: state.hot.glimpse(flat, None)) - took["keys"] - took["values"]
     took["answer"] = least(seen.answer)
@@ -80,14 +88,16 @@ def main() -> None:
     parser.add_argument("--tokens", default="8192,32768", help="numbers of tokens, with commas")
     parser.add_argument("--ungated", action="store_true", help="do not run the tests first")
     given = parser.parse_args()
-    if not given.ungated and not green("tests/methods/test_tiered.py", "tests/certify/test_certified.py"):
+    if not given.ungated and not green(
+        "tests/methods/test_tiered.py", "tests/methods/tiered/test_kernel.py", "tests/certify/test_certified.py"
+    ):
         sys.exit(1)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print(*(f"{name:>10}" for name in ("n", "fp32", "certified", "keys", "values", "glimpse", "answer", "fp32/")))
+    print(*(f"{name:>10}" for name in ("n", "fp32", "kernel", "fp32/", "torch", "keys", "values", "glimpse", "answer")))
     for n in map(int, given.tokens.split(",")):
         took, fetched = timed(n)
-        print(f"{n:10}", *(f"{x:10.2f}" for x in took.values()), f"{took['fp32'] / took['certified']:10.3f}", end="")
+        print(f"{n:10}", *(f"{x:10.2f}" for x in took.values()), end="")
         print(f"  {fetched} queries fetched" if fetched else "", flush=True)
 
 

@@ -30,8 +30,8 @@ def on_glimpse(change: Callable[[Hot, Glimpse], dict[str, Tensor]]) -> Fault:
     def plant(patch: Patch) -> None:
         real = Hot.glimpse
 
-        def faulty(self: Hot, q: Tensor, hide: Tensor | None) -> Any:
-            found, k = real(self, q, hide)
+        def faulty(self: Hot, q: Tensor, hide: Tensor | None, rows: Tensor | None = None) -> Any:
+            found, k = real(self, q, hide, rows)
             return replace(found, **change(self, found)), k
 
         patch.setattr(Hot, "glimpse", faulty)

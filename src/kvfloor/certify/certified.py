@@ -8,6 +8,7 @@ are in docs/certificates.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Certified:
         error = 2.0 * rounding * largest
         return cls(partial, error, torch.full_like(error, rounding), largest)
 
-    @property
+    @cached_property
     def bound(self) -> Tensor:
         """Return a bound (...) on the Euclidean norm of c minus the true output; infinite where none follows."""
         bound = torch.where(self.spread < 1, self.error / (1 - self.spread), torch.inf)

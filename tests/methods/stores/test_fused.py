@@ -226,7 +226,7 @@ def test_where_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         other = opened("exact:k4v4", 3, 16, **({"dtype": torch.float32} | spec))
         other.append(k, k if "tied" in spec else v)
         other.slots.view().over(asked(other, 2), other.spec)
-    monkeypatch.setattr(fused, "_installed", lambda: False)
+    monkeypatch.setattr(fused, "installed", lambda: False)
     visible(state)[0].over(asked(state, 8), state.spec)
 
 

@@ -39,7 +39,8 @@ _NONE = np.zeros((0, 0, 0), np.float32)
 
 
 @lru_cache(maxsize=1)
-def _installed() -> bool:
+def installed() -> bool:
+    """Return True if numba is there."""
     return find_spec("numba") is not None
 
 
@@ -50,7 +51,7 @@ def serves(slots: CodedSlots) -> bool:
     tiles, and have ranges of 8 bits.
     """
     keys, spec = slots.key_codes, slots.spec
-    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not _installed():
+    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not installed():
         return False
     if not isinstance(slots.value_codes, TokenCodes):
         return False
@@ -111,7 +112,7 @@ def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> t
         *(values.width, values.bits, *_arrays(values)),
         *(mean, top, mass, seen),
     )
-    _run(kernels.attend_chunks, r * chunks, r * view.width, given)
+    shared(kernels.attend_chunks, r * chunks, r * view.width, given)
     out, log_mass = torch.empty(r, m, spec.dv), torch.empty(r, m)
     kernels.join(mean, top, mass, out.numpy(), log_mass.numpy())
     return Partial(out, log_mass), torch.from_numpy(seen).bool()
@@ -145,7 +146,7 @@ def _table(bits: int, width: int | None) -> Any:
     return pad(level, (0, max(0, 16 - len(level)))).numpy()
 
 
-def _run(kernel: Any, tasks: int, slots: int, given: tuple[Any, ...]) -> None:
+def shared(kernel: Any, tasks: int, slots: int, given: tuple[Any, ...]) -> None:
     """Do the kernel's tasks, on as many threads as torch uses if there are many slots to read."""
     threads = min(torch.get_num_threads(), tasks) if slots >= _SHARED else 1
     if threads == 1:

@@ -3,7 +3,7 @@
 A row is one (batch item, kv head) stream, a slot the place of one held token in flat tensors over all rows, a code the
 small integer that stands for a number. The module `fused` says when the kernel is used, and `coded` defines the same
 attention in torch. Import this module only where numba is installed. It is one file, as numba's cache on disk notices
-changes of a function's own file alone.
+changes of a function's own file alone; files that build on it name it in BUILT_ON (`compiled`).
 
 The kernel goes through a row's slots in tiles of TILE. Codes become words: a word has 8 codes of 4 bits, those of
 channels 8j .. 8j + 7 of one token. For codes above 4 bits a second word has the upper bits. Keys' words are laid out
@@ -13,7 +13,10 @@ words are those of one token after the other.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,16 +48,30 @@ _NARROWING = [(4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000F
 _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 
 
-def compiled(function: Any = None, signature: Any = None) -> Any:
-    """Compile a function: now if it has a signature, and kept for later processes if there is a folder to write to."""
+@lru_cache(maxsize=8)
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def compiled(function: Any = None, signature: Any = None, fast: bool = True) -> Any:
+    """Compile a function: now if it has a signature, and kept for later processes if there is a folder to write to.
+
+    fast: True if sums may be reordered, and products and sums rounded as one. A compiled function is kept until its
+    file changes, or one of those that its module names in BUILT_ON.
+    """
     if function is None:
-        return lambda found: compiled(found, signature)
-    signatures = [] if signature is None else [signature]
-    options = {"fastmath": _FLAGS, "nogil": True, "error_model": "numpy"}
+        return lambda found: compiled(found, signature, fast)
+    options = {"fastmath": _FLAGS if fast else False, "nogil": True, "error_model": "numpy"}
     try:
-        return njit(*signatures, cache=True, **options)(function)
+        made = njit(cache=True, **options)(function)
+        kept = made._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, *map(_digest, function.__globals__.get("BUILT_ON", ())))
     except RuntimeError:  # no folder that can be written
-        return njit(*signatures, **options)(function)
+        made = njit(**options)(function)
+    if signature is not None:
+        made.compile(signature.args)
+        made.disable_compile()
+    return made
 
 
 # ---- vector operations that numba does not have ---------------------------------------------------------------------
@@ -66,7 +83,7 @@ def instruction(function: Any) -> Any:
 
 
 @instruction
-def _as_float(context: Any, bits: Any) -> Any:
+def as_float(context: Any, bits: Any) -> Any:
     """Return the float32 whose 32 bits are those of an integer."""
     del context
 
@@ -76,13 +93,13 @@ def _as_float(context: Any, bits: Any) -> Any:
     return types.float32(types.int32), code
 
 
-def _data(target: Any, builder: Any, signature: Any, arguments: Any, *which: int) -> list[Any]:
+def addresses(target: Any, builder: Any, signature: Any, arguments: Any, *which: int) -> list[Any]:
     """Return the addresses of the numbers of some arguments that are arrays."""
     proxies = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in which)
     return [proxy.data for proxy in proxies]
 
 
-def _at(builder: Any, data: Any, index: Any, kind: Any) -> Any:
+def address(builder: Any, data: Any, index: Any, kind: Any) -> Any:
     """Return the address of entry `index` of the numbers at `data`, as that of a vector of type `kind`."""
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
@@ -102,7 +119,7 @@ def _levels(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> li
     return found
 
 
-def _added(builder: Any, total: Any, factor: Any, vector: Any) -> Any:
+def scaled_onto(builder: Any, total: Any, factor: Any, vector: Any) -> Any:
     """Return total + factor * vector, for one number as the factor."""
     kind, lane = vector.type, ir.Constant(_INDEX, 0)
     start = builder.insert_element(ir.Constant(kind, ir.Undefined), factor, lane)
@@ -121,26 +138,26 @@ def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -
     half = ir.VectorType(_INDEX, _LANES // 2)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, levels, into = _data(target, builder, signature, arguments, 0, 2, 3)
-        eight = builder.load(_at(builder, source, arguments[1], half), align=1)
+        source, levels, into = addresses(target, builder, signature, arguments, 0, 2, 3)
+        eight = builder.load(address(builder, source, arguments[1], half), align=1)
         twice = ir.Constant(_INDICES, [*range(8), *range(8)])
         words = builder.shuffle_vector(eight, ir.Constant(half, ir.Undefined), twice)
         shifts = [[4 * p] * 8 + [4 * (p + 4)] * 8 for p in range(4)]
         for p, found in enumerate(_levels(builder, words, shifts, levels)):
             start = builder.add(arguments[4], ir.Constant(arguments[4].type, _LANES * p))
-            builder.store(found, _at(builder, into, start, _NUMBERS), align=4)
+            builder.store(found, address(builder, into, start, _NUMBERS), align=4)
         return target.get_dummy_value()
 
     return types.void(words, types.intp, table, out, types.intp), code
 
 
 @instruction
-def _level(context: Any, table: Any, code: Any) -> Any:
+def level(context: Any, table: Any, code: Any) -> Any:
     """Return table[code], by a load of its own, which is faster than the processor's loads of many places at once."""
     del context
 
     def load(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (levels,) = _data(target, builder, signature, arguments, 0)
+        (levels,) = addresses(target, builder, signature, arguments, 0)
         pointer = builder.bitcast(builder.gep(levels, [arguments[1]]), _INDEX.as_pointer())
         return builder.bitcast(builder.load_atomic(pointer, "unordered", 4), ir.FloatType())
 
@@ -148,12 +165,12 @@ def _level(context: Any, table: Any, code: Any) -> Any:
 
 
 @instruction
-def _fetch(context: Any, packed: Any, at: Any) -> Any:
+def fetch(context: Any, packed: Any, at: Any) -> Any:
     """Ask the processor to bring byte `at` of a uint8 array, and those around it, closer; it need not exist."""
     del context
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (source,) = _data(target, builder, signature, arguments, 0)
+        (source,) = addresses(target, builder, signature, arguments, 0)
         flag = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), flag, flag, flag])
         fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -164,15 +181,15 @@ def _fetch(context: Any, packed: Any, at: Any) -> Any:
 
 
 @instruction
-def _largest(context: Any, numbers: Any, row: Any) -> Any:
+def largest(context: Any, numbers: Any, row: Any) -> Any:
     """Return the largest of numbers[row], TILE of them."""
     del context
     wide = ir.VectorType(ir.FloatType(), TILE)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (source,) = _data(target, builder, signature, arguments, 0)
+        (source,) = addresses(target, builder, signature, arguments, 0)
         start = builder.mul(arguments[1], ir.Constant(arguments[1].type, TILE))
-        vector = builder.load(_at(builder, source, start, wide), align=4)
+        vector = builder.load(address(builder, source, start, wide), align=4)
         kind = ir.FunctionType(ir.FloatType(), [wide])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{TILE}f32")
         return builder.call(reduce, [vector])
@@ -189,23 +206,23 @@ def _add_products(context: Any, words: Any, at: Any, table: Any, q: Any, column:
     del context
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, levels = _data(target, builder, signature, arguments, 0, 2)
+        source, levels = addresses(target, builder, signature, arguments, 0, 2)
         asked, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (3, 5))
-        loaded = builder.load(_at(builder, source, arguments[1], _INDICES), align=4)
+        loaded = builder.load(address(builder, source, arguments[1], _INDICES), align=4)
         found = _levels(builder, loaded, [[4 * p] * _LANES for p in range(8)], levels)
         m, width = cgutils.unpack_tuple(builder, asked.shape)
         length = cgutils.unpack_tuple(builder, result.shape)[1]
         with cgutils.for_range(builder, m) as loop:
             first = builder.add(builder.mul(loop.index, width), arguments[4])
-            place = _at(builder, result.data, builder.add(builder.mul(loop.index, length), arguments[6]), _NUMBERS)
+            place = address(builder, result.data, builder.add(builder.mul(loop.index, length), arguments[6]), _NUMBERS)
             even, odd = builder.load(place, align=4), ir.Constant(_NUMBERS, [0.0] * _LANES)
             for p, vector in enumerate(found):
                 entry = builder.add(first, ir.Constant(first.type, p))
                 factor = builder.load(builder.gep(asked.data, [entry]))
                 if p % 2:
-                    odd = _added(builder, odd, factor, vector)
+                    odd = scaled_onto(builder, odd, factor, vector)
                 else:
-                    even = _added(builder, even, factor, vector)
+                    even = scaled_onto(builder, even, factor, vector)
             builder.store(builder.fadd(even, odd), place, align=4)
         return target.get_dummy_value()
 
@@ -221,18 +238,18 @@ def _add_eight(
     wide = ir.VectorType(ir.FloatType(), TILE)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (source,) = _data(target, builder, signature, arguments, 0)
+        (source,) = addresses(target, builder, signature, arguments, 0)
         given, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (3, 6))
         at, step, row, first, to = (arguments[i] for i in (1, 2, 4, 5, 7))
         start = builder.add(builder.mul(row, cgutils.unpack_tuple(builder, given.shape)[1]), first)
         into = builder.add(builder.mul(row, cgutils.unpack_tuple(builder, result.shape)[1]), to)
-        place = _at(builder, result.data, into, wide)
+        place = address(builder, result.data, into, wide)
         sums = [builder.load(place, align=4), ir.Constant(wide, [0.0] * TILE)]
         for k in range(8):
             index = ir.Constant(start.type, k)
             factor = builder.load(builder.gep(given.data, [builder.add(start, index)]))
-            vector = builder.load(_at(builder, source, builder.add(at, builder.mul(step, index)), wide), align=4)
-            sums[k % 2] = _added(builder, sums[k % 2], factor, vector)
+            vector = builder.load(address(builder, source, builder.add(at, builder.mul(step, index)), wide), align=4)
+            sums[k % 2] = scaled_onto(builder, sums[k % 2], factor, vector)
         builder.store(builder.fadd(*sums), place, align=4)
         return target.get_dummy_value()
 
@@ -255,12 +272,14 @@ def _words(context: Any, packed: Any, at: Any, plane: Any, count: Any, above: An
     whole, result = ir.VectorType(wide, length), ir.VectorType(_INDEX, length)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, *into = _data(target, builder, signature, arguments, 0, 5, 6)
+        source, *into = addresses(target, builder, signature, arguments, 0, 5, 6)
 
         def same(value: int) -> Any:
             return ir.Constant(whole, [value] * length)
 
-        words = builder.load(_at(builder, source, arguments[1], ir.VectorType(ir.IntType(8 * bits), length)), align=1)
+        words = builder.load(
+            address(builder, source, arguments[1], ir.VectorType(ir.IntType(8 * bits), length)), align=1
+        )
         found = [words if 8 * bits == wide.width else builder.zext(words, whole)]
         if bits == 8:
             found = [builder.and_(x, same(0x0F0F0F0F0F0F0F0F)) for x in (words, builder.lshr(words, same(4)))]
@@ -270,7 +289,7 @@ def _words(context: Any, packed: Any, at: Any, plane: Any, count: Any, above: An
         for by, mask in _SPREADING[bits]:
             found = [builder.and_(builder.or_(x, builder.shl(x, same(by))), same(mask)) for x in found]
         for part, data in zip(found, into, strict=False):
-            place = _at(builder, data, arguments[7], result)
+            place = address(builder, data, arguments[7], result)
             if shift:
                 part = builder.or_(builder.shl(part, same(shift)), builder.load(place, align=4))
             builder.store(part, place, align=4)
@@ -289,10 +308,10 @@ def _transpose(context: Any, words: Any, at: Any, step: Any, out: Any, to: Any, 
     whole = ir.VectorType(_INDEX, 8)
 
     def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, into = _data(target, builder, signature, arguments, 0, 3)
+        source, into = addresses(target, builder, signature, arguments, 0, 3)
 
         def place(data: Any, start: Any, stride: Any, i: int) -> Any:
-            return _at(builder, data, builder.add(start, builder.mul(stride, ir.Constant(stride.type, i))), whole)
+            return address(builder, data, builder.add(start, builder.mul(stride, ir.Constant(stride.type, i))), whole)
 
         rows = [builder.load(place(source, arguments[1], arguments[2], i), align=1) for i in range(8)]
         for size in (4, 2, 1):  # swap the off-diagonal squares of this size
@@ -395,10 +414,16 @@ def turn_words(words, start, step, size, lanes, out):
 
 
 @compiled
-def _exp(x):
-    """Return exp(x) for x <= 0 in float32; 0 below -87."""
-    n = math.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+def short_float(bits):
+    """Return the bfloat16 number whose bits are those of an int16, in float32."""
+    return as_float(np.int32(np.int32(bits) << 16))
+
+
+@compiled(fast=False)
+def exponential(x):
+    """Return exp(x) for x <= 0 in float32, to within 2^-22 of it; 0 below -87."""
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)  # the first product has no rounding
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
     p = p * r + np.float32(8.3334519073e-3)
@@ -406,7 +431,7 @@ def _exp(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(0.5)
     p = p * r * r + r + np.float32(1.0)
-    power = _as_float(np.int32((np.int32(n) + 127) << 23))
+    power = as_float((np.int32(n) + np.int32(127)) << np.int32(23))
     return np.float32(0.0) if x < np.float32(-87.0) else p * power
 
 
@@ -432,7 +457,7 @@ def add_logits(low, high, tall, table, q, words, codes, logits):
                 shift = np.uint32(4 * p)
                 for t in range(TILE):
                     upper = ((high[at + t] >> shift) & np.uint32(15)) << np.uint32(4)
-                    codes[p * TILE + t] = _level(table, ((low[at + t] >> shift) & np.uint32(15)) | upper)
+                    codes[p * TILE + t] = level(table, ((low[at + t] >> shift) & np.uint32(15)) | upper)
             for i in range(len(q)):
                 _add_eight(codes, 0, TILE, q, i, 8 * j, logits, 0)
         else:
@@ -453,7 +478,7 @@ def look_up_words(low, start, size, high, tall, table, words, numbers):
                 shift, to = np.uint32(4 * p), 8 * at + p % 4 * 16 + p // 4 * 8
                 for j in range(8):
                     upper = ((high[at + j] >> shift) & np.uint32(15)) << np.uint32(4)
-                    numbers[to + j] = _level(table, ((low[at + j] >> shift) & np.uint32(15)) | upper)
+                    numbers[to + j] = level(table, ((low[at + j] >> shift) & np.uint32(15)) | upper)
         else:
             _look_up(low, start + size * at, table, numbers, 8 * at)
 
@@ -463,7 +488,7 @@ def look_up_bytes(packed, start, size, width, table, words, numbers):
     """Do the work of `look_up_words` for `size` tokens whose codes, of 8 bits, are the bytes from `start` on."""
     for t in range(size):
         for c in range(width):
-            numbers[8 * words * t + spot(c)] = _level(table, packed[start + width * t + c])
+            numbers[8 * words * t + spot(c)] = level(table, packed[start + width * t + c])
 
 
 @compiled
@@ -490,16 +515,16 @@ def weigh(logits, live, factors, highest, masses, mean):
         for t in range(TILE):
             logits[i, t] = logits[i, t] if live[t] else HIDDEN
         before = highest[i]
-        top = max(before, _largest(logits, i))
+        top = max(before, largest(logits, i))
         if top > before:
-            factor = _exp(before - top)
+            factor = exponential(before - top)
             highest[i] = top
             masses[i] *= factor
             for c in range(mean.shape[1]):
                 mean[i, c] *= factor
         added = np.float32(0.0)
         for t in range(TILE):
-            weight = np.float32(0.0) if logits[i, t] <= HIDDEN else _exp(logits[i, t] - top)
+            weight = np.float32(0.0) if logits[i, t] <= HIDDEN else exponential(logits[i, t] - top)
             added += weight
             logits[i, t] = np.float32(0.0) if weight == 0 else weight * factors[t]
         masses[i] += added
@@ -653,9 +678,9 @@ def attend_chunks(
                 if not found:
                     continue
             for at in range(0, TILE * key_bytes, 64):
-                _fetch(all_keys, (place + TILE) * key_bytes + at)
+                fetch(all_keys, (place + TILE) * key_bytes + at)
             for at in range(0, TILE * value_bytes, 64):
-                _fetch(all_values, (place + TILE) * value_bytes + at)
+                fetch(all_values, (place + TILE) * value_bytes + at)
             if plain_keys and size == TILE:
                 turn_words(all_keys, place * key_bytes, key_bytes, 4, key_lanes, keys_low)
             else:
@@ -683,7 +708,7 @@ def attend_chunks(
             else:
                 add_logits(keys_low, keys_high, key_bits > 4, key_table, q[r], words, codes, logits)
                 for t in range(size):
-                    factors[t] = _as_float(np.int32(np.int32(key_scale[place + t]) << 16))
+                    factors[t] = short_float(key_scale[place + t])
                 for i in range(m):
                     for t in range(TILE):
                         logits[i, t] = logits[i, t] * factors[t] + bias[r, i]
@@ -696,7 +721,7 @@ def attend_chunks(
                     for t in range(size):
                         logits[i, t] = HIDDEN if hide[r, i, start + t] else logits[i, t]
             for t in range(size):
-                factors[t] = _as_float(np.int32(np.int32(value_scale[place + t]) << 16))
+                factors[t] = short_float(value_scale[place + t])
             weigh(logits, live, factors, highest, masses, total)
             at = place * value_bytes
             if value_bits == 8:
@@ -726,7 +751,7 @@ def join(mean, top, mass, out, log_mass):
                 out[r, i, c] = np.float32(0.0)
             for chunk in range(chunks):
                 if mass[r, chunk, i] != 0:
-                    factor = _exp(top[r, chunk, i] - highest)
+                    factor = exponential(top[r, chunk, i] - highest)
                     whole += factor * mass[r, chunk, i]
                     for c in range(dv):
                         out[r, i, c] += factor * mean[r, chunk, i, c]

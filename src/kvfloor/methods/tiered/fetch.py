@@ -17,6 +17,8 @@ from kvfloor.certify.rounding import products
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
+from kvfloor.methods.stores.fused import MOST_QUERIES
+from kvfloor.methods.tiered import kernel
 from kvfloor.methods.tiered.cold import ExactSlots
 from kvfloor.methods.tiered.hot import Hot
 
@@ -37,17 +39,45 @@ class CertifiedReader:
     exact: ExactSlots
     epsilon: float
 
-    def read(self, q: Tensor, hide: Tensor | None, real: Tensor) -> tuple[Certified, Tensor]:
+    def read(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor]:
         """Return certified answers (r, g, m) to q (r, g, m, d), and the number of tokens fetched for each (r, m).
 
-        hide  bool (r, m, s), True for tokens that the queries do not see; None: they see all
-        real  bool (r, m), False for padding, for which nothing is fetched
-        The queries of a group share what they fetch.
+        hide  bool (r, m, s), True for tokens that the queries do not see; None: they see all that their row holds
+        real  bool (r, m), False for padding, for which nothing is fetched; None: there is none
+        The queries of a group share what they fetch. Where `kernel.serves` says so, few queries are first answered by a
+        kernel, and then only the rows of those whose bounds are too large are read in torch.
         """
         rows, g, m, _ = q.shape
-        flat = q.flatten(1, 2)
+        if not 0 < g * m <= MOST_QUERIES or not kernel.serves(self.hot):
+            found, fetched = self._read(q, hide, real, None)
+            return shaped(found, rows, g, m), fetched
         hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
-        glimpse, decoded = self.hot.glimpse(flat, hidden)
+        found, fetched = kernel.read(self.hot, q.flatten(1, 2), hidden), torch.zeros(rows, m, dtype=torch.int64)
+        sure = found.within(self.epsilon)
+        if not bool(sure.all()):
+            unsure = ~sure.unflatten(1, (g, m)) if real is None else ~sure.unflatten(1, (g, m)) & real.unsqueeze(1)
+            at = unsure.any(1).any(1).nonzero().squeeze(1)
+            if len(at):
+                hide, real = (None if x is None else x[at] for x in (hide, real))
+                answer, some = self._read(q[at], hide, real, at)
+                found = _replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
+                fetched[at] = some
+        return shaped(found, rows, g, m), fetched
+
+    def _read(
+        self, q: Tensor, hide: Tensor | None, real: Tensor | None, asked: Tensor | None
+    ) -> tuple[Certified, Tensor]:
+        """Do the work of `read` in torch, for the rows `asked` (None: all): answers (r, g m), tokens fetched (r, m)."""
+        rows, g, m, _ = q.shape
+        if real is None:
+            real = torch.ones(rows, m, dtype=torch.bool, device=q.device)
+        every = torch.arange(rows) if asked is None else asked.cpu()
+        live = self.hot.codes.view(asked, int(self.hot.codes.held.max())).live
+        if live is not None:
+            gone = ~live.unsqueeze(1)
+            hide = gone.expand(-1, m, -1) if hide is None else hide | gone
+        hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
+        glimpse, decoded = self.hot.glimpse(q.flatten(1, 2), hidden, asked)
         found, share = glimpse.answer()
         fetched = torch.zeros(rows, m, dtype=torch.int64, device=q.device)
         known = (share >= 0).sum(-1).unflatten(1, (g, m)).amax(1)  # (r, m): the tokens that can be fetched
@@ -57,18 +87,19 @@ class CertifiedReader:
             at = unsure.any(1).any(1).nonzero().squeeze(1)
             score = share[at].unflatten(1, (g, m)).masked_fill(~unsure[at].unsqueeze(-1), -1.0).amax(1)
             picked, index = score.topk(min(count, score.shape[-1]), -1)
-            answer, _ = self._with(glimpse.rows(at), q[at], decoded[at], index, picked >= 0, at).answer()
+            place = self.exact.at(index, every[at.cpu()])
+            answer, _ = self._with(glimpse.rows(at), q[at], decoded[at], index, place, picked >= 0).answer()
             found = _replaced(found, answer, at, unsure[at].flatten(1, 2))
             fetched[at] = torch.where(unsure[at].any(1), (picked >= 0).sum(-1), fetched[at])
             unsure = unsure & ~found.within(self.epsilon).unflatten(1, (g, m)) & (known > count).unsqueeze(1)
             count *= 2
-        return shaped(self.hot.upright(found), rows, g, m), fetched
+        return self.hot.upright(found), fetched
 
-    def _with(self, seen: Glimpse, q: Tensor, decoded: Tensor, index: Tensor, real: Tensor, at: Tensor) -> Glimpse:
-        """Return what q (r, g, m, d) see once the tokens `index` (r, m, c) of the rows `at` are fetched."""
+    def _with(self, seen: Glimpse, q: Tensor, decoded: Tensor, index: Tensor, place: Tensor, real: Tensor) -> Glimpse:
+        """Return what q (r, g, m, d) see once the tokens `index` (r, m, c), at the places `place`, are fetched."""
         dtype, g = self.spec.compute_dtype, q.shape[1]
-        k, v = (x.to(dtype) for x in self.exact.pair(self.exact.at(index, at.cpu()), real))
-        row = torch.arange(len(at), device=q.device)[:, None, None]
+        k, v = (x.to(dtype) for x in self.exact.pair(place, real))
+        row = torch.arange(len(q), device=q.device)[:, None, None]
         moved, change = k - decoded[row, index], self.hot.turned(v) - seen.v[row, index]
         asked = (q.to(dtype) * self.spec.scale).transpose(1, 2)
 

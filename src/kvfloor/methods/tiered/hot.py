@@ -26,6 +26,7 @@ from kvfloor.logits import capped
 from kvfloor.methods.stores.coded import CodedSlots
 from kvfloor.methods.stores.codes import GroupCodes
 from kvfloor.methods.stores.turn import turned, turned_back
+from kvfloor.methods.tiered import kernel
 from kvfloor.methods.tiered.hot_store import HotStore
 
 _RADIUS = torch.bfloat16
@@ -58,6 +59,7 @@ class Hot(Memory):
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
         self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
         self.operator, self.excess, self.reach = (torch.zeros(spec.rows, **how) for _ in range(3))
+        kernel.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -112,41 +114,45 @@ class Hot(Memory):
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def glimpse(self, q: Tensor, hide: Tensor | None) -> tuple[Glimpse, Tensor]:
+    def glimpse(self, q: Tensor, hide: Tensor | None, rows: Tensor | None = None) -> tuple[Glimpse, Tensor]:
         """Return what the codes tell q (r, m, d) of all tokens, and the decoded keys (r, s, d).
 
         The values are rotated (`turned`), so the answer's mean is too: `upright` rotates it back.
-        hide: bool (r, m, s), True for tokens that a query does not see; None: it sees all.
+        hide  bool (r, m, s), True for tokens that a query does not see; None: it sees all
+        rows  (r,) indices of the rows that are asked, on the CPU; None: all rows
         """
         spec, dtype = self.spec, self.spec.compute_dtype
-        view: Any = self.codes.view()  # a `CodedView`
+        width = int(self.codes.held.max())  # of all rows, as `hide` is for all
+        view: Any = self.codes.view(rows, width)  # a `CodedView`
+        here = slice(None) if rows is None else rows.to(q.device)
+        reach, excess, key_gram = self.reach[here], self.excess[here], self.key_gram[here]
         k, v = self.codes.decoded(view, turn=True)
         position = view.position
-        coded = self.codes.has_code(position, None)
+        coded = self.codes.has_code(position, rows)
         if view.live is not None:
             coded = coded & view.live
         asked = q.to(dtype) * spec.scale
         eps, norm = unit(dtype), length(asked)
-        size = torch.where(coded, self.reach.unsqueeze(1), length(k))
+        size = torch.where(coded, reach.unsqueeze(1), length(k))
         rounding = logit_rounding(asked, size, spec)
         grown = 1 + eps * (2 * spec.d + 32)
         codes = self.codes.key_codes
         assert isinstance(codes, GroupCodes)
-        half = codes.steps(None)[:, : max(1, self._pages)] / 2
-        square = (torch.matmul(asked, self.key_gram) * asked).sum(-1).clamp_min(0)
-        trace = total(self.key_gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)
+        half = codes.steps(rows)[:, : max(1, self._pages)] / 2
+        square = (torch.matmul(asked, key_gram) * asked).sum(-1).clamp_min(0)
+        trace = total(key_gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)
         lost = eps * (2 * spec.d + self.codes.group + self._pages + 32) * norm.square() * trace
         gram = (square + lost).sqrt() * grown
         doubt = torch.zeros_like(rounding)
         if half.shape[1]:
-            by_page = torch.matmul(asked.abs(), half.transpose(1, 2)) + (norm * self.excess.unsqueeze(1)).unsqueeze(2)
+            by_page = torch.matmul(asked.abs(), half.transpose(1, 2)) + (norm * excess.unsqueeze(1)).unsqueeze(2)
             page = (position // self.codes.group).clamp_max(half.shape[1] - 1)
             doubt = by_page.gather(2, page.unsqueeze(1).expand(-1, q.shape[1], -1)) * grown
             doubt = torch.minimum(doubt, gram.unsqueeze(2)) * coded.unsqueeze(1)
         logits = capped(products(asked, k), spec.softcap)
         if hide is not None:
             logits = logits.masked_fill(hide, -torch.inf)
-        radius = self.codes.column("radius", None, view.width).to(dtype) * coded
+        radius = self.codes.column("radius", rows, view.width).to(dtype) * coded
         found = Glimpse(
             logits,
             doubt + rounding,
@@ -156,7 +162,7 @@ class Hot(Memory):
             v,
             length(v) * (1 + eps * (spec.dv + 8)),
             radius,
-            self.operator,
+            self.operator[here],
         )
         return found, k
 

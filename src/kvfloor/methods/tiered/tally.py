@@ -47,9 +47,9 @@ class Tally:
 
         real: bool (rows, m), False for the answers of padding, which do not count; None: all are real.
         """
-        over, bounds = ~found.within(self.limit), found.relative
+        marked = [found.relative, ~found.within(self.limit)] if self.limit < math.inf else [found.relative]
         if real is not None:
-            over, bounds = (x.transpose(1, 2)[real] for x in (over, bounds))
-        if bounds.numel():
-            self.largest = max(self.largest, float(bounds.max()))
-            self.broken += int(torch.count_nonzero(over))
+            marked = [x.transpose(1, 2)[real] for x in marked]
+        if marked[0].numel():
+            self.largest = max(self.largest, float(marked[0].max()))
+            self.broken += sum(int(torch.count_nonzero(over)) for over in marked[1:])

@@ -168,7 +168,9 @@ class TieredState(Blocked[Tiered]):
         arrived = torch.arange(q.shape[2])
         last = before.unsqueeze(1) + arrived  # the last slot that a query sees
         real = (last < self.slots.held.unsqueeze(1)).to(q.device)
-        hide = (torch.arange(int(self.slots.held.max())) > last.unsqueeze(2)).to(q.device)
+        hide = None
+        if q.shape[2] > 1:  # a single token sees all that its row holds
+            hide = (torch.arange(int(self.slots.held.max())) > last.unsqueeze(2)).to(q.device)
         return self._certified(self.hot, q, hide, real, self.method.epsilon).partial
 
     def _certified(self, hot: Hot, q: Tensor, hide: Tensor | None, real: Tensor | None, epsilon: float) -> Certified:
@@ -179,23 +181,18 @@ class TieredState(Blocked[Tiered]):
         """
         rows, g, m, d = q.shape
         width = int(self.slots.held.max())
-        if real is None:
-            real = torch.ones(rows, m, dtype=torch.bool, device=q.device)
-        else:
+        if real is not None:
             q = q.masked_fill(~real[:, None, :, None], 0)  # padding may be anything, NaN too
-        live = self.slots.view().live
-        if live is not None:
-            gone = ~live.unsqueeze(1)
-            hide = gone.expand(-1, m, -1) if hide is None else hide | gone
         assert isinstance(self.slots, ExactSlots)
         reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
         piece = max(1, _NUMBERS // max(1, rows * width * max(g, d)))
         found = []
         for start in range(0, max(1, m), piece):
             at = slice(start, start + piece)
-            part, fetched = reader.read(q[:, :, at], None if hide is None else hide[:, at], real[:, at])
-            self.tally.add(fetched[real[:, at]], self.spec.token_bytes)
-            self.tally.note(part, real[:, at])
+            hidden, some = (None if x is None else x[:, at] for x in (hide, real))
+            part, fetched = reader.read(q[:, :, at], hidden, some)
+            self.tally.add(fetched if some is None else fetched[some], self.spec.token_bytes)
+            self.tally.note(part, some)
             found.append(part)
         return found[0] if len(found) == 1 else _joined(found)
 

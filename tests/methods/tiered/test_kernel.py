@@ -1,0 +1,341 @@
+"""The kernel of certified reads: its answers err at most by its own bounds, which are about as small as torch's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvfloor import Spec
+from kvfloor.certify.certified import Certified
+from kvfloor.methods.stores import fused
+from kvfloor.methods.tiered import kernel
+from kvfloor.methods.tiered.fetch import CertifiedReader
+from kvfloor.methods.tiered.tiered import Tiered, TieredState
+from tests.certify.families import FAMILIES, queries
+from tests.certify.test_trials import truth
+from tests.support import seeded
+
+pytest.importorskip("numba", reason='the kernel needs numba: pip install "kvfloor[fast]", or make test-fast')
+
+WIDTHS = ((64, 64), (32, 128), (96, 64), (128, 64))
+ALL = 1e6  # an epsilon with which nothing is fetched
+M = 6
+
+
+def filled(
+    k: Tensor, v: Tensor, softcap: float | None = None, present: Tensor | None = None, **how: Any
+) -> TieredState:
+    """Return a state of tokens k (rows, n, d) and v (rows, n, dv), in pages of 32 unless `how` says otherwise."""
+    rows, _, d = k.shape
+    options: dict[str, Any] = {"page": 32, "recent": 32} | how
+    state = Tiered(**options).open(Spec(rows, d, v.shape[2], d**-0.5, softcap, dtype=k.dtype))
+    state.append(k, v, *(() if present is None else (present,)))
+    return state
+
+
+def drawn(seed: int, n: int, d: int = 64, dv: int = 64, rows: int = 2, scale: float = 1.0) -> tuple[Tensor, ...]:
+    draw = seeded(seed)
+    k, v, q = (draw(rows, t, w, dtype=torch.float32) for t, w in ((n, d), (n, dv), (M, d)))
+    return k * scale, v, q
+
+
+def hot(state: TieredState) -> Any:
+    assert state.hot is not None and kernel.serves(state.hot)
+    return state.hot
+
+
+def in_torch(state: TieredState, q: Tensor, hide: Tensor | None = None) -> Certified:
+    """Return what torch answers, without fetching."""
+    reader = CertifiedReader(state.spec, hot(state), state.slots, ALL)  # type: ignore[arg-type]
+    return reader._read(q.unsqueeze(1), hide, torch.ones(q.shape[:2], dtype=torch.bool), None)[0]
+
+
+def wrong(found: Certified, exact: Tensor) -> int:
+    """Return how many answers err more than their bound."""
+    return int((~((found.partial.mean.double() - exact).norm(dim=-1) <= found.bound)).sum())
+
+
+def alike(state: TieredState, q: Tensor, k: Tensor, v: Tensor) -> Certified:
+    """Raise AssertionError unless the kernel's answers to q and torch's agree, and bound their errors alike."""
+    mine, wanted, exact = kernel.read(hot(state), q, None), in_torch(state, q), truth(q, k, v, state.spec)
+    assert not wrong(mine, exact)
+    apart = (mine.partial.mean - wanted.partial.mean).norm(dim=-1)
+    assert bool((apart <= 2e-5 * wanted.largest).all())
+    torch.testing.assert_close(mine.partial.log_mass, wanted.partial.log_mass, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(mine.largest, wanted.largest, rtol=1e-4, atol=0)
+    assert bool((mine.largest <= v.double().norm(dim=-1).amax(-1, keepdim=True)).all())
+    for name in ("error", "spread"):
+        size = wanted.largest if name == "error" else 1.0
+        assert bool((getattr(mine, name) <= 1.05 * getattr(wanted, name) + 2e-4 * size).all())
+    return mine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_widths_bits_and_dtypes(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    for extra in (0, 1, 2, 4):
+        k, v, q = (x.to(dtype) for x in drawn(extra, 300, *widths))
+        for softcap in (None, 3.0):
+            state = filled(k, v, softcap, extra=extra, page=32 if extra % 4 else 64)
+            if extra == 1 and widths[0] < 128 and widths[0] != 64:
+                assert state.hot is not None and not kernel.serves(state.hot)  # further bits that fill no whole words
+                continue
+            alike(state, q, k, v)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_answer_errs_more_than_its_bound(name: str) -> None:
+    """Over adversarial keys and values of all sizes, with the heaviest tokens among the coded ones."""
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        draw = seeded(100 * seed + 7)
+        d, dv = WIDTHS[seed]
+        k = FAMILIES[name](draw, 2, 230, d).to(dtype)
+        v = (draw(2, 230, dv) * torch.logspace(-1, 1, 230, dtype=torch.float64).unsqueeze(1)).to(dtype)
+        q = queries(draw, k.double(), 24).to(dtype)
+        state = filled(k, v, (None, 4.0)[seed % 2], recent=0)
+        for start in range(0, 24, fused.MOST_QUERIES):
+            asked = q[:, start : start + fused.MOST_QUERIES]
+            found, exact = kernel.read(hot(state), asked, None), truth(asked, k, v, state.spec)
+            assert not wrong(found, exact)
+            for epsilon in (0.05, 1e-3):  # what the kernel leaves unsure is fetched
+                answer = state.read_certified(asked, epsilon)
+                assert not wrong(answer, exact)
+
+
+def test_a_long_row_and_sharp_queries() -> None:
+    k, v, q = drawn(3, 3000, rows=1)
+    state = filled(k, v, page=64, recent=256)
+    for scale in (0.0, 0.1, 1.0, 8.0):
+        alike(state, q * scale, k, v)
+
+
+def test_few_tokens_and_none() -> None:
+    for n in (1, 3, 5, 31, 32, 33, 64, 65, 97):
+        for recent in (0, 32):
+            k, v, q = drawn(n, n)
+            alike(filled(k, v, recent=recent), q, k, v)
+    k, v, q = drawn(1, 70)
+    alike(filled(k, v, recent=0, first=50), q, k, v)
+    alike(filled(k, v, recent=0, first=0), q, k, v)
+    none = kernel.read(hot(filled(k[:, :0], v[:, :0])), q, None)
+    assert bool((none.partial.log_mass == -torch.inf).all()) and not bool(none.partial.mean.any())
+    assert not bool(none.bound.any())
+
+
+def test_rows_of_different_lengths_answer_as_each_row_alone() -> None:
+    k, v, q = drawn(5, 400, rows=4)
+    present = torch.arange(400) < torch.tensor([400, 130, 3, 0]).unsqueeze(1)
+    state = filled(k, v, present=present, page=64)
+    found = kernel.read(hot(state), q, None)
+    for row, n in enumerate((400, 130, 3)):
+        here = slice(row, row + 1)
+        alone = kernel.read(hot(filled(k[here, :n], v[here, :n], page=64)), q[here], None)
+        for name in ("error", "spread", "largest"):  # the longest row decides how much the sums of all are allowed
+            torch.testing.assert_close(getattr(alone, name)[0], getattr(found, name)[row], rtol=1e-4, atol=0)
+        assert torch.equal(alone.partial.mean[0], found.partial.mean[row])
+        assert not wrong(alone, truth(q[here], k[here, :n], v[here, :n], state.spec))
+    assert bool((found.partial.log_mass[3] == -torch.inf).all())
+
+
+def test_hidden_tokens_are_no_part_of_an_answer() -> None:
+    k, v, q = drawn(6, 200)
+    v[:, 60] *= 50.0  # the largest value
+    state = filled(k, v)
+    mask = torch.rand(2, M, 200, generator=torch.Generator().manual_seed(0))
+    for share in (0.1, 0.6, 0.97):
+        hide = mask < share
+        hide[:, 0, 60], hide[:, 0, 199] = True, False
+        found = kernel.read(hot(state), q, hide)
+        logits = (q.double() @ k.double().transpose(1, 2) * state.spec.scale).masked_fill(hide, -torch.inf)
+        seen = ~hide.all(-1)
+        exact = torch.softmax(logits, -1) @ v.double()
+        assert not wrong(found, exact.where(seen.unsqueeze(-1), torch.zeros((), dtype=torch.float64)))
+        most = v.double().norm(dim=-1).unsqueeze(1).masked_fill(hide, 0).amax(-1)
+        assert bool((found.largest <= most).all()) and bool((found.largest >= 0.97 * most).all())
+    everything = kernel.read(hot(state), q, torch.ones(2, M, 200, dtype=torch.bool))
+    assert bool((everything.partial.log_mass == -torch.inf).all()) and not bool(everything.error.any())
+
+
+def test_what_the_kernel_leaves_unsure_is_fetched_for_these_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v, q = drawn(7, 300, rows=3)
+    q = torch.cat((q[:1] * 0.01, q[1:2] * 12, q[2:] * 0.01))
+    state, asked, real = filled(k * 3, v), [], CertifiedReader._read
+
+    def counted(self: Any, q: Tensor, hide: Tensor | None, real_: Tensor, rows: Tensor | None) -> Any:
+        asked.append(None if rows is None else rows.tolist())
+        return real(self, q, hide, real_, rows)
+
+    monkeypatch.setattr(CertifiedReader, "_read", counted)
+    grouped = q.view(3, 3, 2, 64)
+    found = state.read_certified(grouped, 0.002)
+    assert asked == [[1]] and state.tally.queries == 6 and state.tally.unfetched == 4 and state.tally.tokens > 0
+    assert bool(found.within(0.002).all())
+    exact = truth(q, k * 3, v, state.spec).view(3, 3, 2, 64)
+    assert not wrong(found, exact)
+    state.read_certified(grouped * 0.01, 0.05)
+    assert len(asked) == 1
+
+
+def test_steps_answer_alike_with_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded chunks, single tokens, chosen rows and dropped tokens; the saved state has the same bytes."""
+    draw = seeded(8)
+    k, v, q = (draw(*shape, dtype=torch.float32) for shape in ((3, 240, 64), (3, 240, 64), (3, 2, 240, 64)))
+    present = torch.rand(3, 240, generator=torch.Generator().manual_seed(2)) > 0.4
+
+    def lived() -> tuple[TieredState, list[Tensor]]:
+        state = Tiered(epsilon=0.01, page=32, recent=32).open(Spec(3, 64, 64, 0.125))
+        answers, at = [], 0
+        for size, padded in ((150, False), *[(1, False)] * 20, (3, True), *[(1, True)] * 20, (4, False)):
+            cut = slice(at, at + size)
+            given = (present[:, cut],) if padded else ()
+            answers.append(state.step(q[:, :, cut], k[:, cut], v[:, cut], *given))
+            at += size
+        state.select_rows(torch.tensor([2, 0, 0]))
+        answers.append(state.step(q[:, :, at : at + 1], k[:, at : at + 1], v[:, at : at + 1]))
+        state.forget(torch.tensor([0, 0]), torch.tensor([7, 60]))
+        answers.append(state.attend(q[:, :, at : at + 1]))
+        return state, answers
+
+    calls, real = [], kernel.read
+    monkeypatch.setattr(kernel, "read", lambda *given: (calls.append(1), real(*given))[1])
+    mine, answers = lived()
+    count = len(calls)
+    monkeypatch.setattr(kernel, "serves", lambda hot: False)
+    theirs, wanted = lived()
+    assert count == len(calls) and count > 40
+    assert mine.to_bytes() == theirs.to_bytes() and mine.nbytes == theirs.nbytes
+    assert mine.tally.queries == theirs.tally.queries
+    most = float(v.norm(dim=-1).max())
+    for one, other in zip(answers, wanted, strict=True):
+        assert bool(((one - other).norm(dim=-1) <= 2 * 0.01 * most).all())
+
+
+def test_numbers_that_are_not_finite_bound_nothing() -> None:
+    k, v, q = drawn(9, 200)
+    state = filled(k, v)
+    for q_scale in (1e37, 1e20):
+        huge = kernel.read(hot(state), q * q_scale, None)
+        assert bool(huge.bound.isinf().all()) and bool(huge.partial.mean.isfinite().all())
+    hot(state).codes.columns.radius[hot(state).codes.offset[1] + 50] = torch.nan
+    found = kernel.read(hot(state), q, None)
+    assert bool(found.bound[1].isinf().all()) and bool(found.bound[0].isfinite().all())
+    spoilt = filled(k, v)
+    hot(spoilt).reach[0] = torch.inf
+    assert bool(kernel.read(hot(spoilt), q, None).bound[0].isinf().all())
+
+
+def test_where_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v, q = drawn(10, 100)
+    state = filled(k, v)
+    assert kernel.serves(hot(state))
+    for other in (
+        filled(k.double(), v.double()),
+        filled(k[..., :40], v),
+        filled(k, v[..., :48]),
+        filled(k, v, page=16),
+    ):
+        assert other.hot is not None and not kernel.serves(other.hot)
+    tied = Tiered(page=32).open(Spec(2, 64, 64, tied=True))
+    assert tied.hot is not None and not kernel.serves(tied.hot)
+    state.forget(torch.tensor([0]), torch.tensor([9]))
+    assert state.hot is not None and not kernel.serves(state.hot)
+    state = filled(k, v)
+    monkeypatch.setattr(kernel, "read", lambda *given: pytest.fail("the kernel was asked"))
+    state.read_certified(torch.cat((q, q), 1))
+    monkeypatch.setattr(fused, "installed", lambda: False)
+    state.read_certified(q)
+
+
+def test_the_kernels_exponential_errs_by_less_than_is_allowed_for() -> None:
+    numba: Any = pytest.importorskip("numba")
+    exponential = kernel._kernel().exponential
+
+    @numba.njit
+    def apply(x: Any, out: Any) -> None:
+        for i in range(len(x)):
+            out[i] = exponential(x[i])
+
+    x = np.concatenate([np.linspace(-80, 0, 1 << 18), -np.geomspace(1e-8, 80, 1 << 16)]).astype(np.float32)
+    out = np.empty_like(x)
+    apply(x, out)
+    exact = np.exp(x.astype(np.float64))
+    assert float(np.abs(out / exact - 1).max()) < 2.0**-22
+
+
+# ---- mutants ---------------------------------------------------------------------------------------------------------
+
+
+def changed(at: str, change: Any) -> Any:
+    """Return the kernel, whose argument `at` is changed before each call."""
+    real = kernel._kernel()
+    names = real.certify.py_func.__code__.co_varnames
+    index = names.index(at)
+
+    def call(*given: Any) -> None:
+        real.certify(*given[:index], change(given[index]), *given[index + 1 :])
+
+    return SimpleNamespace(certify=call, TILE=real.TILE)
+
+
+FAULTS = {
+    "a page has the range of another": ("low", lambda x: np.roll(x, 1, 1)),
+    "a row has the ranges of another": ("span", lambda x: np.roll(x, 1, 0)),
+    "the further bits are another token's": ("key_fine", lambda x: np.roll(x, 7, 0)),
+    "a value has another's scale": ("value_scale", lambda x: np.roll(x, 1)),
+    "the newest token is dropped": ("count", lambda x: x - 1),
+    "the first tokens are read from codes": ("first", lambda x: x - 2),
+    "slots begin one later": ("offset", lambda x: x + 1),
+    "the scale is twice as large": ("scale", lambda x: 2 * x),
+    "there is no softcap": ("softcap", lambda x: 0.0),
+    "queries are those of another row": ("q", lambda x: np.roll(x, 1, 0)),
+    "values are rotated back the wrong way": ("turn", lambda x: np.ascontiguousarray(x.T)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_answer_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v, q = drawn(11, 200)
+    v[:, -1] *= 30  # so that the newest token counts
+    state = filled(k, v, 3.0)
+    alike(state, q * 3, k, v)
+    broken = changed(*FAULTS[name])
+    monkeypatch.setattr(kernel, "_kernel", lambda: broken)
+    with pytest.raises(AssertionError):
+        alike(state, q * 3, k, v)
+
+
+LOOSE = {
+    "the Gram matrix is lost": ("key_gram", lambda x: x * 0),
+    "the operator norm is underestimated": ("operator", lambda x: x * 0.1),
+    "radii are of other tokens": ("radius", lambda x: x * 0),
+}
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_a_bound_that_lacks_a_term_is_smaller_than_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v, q = drawn(12, 200)
+    state = filled(k, v)
+    wanted = in_torch(state, q)
+    whole = kernel.read(hot(state), q, None)
+    assert bool((whole.error >= 0.95 * wanted.error).all())
+    broken = changed(*LOOSE[name])
+    monkeypatch.setattr(kernel, "_kernel", lambda: broken)
+    assert bool((kernel.read(hot(state), q, None).error < 0.95 * wanted.error).any())
+
+
+def test_large_logits_are_allowed_their_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = seeded(13)
+    k = (draw(1, 1, 32, dtype=torch.float32) * 30).expand(-1, 100, -1)
+    v, q = draw(1, 100, 64, dtype=torch.float32), draw(1, 8, 32, dtype=torch.float32) * 30
+    state = filled(k, v, recent=0)
+    whole = kernel.read(hot(state), q, None)
+    assert not wrong(whole, truth(q, k, v, state.spec))
+    broken = changed("reach", lambda x: x * 0)
+    monkeypatch.setattr(kernel, "_kernel", lambda: broken)
+    allowed = 12 * 2.0**-23 * state.spec.scale * q.norm(dim=-1) * k[0, 0].norm()
+    assert bool((whole.spread - kernel.read(hot(state), q, None).spread > 0.9 * allowed).all())  # of 92 of 100 tokens
