@@ -15,8 +15,10 @@ from torch import Tensor
 
 from kvfloor import Spec
 from kvfloor.core.randomness import row_keys, uniform
+from kvfloor.core.summary import Summary
 from kvfloor.methods.sketches.self_balancing import gram, halve
-from kvfloor.methods.summaries.clusters import ClusterMeans
+from kvfloor.methods.summaries.clusters import ClusterMeansState
+from kvfloor.methods.summaries.nystrom import NystromState
 
 GREEDY = 0.125  # threshold of the walk, as in `balance`
 
@@ -86,9 +88,8 @@ def answer(q: Tensor, k: Tensor, v: Tensor, scale: float, coreset: Coreset | Non
     Where the whole mass is not positive, which signed masses allow, the exact tokens answer alone.
     """
     x = scale * q @ k.transpose(1, 2)
-    top = x.amax(-1, keepdim=True)
-    if coreset is not None:
-        top = torch.maximum(top, (scale * q @ coreset.key.transpose(1, 2)).amax(-1, keepdim=True))
+    every = x if coreset is None else torch.cat([x, scale * q @ coreset.key.transpose(1, 2)], -1)
+    top = every.amax(-1, keepdim=True)
     weight = (x - top).exp()
     alone, mass_alone = weight @ v, weight.sum(-1)
     if coreset is None:
@@ -133,9 +134,7 @@ def walked(k: Tensor, v: Tensor, size: int, scale: float, seed: int, kernel: str
     return _of(k, v, torch.cat(picked, 1), torch.cat(weight, 1), sums)
 
 
-def _halved(
-    k: Tensor, v: Tensor, index: Tensor, scale: float, seed: int, kernel: str, degree: int | None
-) -> Tensor:
+def _halved(k: Tensor, v: Tensor, index: Tensor, scale: float, seed: int, kernel: str, degree: int | None) -> Tensor:
     index = index[:, : index.shape[1] // 2 * 2]
     if index.shape[1] == 0:
         return index
@@ -185,7 +184,7 @@ def nystrom(k: Tensor, v: Tensor, size: int, scale: float, seed: int, sharpness:
 
 
 def pivots(near: Tensor, square: Tensor, size: int, seed: int) -> Tensor:
-    """Return `size` pivots (r, size) of the kernel exp(|x|^2 / 2) near exp(|x'|^2 / 2), near (r, n, n), square |x|^2."""
+    """Return `size` pivots (r, size) of the kernel exp((|x|^2 + |x'|^2) / 2) near, near (r, n, n), square |x|^2."""
     rows, n = square.shape
     at = torch.arange(rows)
     log_diagonal = square.clone()
@@ -205,15 +204,16 @@ def pivots(near: Tensor, square: Tensor, size: int, seed: int) -> Tensor:
     return picked
 
 
-def clustered(k: Tensor, v: Tensor, size: int) -> Coreset:
-    """Summarise the tokens by `size` clusters, as the product's `clusters` does when they leave in order of age."""
+def absorbed(summary: Summary, k: Tensor, v: Tensor, scale: float) -> Coreset:
+    """Return what a `clusters` or `nystrom` summary holds after the tokens left in order of age, in float32."""
     rows, n, d = k.shape
-    state = ClusterMeans(m=size).open(Spec(rows, d, v.shape[2], dtype=torch.float32))
-    row = torch.arange(rows).repeat_interleave(n)
-    position = torch.arange(n).repeat(rows)
+    state = summary.open(Spec(rows, d, v.shape[2], scale))
+    row, position = torch.arange(rows).repeat_interleave(n), torch.arange(n).repeat(rows)
+    assert isinstance(state, ClusterMeansState | NystromState)
     state.absorb(row, k.flatten(0, 1).float(), v.flatten(0, 1).float(), position)
-    mass = state.count.double()
-    return Coreset(state.mean_k.double(), state.mean_v.double() * mass.unsqueeze(-1), mass)
+    count = state.count.double()
+    each, share = (state.value, state.share) if isinstance(state, NystromState) else (state.mean_v, torch.ones(()))
+    return Coreset(state.mean_k.double(), each.double() * count.unsqueeze(-1), share.double() * count)
 
 
 # ---- shared --------------------------------------------------------------------------------------------------
