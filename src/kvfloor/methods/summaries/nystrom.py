@@ -114,8 +114,8 @@ class NystromState(SummaryState):
         key = key.to(self.mean_k.dtype).to(wide)  # as it is stored
         for i in ((before > 0).sum(1) > m).nonzero().flatten().tolist():
             used, points = int((size[i] > 0).sum()), (before[i] > 0).nonzero().flatten()
-            own = (x[i : i + 1].index_select(1, points) for x in (before, before_key, before_each))
-            sums = projected(*own, aligned(key[i : i + 1, :used]), self.sharpness * abs(self.spec.scale))
+            n, k_old, old = (x[i : i + 1].index_select(1, points) for x in (before, before_key, before_each))
+            sums = projected(n, k_old, old, aligned(key[i : i + 1, :used]), self.sharpness * abs(self.spec.scale))
             solved = sums[0] / size[i, :used].unsqueeze(-1)
             if bool((solved.abs() <= self._largest).all()):  # not so for nan
                 each[i, :used] = solved
