@@ -85,7 +85,7 @@ class Coreset:
 def answer(q: Tensor, k: Tensor, v: Tensor, scale: float, coreset: Coreset | None) -> Tensor:
     """Return the answers (r, m, dv) to queries q (r, m, d) over exact tokens k, v and a coreset of the others.
 
-    Where the whole mass is not positive, which signed masses allow, the exact tokens answer alone.
+    Where the whole mass is not positive, which signed masses allow, the exact tokens answer alone: 0 if there are none.
     """
     x = scale * q @ k.transpose(1, 2)
     every = x if coreset is None else torch.cat([x, scale * q @ coreset.key.transpose(1, 2)], -1)
@@ -97,7 +97,8 @@ def answer(q: Tensor, k: Tensor, v: Tensor, scale: float, coreset: Coreset | Non
     more, mass = coreset.terms(q, scale, top)
     fine = (mass_alone + mass > 0).unsqueeze(-1)
     numerator = torch.where(fine, alone + more, alone)
-    return numerator / torch.where(fine.squeeze(-1), mass_alone + mass, mass_alone).unsqueeze(-1)
+    whole = torch.where(fine.squeeze(-1), mass_alone + mass, mass_alone)
+    return numerator / whole.clamp_min(1e-300).unsqueeze(-1)
 
 
 # ---- samples and walks ---------------------------------------------------------------------------------------
