@@ -10,7 +10,7 @@ others as weighted tokens, which take the rest. Methods, in the column `method`:
     balance              halved by walks with the kernel of kvfloor's `balance`
     wildcat(h)           randomly pivoted Cholesky and Nystrom's weights (arXiv 2602.10056), h = 1 / tau^2
     clusters             Ward's clusters with summed values and counts, as in the product
-    nystrom              the same clusters with projected values and masses, as in the product
+    nystrom(h)           the same clusters with projected values and masses, as in the product; h = 1/2 unless given
     uniform+taylor(g), balance+taylor(g)   Taylor sums of degree g beside a coreset of the remainder (arXiv 2606.07205);
                          the sums of degree 1 take 33 units at d = dv = 64
 All but `nystrom` and `clusters` see the whole stream at once, which favours them; weights (4 bytes) are not counted.
@@ -35,7 +35,6 @@ from characterize.lib.coresets import Coreset, Sums, answer
 from characterize.lib.real_keys import SYNTHETIC, chosen, real
 from characterize.lib.table import ResultTable, median_interval
 from kvfloor import parse
-from kvfloor.core.summary import Summary
 from kvfloor.methods.summaries.clusters import ClusterMeans
 from kvfloor.methods.summaries.nystrom import Nystrom
 
@@ -58,7 +57,8 @@ def compressed(method: str, k: Tensor, v: Tensor, size: int, scale: float, seed:
     if name == "wildcat":
         return coresets.nystrom(k, v, size, scale, seed, float(argument))
     if name in ("clusters", "nystrom"):
-        return coresets.absorbed(SUMMARIES[name](size), k, v, scale)
+        part = Nystrom(m=size, sharpness=float(argument or 0.5)) if name == "nystrom" else ClusterMeans(m=size)
+        return coresets.absorbed(part, k, v, scale)
     sums = Sums.over(k, v, int(argument))
     rest = size - -(-sums.numbers // (k.shape[2] + v.shape[2]))
     if rest < 1:
@@ -68,15 +68,6 @@ def compressed(method: str, k: Tensor, v: Tensor, size: int, scale: float, seed:
     return coresets.walked(k, v, rest, scale, seed, "balance", int(argument))
 
 
-def of_clusters(size: int) -> Summary:
-    return ClusterMeans(m=size)
-
-
-def of_nystrom(size: int) -> Summary:
-    return Nystrom(m=size)
-
-
-SUMMARIES = {"clusters": of_clusters, "nystrom": of_nystrom}
 METHODS = (
     "uniform",
     "thinformer",
@@ -90,6 +81,7 @@ METHODS = (
     "balance+taylor(0)",
     "balance+taylor(1)",
 )
+ON_REAL_KEYS = ("nystrom(1)", "nystrom(0.25)")  # beside the default sharpness of 1/2
 
 
 def real_errors(name: str, size: int, recent: int) -> Iterator[tuple[str, Tensor]]:
@@ -111,7 +103,7 @@ def real_errors(name: str, size: int, recent: int) -> Iterator[tuple[str, Tensor
             state.append(k.float(), v.float())
             yield "balance(product)", wrong(state.read(q.float()).mean)
         old_k, old_v = k[:, SINKS:-recent], v[:, SINKS:-recent]
-        for method in METHODS:
+        for method in (*METHODS, *ON_REAL_KEYS):
             held = compressed(method, old_k, old_v, size - SINKS - recent, one.scale, seed)
             yield method, wrong(answer(q, *full(recent), one.scale, held))
 

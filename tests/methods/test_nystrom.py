@@ -55,7 +55,7 @@ def case() -> tuple[Tensor, ...]:
 
 def test_projected_sums_solve_the_equations() -> None:
     size, k, each, centre = case()
-    mine = projected(*(x.unsqueeze(0) for x in (size, k, each, centre)), 0.7)[0].numpy()
+    mine = projected(size[None], k[None], each[None], centre[None], 0.7)[0].numpy()
     given = [x.numpy() for x in (size, k, each, centre)]
     wanted = literal(given[0], given[1], given[2], given[3], 0.7)
     np.testing.assert_allclose(mine, wanted, rtol=1e-9)
