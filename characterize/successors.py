@@ -39,7 +39,7 @@ from kvfloor.methods.summaries.clusters import ClusterMeans
 from kvfloor.methods.summaries.nystrom import Nystrom
 
 LAYERS, ASKED, SINKS = 4, 16, 4
-SPLITS = ((256, 60), (256, 124))
+SIZE, RECENT = 256, 60
 TOKENS, ROWS, CENTRES, QUERIES = 1024, 8, 16, 64
 GRID = tuple((d, rho, size) for d in (8, 64) for rho in (1.0, 4.0, 8.0) for size in (32, 128))
 SOURCES = (SYNTHETIC, "SmolLM2 2k")
@@ -84,7 +84,7 @@ METHODS = (
 ON_REAL_KEYS = ("nystrom(1)", "nystrom(0.25)")  # beside the default sharpness of 1/2
 
 
-def real_errors(name: str, size: int, recent: int) -> Iterator[tuple[str, Tensor]]:
+def real_errors(name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield each method with its relative errors (rows,) on one part of the streams after another."""
     for seed, one in enumerate(real(name).streams(LAYERS)):
         q, k, v = (x.double() for x in one.asked(ASKED))
@@ -97,15 +97,14 @@ def real_errors(name: str, size: int, recent: int) -> Iterator[tuple[str, Tensor
             held = [torch.cat([x[:, :SINKS], x[:, -newest:]], 1) for x in (k, v)]
             return held[0], held[1]
 
-        yield "recent", wrong(answer(q, *full(size - SINKS), one.scale, None))
-        if recent == SPLITS[0][1]:
-            state = parse(f"balance@{size}").open(one.spec(dtype=torch.float32, seed=seed))
-            state.append(k.float(), v.float())
-            yield "balance(product)", wrong(state.read(q.float()).mean)
-        old_k, old_v = k[:, SINKS:-recent], v[:, SINKS:-recent]
+        yield "recent", wrong(answer(q, *full(SIZE - SINKS), one.scale, None))
+        state = parse(f"balance@{SIZE}").open(one.spec(dtype=torch.float32, seed=seed))
+        state.append(k.float(), v.float())
+        yield "balance(product)", wrong(state.read(q.float()).mean)
+        old_k, old_v = k[:, SINKS:-RECENT], v[:, SINKS:-RECENT]
         for method in (*METHODS, *ON_REAL_KEYS):
-            held = compressed(method, old_k, old_v, size - SINKS - recent, one.scale, seed)
-            yield method, wrong(answer(q, *full(recent), one.scale, held))
+            held = compressed(method, old_k, old_v, SIZE - SINKS - RECENT, one.scale, seed)
+            yield method, wrong(answer(q, *full(RECENT), one.scale, held))
 
 
 def drawn(kind: str, d: int, rho: float) -> Part:
@@ -152,12 +151,11 @@ def main() -> None:
                     for row in summary(found):
                         table.add(name, kind, d, rho, size, 0, *row)
             continue
-        for size, recent in SPLITS:
-            gathered: dict[str, list[Tensor]] = {}
-            for method, errors in real_errors(name, size, recent):
-                gathered.setdefault(method, []).append(errors)
-            for row in summary(gathered):
-                table.add(name, "real", 64, "-", size, recent, *row)
+        gathered: dict[str, list[Tensor]] = {}
+        for method, errors in real_errors(name):
+            gathered.setdefault(method, []).append(errors)
+        for row in summary(gathered):
+            table.add(name, "real", 64, "-", SIZE, RECENT, *row)
     table.save()
 
 

@@ -60,8 +60,9 @@ def _rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def main() -> None:
-    rows = []
+def fits() -> list[tuple[object, ...]]:
+    """Return the rows of the table."""
+    rows: list[tuple[object, ...]] = []
     for method, points in measured().items():
         for left_out in (*sorted(points), None):
             windows = sorted(window for window in points if window != left_out)
@@ -74,7 +75,11 @@ def main() -> None:
             else:
                 nats = points[left_out]
                 rows.append((*row, law.nats(left_out), *law.nats_interval(left_out), *nats, law.window(nats[0])))
-    save(__file__, FIELDS, rows)
+    return rows
+
+
+def main() -> None:
+    save(__file__, FIELDS, fits())
 
 
 if __name__ == "__main__":

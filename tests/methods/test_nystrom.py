@@ -47,7 +47,7 @@ def literal(size: np.ndarray, key: np.ndarray, each: np.ndarray, centre: np.ndar
     return weight @ (size[:, None] * each)
 
 
-def case() -> tuple[Tensor, ...]:
+def case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, v = tokens(12)
     size = torch.arange(1.0, 13.0, dtype=torch.float64)
     return size, k, torch.cat([v, torch.ones(12, 1, dtype=torch.float64)], 1), k[::3] + 0.1
