@@ -41,6 +41,8 @@ SUMMARISING = (
     "window(block=1)+moments(covariance=none)@32",
     "h2o+clusters(m=5)@48",
     "snapkv(window=8,block=1)+clusters(m=3)@24:32:40",
+    "h2o+nystrom(m=5)@48",
+    "snapkv(window=8,block=1)+nystrom(m=3,sharpness=1.0)@24:32:40",
     "random+taylor(degree=1)@32",
     "h2o(block=1)+taylor(radius=4.0)|top_k(k=8)@32",
     "window(block=1)+taylor(degree=0)@1",

@@ -22,6 +22,7 @@ from kvfloor.floors.coherence import (
 from kvfloor.floors.covering import clusters, covering_balls, greedy_centres
 from kvfloor.floors.entropy import H2, index_bits, row_bits, token_ids
 from kvfloor.floors.floor import Floor, Possible
+from kvfloor.floors.kept import kept_tokens
 from kvfloor.floors.levels import (
     VALUES,
     additive_leak,
@@ -73,6 +74,7 @@ __all__ = [
     "greedy_centres",
     "index_bits",
     "jl_dim_paper",
+    "kept_tokens",
     "lazy_gumbel_tokens",
     "level_eps_s",
     "level_tolerance",

@@ -42,6 +42,7 @@ from kvfloor.methods.sketches.window_sample import WindowSample
 from kvfloor.methods.summaries.clusters import ClusterMeans
 from kvfloor.methods.summaries.low_rank import Less
 from kvfloor.methods.summaries.moments import Moments
+from kvfloor.methods.summaries.nystrom import Nystrom
 from kvfloor.methods.summaries.taylor import Taylor
 from kvfloor.methods.summaries.value_sample import ValueSample
 from kvfloor.methods.summaries.value_sum import ValueSum
@@ -81,6 +82,7 @@ TABLE: dict[str, type] = {
         ClusterMeans,
         Less,
         Moments,
+        Nystrom,
         Taylor,
         Everything,
         TopK,

@@ -5,5 +5,6 @@ values.
 """
 
 from kvfloor.planning.plan import Line, MemoryPlan, plan
+from kvfloor.planning.window_law import WindowLaw, fit_window_law
 
-__all__ = ["Line", "MemoryPlan", "plan"]
+__all__ = ["Line", "MemoryPlan", "WindowLaw", "fit_window_law", "plan"]
