@@ -6,6 +6,7 @@ The protocol is that of `characterize/frontier.py`: a context of a text is taken
 512 tokens are predicted; two texts. All settings hold 256 tokens per kv head, or as many bytes. The first 4 tokens and
 the newest ones are exact. What else is held differs:
   clusters  64 clusters of dropped tokens: mean key, mean value and number
+  nystrom   the same, with values and masses that are solved for
   sample    64 dropped tokens, drawn uniformly, each with the weight of all dropped ones per drawn one
   uniform   64 dropped tokens, drawn uniformly, that count as one token each
   recent    64 more of the newest tokens
@@ -40,6 +41,7 @@ CONTEXTS = ("1024", "2048", "4096")
 CLUSTERS = "sinks+clusters(m=64)@192"
 SETTINGS = {
     "clusters": CLUSTERS,
+    "nystrom": "sinks+nystrom(m=64)@192",
     "sample": f"sinks+{MODULE}UniformTokens(m=64)@192",
     "uniform": "random(sinks=4,recent=188)@256",
     "recent": "sinks@256",
