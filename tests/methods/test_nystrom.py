@@ -128,6 +128,17 @@ def test_a_query_of_no_positive_mass_is_answered_without_the_summary() -> None:
     assert bool((found.log_mass == -torch.inf).all()) and bool((found.mean == 0).all())
 
 
+@pytest.mark.parametrize(("left", "answered"), [(0.01, False), (0.2, True)])
+def test_masses_that_nearly_cancel_are_not_divided_by(left: float, answered: bool) -> None:
+    k, v = tokens(2)
+    state = absorbed("nystrom(m=2)", k, v)
+    assert isinstance(state, NystromState)
+    state.share.copy_(torch.tensor([[1.0, left - 1.0]]))
+    found = state.read(torch.zeros(1, 1, 4, dtype=torch.float64))
+    assert bool(torch.isfinite(found.log_mass).all()) == answered
+    assert float(found.mean.norm()) <= 16 * float(v.norm(dim=1).sum())
+
+
 @pytest.mark.parametrize("text", ["nystrom(m=0)", "nystrom(sharpness=0.0)", "nystrom(sharpness=-1.0)"])
 def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="nystrom"):

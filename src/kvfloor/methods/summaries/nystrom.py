@@ -27,6 +27,7 @@ from kvfloor.validation import count, positives
 _AT_ONCE = 64  # evicted tokens that join the clusters together, which bounds the tables of distances
 _RIDGE = 1e-3  # added to the diagonal (ones) of the matrix that is solved
 _LARGEST_EXPONENT = 350.0
+_LEFT = 1 / 16  # least mass, as a share of the sum of the masses' sizes, that is trusted
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Nystrom(Summary):
     in the norm of K: a token's weight is spread over all clusters where `clusters` gives it to one. Whenever clusters
     merge, the points are projected again, on the new mean keys. 1e-3 is added to the diagonal of the matrix that is
     solved, after it is scaled to ones there. Where the solution is not finite, weights are counted as in `clusters`.
-    Masses may be negative, so answers are not always convex combinations of values. A query at which the whole mass is
-    not positive is answered without the evicted tokens. Nothing is proved about the error.
+    Masses may be negative, so answers are not always convex combinations of values. A query at which negative masses
+    cancel the positive ones, to less than a sixteenth of the sum of their sizes, is answered without the evicted
+    tokens. Nothing is proved about the error.
     In WildCat (arXiv 2602.10056) c_i are tokens chosen by randomly pivoted Cholesky, once, and sharpness is 1 / tau^2.
 
     m          clusters per row: 32 unless given. A cluster takes the bytes of a token and 8 more
@@ -138,9 +140,10 @@ class NystromState(SummaryState):
         weight = torch.exp(x - torch.where(torch.isfinite(top), top, 0.0))
         numbers = count.unsqueeze(-1) * torch.cat([self.value.to(wide), self.share.to(wide).unsqueeze(-1)], -1)
         sums = torch.matmul(weight, numbers)
-        mass = sums[..., -1:]
+        size = torch.matmul(weight, numbers[..., -1:].abs())
+        mass = torch.where(sums[..., -1:] >= _LEFT * size, sums[..., -1:], 0.0)
         mean = torch.where(mass > 0, sums[..., :-1] / mass, 0.0)
-        return Partial(mean, torch.log(mass.clamp_min(0.0)).squeeze(-1) + top.squeeze(-1))
+        return Partial(mean, torch.log(mass).squeeze(-1) + top.squeeze(-1))
 
 
 def projected(size: Tensor, key: Tensor, each: Tensor, centre: Tensor, scale: float) -> Tensor:
