@@ -44,8 +44,7 @@ def test_only_layers_that_certify_are_checked() -> None:
 
 
 def test_bounds_that_are_too_small_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Certified.bound.fget
-    assert real is not None
+    real = Certified.bound.func
     monkeypatch.setattr(Certified, "bound", property(lambda self: real(self) * 1e-4))
     found = check_bounds(traces(), parse("tiered(epsilon=0.05,page=16)"))
     assert found is not None and found.violations > found.checked / 2
