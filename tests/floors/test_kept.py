@@ -16,18 +16,25 @@ from kvfloor.floors import kept_tokens
 def distance(point: np.ndarray, corners: np.ndarray) -> tuple[float, float]:
     """Return a lower and an upper bound on the distance from a point to the convex hull of corners (n, w)."""
     shifted = corners - point
-    x = shifted[0]
+    weight = np.zeros(len(corners))
+    weight[np.linalg.norm(shifted, axis=1).argmin()] = 1.0
     lower = 0.0
-    for _ in range(4000):  # Frank and Wolfe with exact steps
+    for _ in range(4000):  # Frank and Wolfe, pairwise: weight moves from the worst corner to the best
+        x = weight @ shifted
         along = shifted @ x
-        best = shifted[along.argmin()]
-        lower = max(lower, float(along.min()) / max(1e-300, float(np.linalg.norm(x))))
-        move = best - x
+        best, worst = along.argmin(), np.where(weight > 0, along, -np.inf).argmax()
+        upper = float(np.linalg.norm(x))
+        lower = max(lower, float(along[best]) / max(1e-300, upper))
+        if lower >= upper * (1 - 1e-6):
+            break
+        move = shifted[best] - shifted[worst]
         size = float(move @ move)
         if size == 0.0:
             break
-        x = x + min(1.0, max(0.0, float(-x @ move) / size)) * move
-    return lower, float(np.linalg.norm(x))
+        step = min(float(weight[worst]), max(0.0, float(-x @ move) / size))
+        weight[worst] -= step
+        weight[best] += step
+    return lower, float(np.linalg.norm(weight @ shifted))
 
 
 def axes(m: int, width: int) -> np.ndarray:

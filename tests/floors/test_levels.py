@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvfloor import floors
 from kvfloor.floors import levels as counting
 from kvfloor.floors.levels import VALUES, Format, number_format
+from kvfloor.game.keys.tori import torus_keys
 
 ETAS = [0.0, 1e-4, 0.003, 0.01, 0.1, 0.5, 0.9, 0.99]
 
@@ -254,10 +255,10 @@ def test_levels_under_a_radius_stay_apart_at_its_leak(values, radius, eta):
 @pytest.mark.parametrize("eta", [0.0, 0.2, 0.6])
 @pytest.mark.parametrize(("n", "radius"), [*itertools.product((1, 7, 16, 41), (5.0, 9.0, 14.0, 30.0)), (16, 60.0)])
 def test_attention_under_a_radius_tells_the_levels_that_are_claimed(radius, eta, n):
-    """Keys ±e_i, repeated unevenly, and the receiver's own token: the worst values of all others, the worst answers."""
+    """Keys repeated unevenly, and the receiver's own token: the worst values of all others, the worst answers."""
     floor = floors.space(n, 8, 1, eta=eta, radius=radius)
     rows, levels = floor.constants["rows"], floor.constants["levels"]
-    keys = np.concatenate([np.eye(8), -np.eye(8)])[:rows]
+    keys = torus_keys(rows, 8).numpy()
     token = np.arange(n) % rows
     logits = radius * keys[token] @ keys.T  # (n, rows): the query of each row is radius times its key
     mass = np.concatenate([np.exp(logits), np.ones((1, rows))])  # his own token has key 0 and value 0

@@ -46,8 +46,8 @@ def test_window_hides_one_row_less_than_it_holds():
 
 def test_radius_caps_the_rows():
     floor = floors.space(10**6, 64, radius=16, values="binary")
-    assert floor.constants["N"] == floor.constants["rows"] == 1176
-    assert floor.bits == pytest.approx(1176 * ROW)
+    assert floor.constants["N"] == floor.constants["rows"] == 1920
+    assert floor.bits == pytest.approx(1920 * ROW)
     assert floor.regime == "norm-bounded"
     assert floors.space(1000, 64, radius=16, values="binary").bits == floors.space(1000, 64, values="binary").bits
     assert floors.space(10**6, 64, radius=1e-3).constants["rows"] == 1
@@ -64,7 +64,7 @@ def test_low_dimensions():
 
 
 def test_leak_of_uneven_copies_is_in_the_threshold():
-    even, uneven = (floors.space(n, 64, radius=16, values="binary") for n in (2 * 1176, 2 * 1176 + 1))
+    even, uneven = (floors.space(n, 64, radius=16, values="binary") for n in (2 * 1920, 2 * 1920 + 1))
     assert (even.constants["eps_s"], uneven.constants["eps_s"]) == (0.125, 0.125 * 3 / 2)
     assert uneven.constants["tau"] == floors.tau(0.5, 0.1875)
 

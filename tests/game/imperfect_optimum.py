@@ -19,6 +19,7 @@ class Imperfect(Method):
 
     name: ClassVar[str] = "imperfect"
     bits: ClassVar[int] = 1  # per value
+    values: ClassVar[str] = ""
     family: str
     n: int
     key_seed: int

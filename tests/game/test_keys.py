@@ -28,7 +28,7 @@ def test_shape_norm_and_determinism(family):
     if family != "jl":
         assert torch.allclose(keys.norm(dim=1), torch.ones(40, dtype=torch.float64), atol=1e-12)
     explicit = torch.equal(keys, FAMILIES[family](40, 34, 6))
-    assert explicit is (family in ("chirp", "reed_solomon", "hypercube"))
+    assert explicit is (family in ("chirp", "reed_solomon", "hypercube", "tori"))
 
 
 def test_families_draw_from_their_own_generator():
