@@ -19,13 +19,13 @@ def distance(point: np.ndarray, corners: np.ndarray) -> tuple[float, float]:
     weight = np.zeros(len(corners))
     weight[np.linalg.norm(shifted, axis=1).argmin()] = 1.0
     lower = 0.0
-    for _ in range(4000):  # Frank and Wolfe, pairwise: weight moves from the worst corner to the best
+    for _ in range(1000):  # Frank and Wolfe, pairwise: weight moves from the worst corner to the best
         x = weight @ shifted
         along = shifted @ x
         best, worst = along.argmin(), np.where(weight > 0, along, -np.inf).argmax()
         upper = float(np.linalg.norm(x))
         lower = max(lower, float(along[best]) / max(1e-300, upper))
-        if lower >= upper * (1 - 1e-6):
+        if lower >= upper * (1 - 1e-6) or upper < 1e-9:
             break
         move = shifted[best] - shifted[worst]
         size = float(move @ move)

@@ -74,13 +74,14 @@ def gap_packing(n: int, d: int) -> float:
     It is the inverse of `log_packing_count`, by bisection, rounded down.
     """
     n, d = whole("n", n), whole("d", d, least=2)
-    if n <= 2 * d:
-        return 1.0
+    return 1.0 if n <= 2 * d else _gap_packing(n, d)
+
+
+@lru_cache(maxsize=4096)
+def _gap_packing(n: int, d: int) -> float:
     low, high, wanted = 0.0, 1.0, math.log(n)
-    while high - low > 1e-15 * high:
+    while high - low > 1e-12 * high:
         middle = 0.5 * (low + high)
-        if not low < middle < high:
-            break
         low, high = (middle, high) if log_packing_count(d, middle) >= wanted else (low, middle)
     return low
 
@@ -109,7 +110,7 @@ def level_gaps() -> Numbers:
 
 def level_of(gap: float) -> int:
     """Return the level of the least gap in the list that is at least `gap` <= 2; the last level for smaller ones."""
-    return int(_levels(np.array([gap]))[0])
+    return min(math.floor(_STEPS * math.log2(2.0 / gap) - _ROUNDING), _LEVELS - 1)
 
 
 def _levels(gap: Numbers) -> Indices:
