@@ -56,7 +56,7 @@ ARGUMENTS: dict[str, str] = {
     "d": "Width of a key",
     "dv": "Width of a value; d (packing: 64) unless given",
     "bits": "Hidden bits per value coordinate, 1 to 24; 1, then once more than the message can hold, unless given",
-    "eta": "Relative error that answers may have, in [0, 1); 0.5, with values of one bit, unless given",
+    "eta": "Relative error that answers may have, in [0, 1); values have one bit where it is left out",
     "seed": "Seeds the public keys and the method, never the hidden bits",
     "dtype": f"What the method is opened for: {', '.join(DTYPES)}",
     "heads": "Kv heads, independent instances in one state",
