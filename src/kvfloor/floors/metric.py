@@ -262,10 +262,9 @@ def _leak(m: int, d: int, radius: float | None) -> float:
     receiver of the state appends before the query. Without `radius` the result is 0, or infinite where no query can
     single out a key.
     """
-    gap = gap_known(m, d)
     if radius is None:
-        return 0.0 if gap > 0.0 else math.inf
-    return math.exp(min(700.0, math.log(m) - radius * gap))
+        return 0.0 if d > 1 or m <= 2 else math.inf  # there are only two unit keys in one dimension
+    return math.exp(min(700.0, math.log(m) - radius * gap_known(m, d)))
 
 
 def _norm(norm: float | None, metric: str, rows: int, dv: int) -> float | None:
