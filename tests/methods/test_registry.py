@@ -241,6 +241,7 @@ BAD = [
     ("subgen(t=3)@8", "subgen stands for 'sinks+clusters(m=64)' and takes nothing more: write that instead"),
     ("subgen+value_sum@8", "subgen stands for 'sinks+clusters(m=64)' and takes nothing more"),
     ("subgn@8", "did you mean 'subgen'?"),
+    ("subgen.mine:Policy@8", "subgen.mine:Policy cannot be imported"),
     ("exact@8", "leave the budget out"),
     ("window(3)@8", "window does not take 1 values; it takes block, prefill"),
     ("h2o(rcent=3)@8", "h2o does not take rcent; it takes score, recent, sinks, decay, group, decode, block, prefill"),

@@ -102,7 +102,7 @@ def without_store(text: str) -> tuple[str, str | None]:
 
 def _written_out(body: str, whole: str) -> str:
     """Return "sinks+clusters(m=64)" for "subgen", and likewise for other shorthands; any other text as it is."""
-    name = (re.match(r"\w*", body) or [""])[0]
+    name = (re.match(r"[\w.:-]*", body) or [""])[0]
     shorthand = SHORTHANDS.get(name)
     if shorthand is None:
         return body
