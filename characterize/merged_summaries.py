@@ -99,7 +99,7 @@ def main() -> None:
     contexts = split_list(given.contexts)
     results = ResultTable(__file__, FIELDS, contexts, CONTEXTS)
     with tempfile.TemporaryDirectory() as scratch:
-        journal = TrialFile(given.out or Path(scratch))
+        journal = TrialFile(given.out or Path(scratch), __file__)
         measure(journal, contexts)
         for context in contexts:
             for row in rows(journal, context):

@@ -125,11 +125,11 @@ class TriedFigures:
 
 
 class TrialFile:
-    """Keep the lines of measured settings in a file of a folder, so that none is measured twice."""
+    """Keep the lines of measured settings in a script's file in a folder, so that none is measured twice."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, script: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "newer_evictors.jsonl"
+        self.path = folder / f"{Path(script).stem}.jsonl"
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
         self.found: dict[tuple[str, str], Any] = {(x["setting"], x["text"]): x for x in map(json.loads, lines)}
 
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder that keeps the measured rows")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        journal = TrialFile(given.out or Path(scratch))
+        journal = TrialFile(given.out or Path(scratch), __file__)
         measure(journal, TRIALS)
         save(__file__, FIELDS, table(outcomes(journal, TRIALS), TRIALS))
 

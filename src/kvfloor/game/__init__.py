@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfloor.core.method import Method
-from kvfloor.game.engine.instance import DTYPES, Instance, KeyedInstance
+from kvfloor.game.engine.instance import DTYPES, Instance, KeyedInstance, RowPerKey
 from kvfloor.game.engine.result import Result
 from kvfloor.game.instances import packing, probing, sparse, spike, tensor, visual, window
 from kvfloor.game.instances.levels import format_of
@@ -75,7 +75,7 @@ ARGUMENTS: dict[str, str] = {
 
 INSTANCES: dict[str, type[Instance]] = {
     kind.__name__: kind
-    for base in (Instance, KeyedInstance)
+    for base in (Instance, KeyedInstance, RowPerKey)
     for kind in base.__subclasses__()
     if kind.__module__.startswith("kvfloor.game.instances.")  # others come from tests
 }

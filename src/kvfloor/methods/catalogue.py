@@ -46,45 +46,33 @@ def _has_default(field: Field[Any]) -> bool:
 def _row(name: str, label: str) -> dict[str, Any]:
     part = lookup(name)
     method = parse(name) if label == "variant" else default_method(name)
-    return {
-        "name": name,
-        "kind": label,
-        "about": _first_sentence(part.__doc__ or ""),
-        "paper": getattr(part, "paper", "") or "-",
-        "guarantee": _guarantee(name, part, method),
-        "memory": _memory(method),
-        "traits": _claims(method.traits),
-        "aliases": sorted(alias for alias, target in ALIASES.items() if target == name),
-    }
+    about, paper = _first_sentence(part.__doc__ or ""), getattr(part, "paper", "") or "-"
+    return _entry(name, label, about, paper, _guarantee(name, part, method), method)
 
 
 def _shorthand_row(name: str) -> dict[str, Any]:
     """Return the dict of a name that stands for a composition."""
     method = parse(name)
-    return {
-        "name": name,
-        "kind": "shorthand",
-        "about": f"Stand for {method}.",
-        "paper": SHORTHANDS[name].paper,
-        "guarantee": "none",
-        "memory": _memory(method),
-        "traits": _claims(method.traits),
-        "aliases": [],
-    }
+    return _entry(name, "shorthand", f"Stand for {method}.", SHORTHANDS[name].paper, "none", method)
 
 
 def _store_row(name: str, store: type[Coding], text: str) -> dict[str, Any]:
     """Return the dict of the store of this name and class, whose traits are those of the method `text`."""
-    method = parse(text)
+    guarantee = _guarantee(name, store, parse(f"exact:{name}"))
+    return _entry(name, "store", _first_sentence(store.__doc__ or ""), store.paper, guarantee, parse(text))
+
+
+def _entry(name: str, label: str, about: str, paper: str, guarantee: str, method: Method) -> dict[str, Any]:
+    """Return a dict of `rows`; memory and traits are those of `method`."""
     return {
         "name": name,
-        "kind": "store",
-        "about": _first_sentence(store.__doc__ or ""),
-        "paper": store.paper,
-        "guarantee": _guarantee(name, store, parse(f"exact:{name}")),
+        "kind": label,
+        "about": about,
+        "paper": paper,
+        "guarantee": guarantee,
         "memory": _memory(method),
         "traits": _claims(method.traits),
-        "aliases": [],
+        "aliases": sorted(alias for alias, target in ALIASES.items() if target == name),
     }
 
 

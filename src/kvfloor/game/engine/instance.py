@@ -202,6 +202,25 @@ class KeyedInstance(Instance):
         return {"family": self.public.family}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowPerKey(KeyedInstance):
+    """Define an instance that streams n public keys once, in order, each with a hidden row."""
+
+    n: int
+
+    @property
+    def rows(self) -> int:
+        return self.n
+
+    @property
+    def length(self) -> int:
+        return self.n
+
+    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
+        del hidden
+        yield from pieces(self.keys, values)
+
+
 def keys_for(shared: dict[str, Any], n: int, family: str | None = None) -> PublicKeys:
     """Return n public keys for an instance whose common fields (the dict that `agreed` returns) are `shared`.
 

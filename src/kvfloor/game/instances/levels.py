@@ -7,7 +7,6 @@ floor that is played is that floor.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from kvfloor.floors.levels import levels_leak
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import SUCCESS, Decoded
-from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.instance import RowPerKey, agreed, keys_for
 from kvfloor.game.engine.level_answers import LevelTable, judge_levels
 from kvfloor.game.engine.play import Played, play_index
 from kvfloor.game.engine.public_bits import PublicBits
@@ -32,23 +31,14 @@ FORMATS = {"float32": ("fp16", "bf16"), "float16": ("fp16",), "bfloat16": ("bf16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LevelSpike(KeyedInstance):
+class LevelSpike(RowPerKey):
     """Stream n public keys, each with a hidden row of dv numbers of the format `values`.
 
     `bits` is the number of bits that a level takes, log2 of their number rounded up.
     """
 
     barrier: ClassVar[str] = "spike"
-    n: int
     values: str
-
-    @property
-    def rows(self) -> int:
-        return self.n
-
-    @property
-    def length(self) -> int:
-        return self.n
 
     @functools.cached_property
     def level_table(self) -> LevelTable:
@@ -73,10 +63,6 @@ class LevelSpike(KeyedInstance):
 
     def streamed(self, levels: Tensor) -> Tensor:
         return self.level_table.numbers[levels]
-
-    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        del hidden
-        yield from pieces(self.keys, values)
 
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the rows' keys."""

@@ -32,9 +32,8 @@ from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.result import SUCCESS, Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.keys.families import FAMILIES
-from kvfloor.game.keys.gaps import one_sided_gaps, promised_gaps
+from kvfloor.game.keys.gaps import one_sided_gaps
 from kvfloor.game.keys.public import PublicKeys
-from kvfloor.game.keys.tori import most_torus_keys
 from kvfloor.validation import positive, whole
 
 _PACKED_UP_TO = 16  # dimensions in which greedy packing beats codes
@@ -107,12 +106,11 @@ def separable(d: int, radius: float, eta: float, most: int, key_seed: int) -> tu
 
 
 def _separates(family: str, m: int, d: int, radius: float, eta: float, key_seed: int) -> bool:
-    if family == "tori":
-        if m > most_torus_keys(d):
-            return False
-    elif family != "packing" and family not in promised_gaps(m, d):
+    try:
+        keys = FAMILIES[family](m, d, key_seed)
+    except ValueError:  # the family has no m keys in d dimensions
         return False
-    gap = one_sided_gaps(FAMILIES[family](m, d, key_seed).float()).min().item()
+    gap = one_sided_gaps(keys.float()).min().item()
     return gap > 0.0 and spike_C(m, 1, gap, 1.0, eps_s(eta)) <= radius
 
 

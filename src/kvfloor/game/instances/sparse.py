@@ -22,7 +22,7 @@ from kvfloor.core.state import State
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.instance import RowPerKey, agreed, keys_for, pieces
 from kvfloor.game.engine.result import Result, run
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.validation import whole
@@ -33,7 +33,7 @@ _MOST_TOKENS = 16_384
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sparse(KeyedInstance):
+class Sparse(RowPerKey):
     """Stream n public keys; Alice asks each token's spike query as she appends it, and Bob asks all of them at the end.
 
     A spike query gives one key nearly all softmax mass. Alice hides a row of dv values under each key, and Bob decodes
@@ -41,15 +41,6 @@ class Sparse(KeyedInstance):
     """
 
     barrier: ClassVar[str] = "sparse"
-    n: int
-
-    @property
-    def rows(self) -> int:
-        return self.n
-
-    @property
-    def length(self) -> int:
-        return self.n
 
     @cached_property
     def queries(self) -> Tensor:

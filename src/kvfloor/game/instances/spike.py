@@ -8,7 +8,6 @@ their floors add up.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from kvfloor.core.state import State
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
-from kvfloor.game.engine.instance import KeyedInstance, agreed, keys_for, pieces
+from kvfloor.game.engine.instance import RowPerKey, agreed, keys_for
 from kvfloor.game.engine.play import play_index
 from kvfloor.game.engine.public_bits import PublicBits
 from kvfloor.game.engine.result import Result, conclude
@@ -32,23 +31,10 @@ ROWS_SAMPLED = 2_048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spike(KeyedInstance):
+class Spike(RowPerKey):
     """Stream n public keys, each with a hidden row of dv values; Bob appends no token before he asks."""
 
     barrier: ClassVar[str] = "spike"
-    n: int
-
-    @property
-    def rows(self) -> int:
-        return self.n
-
-    @property
-    def length(self) -> int:
-        return self.n
-
-    def stream(self, values: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, Tensor]]:
-        del hidden
-        yield from pieces(self.keys, values)
 
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the rows' keys.

@@ -27,16 +27,12 @@ def torus_keys(n: int, d: int, seed: int = 0) -> Tensor:
     smallest gap has fewer keys.
     """
     del seed
-    wide, most = min(d, MOST_TORUS), most_torus_keys(d)
-    if n > most:
-        raise ValueError(f"the torus codes of {wide} dimensions have up to {most:.0f} keys: n={n} is too many")
-    keys = _code(wide, int((torus_codes(wide).count >= n).argmax()))[:n]
+    wide = min(d, MOST_TORUS)
+    count = torus_codes(wide).count
+    if n > count[-1]:
+        raise ValueError(f"the torus codes of {wide} dimensions have up to {count[-1]:.0f} keys: n={n} is too many")
+    keys = _code(wide, int((count >= n).argmax()))[:n]
     return torch.nn.functional.pad(keys, (0, d - wide))
-
-
-def most_torus_keys(d: int) -> float:
-    """Return the number of keys of the largest torus code that is listed for d dimensions."""
-    return float(torus_codes(min(d, MOST_TORUS)).count[-1])
 
 
 def _code(d: int, level: int) -> Tensor:

@@ -7,6 +7,7 @@ clusters, d and dv the widths of a key and a value.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,12 +73,8 @@ class ClusterMeansState(SummaryState):
         }
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
-        wide = torch.float64
-        for at, keys, values, when in equal_lots(row, k, v, position):
-            order = when.argsort(1).unsqueeze(-1)
-            keys, values = (x.gather(1, order.expand_as(x)).to(wide) for x in (keys, values))
-            for start in range(0, keys.shape[1], _AT_ONCE):
-                self._join(at, keys[:, start : start + _AT_ONCE], values[:, start : start + _AT_ONCE])
+        for at, keys, values in in_order(row, k, v, position):
+            self._join(at, keys, values)
 
     def _join(self, at: Tensor, k: Tensor, v: Tensor) -> None:
         """Add tokens of keys k (r, c, d) and values v (r, c, dv) to the clusters of rows `at` (r,)."""
@@ -97,6 +94,18 @@ class ClusterMeansState(SummaryState):
         log_count = torch.log(self.count.to(self.spec.compute_dtype))  # -inf for an unused cluster
         hide = (self.count == 0).unsqueeze(1)
         return Partial.over(q, self.mean_k, self.mean_v, self.spec, log_count, hide if bool(hide.any()) else None)
+
+
+def in_order(row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Split evicted tokens into those that join the clusters together: yield rows (r,), keys and values in float64.
+
+    The arguments are those of `absorb`. The tokens of a row come in the order of their positions, at most 64 at a time.
+    """
+    for at, keys, values, when in equal_lots(row, k, v, position):
+        order = when.argsort(1).unsqueeze(-1)
+        keys, values = (x.gather(1, order.expand_as(x)).to(torch.float64) for x in (keys, values))
+        for start in range(0, keys.shape[1], _AT_ONCE):
+            yield at, keys[:, start : start + _AT_ONCE], values[:, start : start + _AT_ONCE]
 
 
 def merged(size: Tensor, k: Tensor, v: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

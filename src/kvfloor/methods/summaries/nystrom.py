@@ -19,12 +19,11 @@ from kvfloor.core.method import Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.rowwise import aligned, total
 from kvfloor.core.spec import Spec
-from kvfloor.core.summary import Summary, SummaryState, equal_lots
+from kvfloor.core.summary import Summary, SummaryState
 from kvfloor.logits import capped
-from kvfloor.methods.summaries.clusters import MOST_COUNT, merged
+from kvfloor.methods.summaries.clusters import MOST_COUNT, in_order, merged
 from kvfloor.validation import count, positives
 
-_AT_ONCE = 64  # evicted tokens that join the clusters together, which bounds the tables of distances
 _RIDGE = 1e-3  # added to the diagonal (ones) of the matrix that is solved
 _LARGEST_EXPONENT = 350.0
 _LEFT = 1 / 16  # least mass, as a share of the sum of the masses' sizes, that is trusted
@@ -93,12 +92,8 @@ class NystromState(SummaryState):
         }
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
-        wide = torch.float64
-        for at, keys, values, when in equal_lots(row, k, v, position):
-            order = when.argsort(1).unsqueeze(-1)
-            keys, values = (x.gather(1, order.expand_as(x)).to(wide) for x in (keys, values))
-            for start in range(0, keys.shape[1], _AT_ONCE):
-                self._join(at, keys[:, start : start + _AT_ONCE], values[:, start : start + _AT_ONCE])
+        for at, keys, values in in_order(row, k, v, position):
+            self._join(at, keys, values)
 
     def _join(self, at: Tensor, k: Tensor, v: Tensor) -> None:
         """Add tokens of keys k (r, c, d) and values v (r, c, dv) to the clusters of rows `at` (r,)."""
