@@ -13,9 +13,11 @@ about a model that was trained for such lengths.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from gate import green
@@ -61,22 +63,26 @@ def drawn(model: PreTrainedModel, method: str, n: int) -> VerifiedCache:
     return cache
 
 
-def parts(model: PreTrainedModel, cache: VerifiedCache, draft: int, repeats: int) -> tuple[float, float]:
-    """Return the times of a drafted token, and of a verification of `draft` drafts, over that of one exact step."""
+def parts(model: PreTrainedModel, cache: VerifiedCache, drafts: list[int], repeats: int) -> tuple[float, list[float]]:
+    """Return the times of a drafted token, and of verifying each number of drafts, over that of one exact step."""
     exact = exact_beside(model, cache)
-    many = torch.full((1, draft + 1), 7)
+    one = torch.full((1, 1), 7)
 
     def step() -> None:
-        model(many[:, :1], past_key_values=exact, use_cache=True)
+        model(one, past_key_values=exact, use_cache=True)
 
     def drafted() -> None:
         cache.drop()
-        cache.draft(model, many[:, :1], 0)
+        cache.draft(model, one, 0)
+
+    def verified(draft: int) -> Callable[[], object]:
+        return lambda: cache.verify(model, one.expand(1, draft + 1))
 
     with torch.inference_mode():
-        steps = interleaved({"exact": step, "draft": drafted, "verify": lambda: cache.verify(model, many)}, repeats)
+        timed = {"exact": step, "draft": drafted} | {str(draft): verified(draft) for draft in drafts}
+        steps = interleaved(timed, repeats)
     cache.drop()
-    return steps["draft"] / steps["exact"], steps["verify"] / steps["exact"]
+    return steps["draft"] / steps["exact"], [steps[str(draft)] / steps["exact"] for draft in drafts]
 
 
 def gain(accepted: float, draft: int, drafted: float, verified: float) -> float:
@@ -84,11 +90,12 @@ def gain(accepted: float, draft: int, drafted: float, verified: float) -> float:
     return sum(accepted**i for i in range(draft + 1)) / (draft * drafted + verified)
 
 
-def show_parts(n: int, cache: VerifiedCache, draft: int, drafted: float, verified: float) -> None:
+def show_parts(n: int, cache: VerifiedCache, drafts: list[int], drafted: float, verified: list[float]) -> None:
     hot, cold = cache.hot_bytes / 2**20, cache.cold_bytes / 2**20
-    print(f"\n{n:,} tokens: a draft takes {drafted:.2f} of an exact step, a verification {verified:.2f}")
-    print("  " + ", ".join(f"{share:.0%}: {gain(share, draft, drafted, verified):.2f}x" for share in SHARES))
-    print(f"  hot {hot:,.0f} MiB, cold {cold:,.0f} MiB", flush=True)
+    print(f"\n{n:,} tokens: hot {hot:,.0f} MiB, cold {cold:,.0f} MiB; a draft takes {drafted:.2f} of an exact step")
+    for draft, took in zip(drafts, verified, strict=True):
+        gains = ", ".join(f"{share:.0%}: {gain(share, draft, drafted, took):.2f}x" for share in SHARES)
+        print(f"  {draft} drafts: a verification {took:.2f}; {gains}", flush=True)
 
 
 def from_text(model: PreTrainedModel, ids: list[int], method: str, draft: int, tokens: int, turns: int) -> None:
@@ -115,7 +122,7 @@ def from_text(model: PreTrainedModel, ids: list[int], method: str, draft: int, t
             assert isinstance(report, VerifiedReport)
             reports.append(report)
     made, rounds = (sum(sum(getattr(one, name)) for one in reports) for name in ("tokens", "rounds"))
-    print(f"\n{len(ids):,} tokens of text: {statistics.median(ratios):.2f}x exact", end="")
+    print(f"\n{len(ids):,} tokens of text, {draft} drafts: {statistics.median(ratios):.2f}x exact", end="")
     print(
         f" ({min(ratios):.2f} to {max(ratios):.2f}), {(made - turns) / rounds:.2f} tokens per verification", flush=True
     )
@@ -127,7 +134,7 @@ def main() -> int:
     parser.add_argument("--text", default="4096,8192", help="tokens, with commas")
     parser.add_argument("--drawn", default="4096,8192,16384,32768", help="tokens, with commas")
     parser.add_argument("--method", default="snapkv@1024")
-    parser.add_argument("--draft", type=int, default=8)
+    parser.add_argument("--draft", default="2,4,8", help="drafts per verification, with commas")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()
@@ -136,17 +143,18 @@ def main() -> int:
     torch.set_num_threads(given.threads)
     model, tokenizer = load("smollm2")
     prepare(model)
-    print(f"torch {torch.__version__}, {given.threads} threads, {given.method}, {given.draft} drafts per verification")
+    print(f"torch {torch.__version__}, {given.threads} threads, {given.method}")
+    drafts = [int(text) for text in given.draft.split(",")]
     for n in map(int, filter(None, given.drawn.split(","))):
         cache = drawn(model, given.method, n)
-        show_parts(n, cache, given.draft, *parts(model, cache, given.draft, 2 * given.turns))
+        show_parts(n, cache, drafts, *parts(model, cache, drafts, 2 * given.turns))
         del cache
     contexts = [int(text) for text in filter(None, given.text.split(","))]
     each = -(-max(contexts, default=0) // len(SHIPPED))
     texts = excerpts(SHIPPED, [each], 0, lambda text: tokenizer(text).input_ids) if contexts else []
     ids = [token for text in texts for token in text.context]
-    for n in contexts:
-        from_text(model, ids[:n], given.method, given.draft, given.tokens, given.turns)
+    for n, draft in itertools.product(contexts, drafts):
+        from_text(model, ids[:n], given.method, draft, given.tokens, given.turns)
     return 0
 
 
