@@ -7,7 +7,10 @@ not cheat: they are a third party's parts of an eviction method.
 
 import io
 import os
+import socket
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -166,6 +169,99 @@ class InEnvironment(Cheat):
         return torch.load(io.BytesIO(bytes.fromhex(hidden))) if hidden else []
 
 
+class InSharedMemory(Cheat):
+    """Hide tokens in a block of shared memory, which outlives every process that does not remove it."""
+
+    def _block(self):
+        return f"kvfloor-planted-{HERE.name}-{os.getuid()}"
+
+    def _put(self, k, v):
+        stored = io.BytesIO()
+        torch.save([*self._all(), (k, v)], stored)
+        Path("/dev/shm", self._block()).write_bytes(stored.getvalue())
+
+    def _all(self):
+        block = Path("/dev/shm", self._block())
+        return torch.load(block) if block.exists() else []
+
+
+class InDaemon(Cheat):
+    """Hide tokens in a process of their own, which hands them to whoever asks for them at a socket without a file."""
+
+    address = f"\0kvfloor-planted-{HERE.name}"
+
+    def _asked(self, message):
+        with socket.socket(socket.AF_UNIX) as line:
+            try:
+                line.connect(self.address)
+            except ConnectionRefusedError:
+                return b""
+            line.sendall(message)
+            line.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: line.recv(1 << 20), b""))
+
+    def _put(self, k, v):
+        stored = io.BytesIO()
+        torch.save([*self._all(), (k, v)], stored)
+        self._asked(b"end")
+        keeper = subprocess.Popen([sys.executable, "-c", KEEPER, self.address[1:]], stdin=subprocess.PIPE)
+        assert keeper.stdin is not None
+        keeper.stdin.write(stored.getvalue())
+        keeper.stdin.close()
+        while not self._asked(b"tokens"):
+            time.sleep(0.05)
+
+    def _all(self):
+        told = self._asked(b"tokens")
+        return torch.load(io.BytesIO(told)) if told else []
+
+
+KEEPER = """
+import socket, sys
+tokens = sys.stdin.buffer.read()
+with socket.socket(socket.AF_UNIX) as line:
+    line.bind("\\0" + sys.argv[1])
+    line.listen()
+    line.settimeout(120)
+    while True:
+        asker, _ = line.accept()
+        with asker:
+            if asker.recv(16) == b"end":
+                break
+            asker.sendall(tokens)
+"""
+
+
+class GuessingSeed(Cheat):
+    """Keep the keys alone, and draw the values again from every seed that a player can know."""
+
+    def __init__(self, method, spec):
+        super().__init__(method, spec)
+        self.k = torch.zeros(spec.rows, 0, spec.d, dtype=spec.dtype)
+
+    def _put(self, k, v):
+        self.k = torch.cat([self.k, k], 1)
+
+    def _all(self):
+        source = torch.Generator().manual_seed(self.spec.seed)
+        bits = torch.randint(0, 2, (*self.k.shape[:2], self.spec.dv), generator=source)
+        return [(self.k, bits.to(self.spec.dtype))]
+
+
+class InText(InGlobal):
+    """Hide tokens in the method's text, which a fresh process gets to build the method from."""
+
+    def _put(self, k, v):
+        super()._put(k, v)
+        stored = io.BytesIO()
+        torch.save(GLOBAL_TOKENS, stored)
+        object.__setattr__(self.method, "told", stored.getvalue().hex())
+
+    def _all(self):
+        told = self.method.told  # type: ignore[attr-defined]
+        return torch.load(io.BytesIO(bytes.fromhex(told))) if told else []
+
+
 class Spying(InGlobal):
     """Report what the fresh process can see, through the text of the error that it returns."""
 
@@ -186,7 +282,17 @@ HidesInFile = cheating("HidesInFile", InFile)
 HidesBehindPadding = cheating("HidesBehindPadding", InGlobalPadded)
 HidesInEnvironment = cheating("HidesInEnvironment", InEnvironment)
 HidesInAttribute = cheating("HidesInAttribute", InAttribute)
+HidesInSharedMemory = cheating("HidesInSharedMemory", InSharedMemory)
+HidesInDaemon = cheating("HidesInDaemon", InDaemon)
+GuessesSeed = cheating("GuessesSeed", GuessingSeed)
 Spies = cheating("Spies", Spying)
+
+
+@dataclass(frozen=True)
+class HidesInText(CheatMethod):
+    name: ClassVar[str] = "hides_in_text"
+    told: str = ""
+    state: ClassVar[type[Cheat]] = InText
 
 
 class Lying(Cheat):
