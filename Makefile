@@ -24,7 +24,7 @@ VLLM   := .venv-vllm
 DOCS   := .venv-docs
 FAST   := .venv-fast
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier mixed-bits evidence-certify clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier mixed-bits evidence evidence-certify clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -122,6 +122,12 @@ mixed-bits: $(VENV)/.development
 # python -m characterize.frontier gemma3-270m-2048 --accept-terms
 frontier: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.frontier smollm2-2048 smollm2-4096
+
+# The measured tables of characterize/, all by default, which takes a day: make evidence ONLY="race_looks window_law"
+ONLY ?= all
+
+evidence: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m characterize $(ONLY)
 
 # Bounds of certified reads on real models' keys: tables by epsilon and by head, and the chart. Recording them takes 4 GB.
 evidence-certify: $(VENV)/.development
