@@ -38,6 +38,7 @@ class Arena(Memory):
 
     lists: int = 1
     fill: int = 0
+    _known_level: tuple[Tensor, int | None] | None = None  # the counts `held` that were compared last, and their level
 
     def __init__(self, spec: Spec, capacity: Tensor) -> None:
         self.spec = spec
@@ -45,6 +46,7 @@ class Arena(Memory):
         self._lay_out(capacity.clone())
 
     def _lay_out(self, capacity: Tensor) -> None:
+        self._known_level = None
         self.capacity = capacity
         self.offset = (torch.cumsum(capacity, 0) - capacity) * self.lists  # the first place of each row's lists
         self.stride = int(capacity[0]) if bool((capacity == capacity[0]).all()) else 0  # 0: rows differ
@@ -76,8 +78,11 @@ class Arena(Memory):
     @property
     def level(self) -> int | None:
         """Return the number of items per list if all rows have the same number and the same capacity, else None."""
-        counts = self.held.tolist()
-        return counts[0] if self.stride and min(counts) == max(counts) else None
+        known = self._known_level
+        if known is None or known[0] is not self.held:  # counts never change in place: a change makes a new tensor
+            counts = self.held.tolist()
+            known = self._known_level = self.held, counts[0] if self.stride and min(counts) == max(counts) else None
+        return known[1]
 
     # ---- places ----------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class Blocked(State[M]):
     """
 
     slots: Slots
+    _known_clock: tuple[Tensor, int | None] | None = None  # the clocks `seen` compared last, and what all of them show
 
     def __init__(self, method: M, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
@@ -142,22 +143,33 @@ class Blocked(State[M]):
         For this every query must attend to all held tokens and nothing else, and all rows must have seen equally many
         tokens, hold equally many, and have a free slot.
         """
-        at, seen = self.slots.level, self.seen.tolist()
-        if at is None or at >= self.slots.stride or min(seen) != max(seen):
+        at = self.slots.level
+        if at is None or at >= self.slots.stride or not self._plainly_read:
             return False
-        return self._plainly_read and seen[0] < self.slots.longest
+        seen = self._clock
+        return seen is not None and seen < self.slots.longest
+
+    @property
+    def _clock(self) -> int | None:
+        """Return the number of tokens that every row has seen; None if rows differ."""
+        known = self._known_clock
+        if known is None or known[0] is not self.seen:  # clocks never change in place: a change makes a new tensor
+            seen = self.seen.tolist()
+            known = self._known_clock = self.seen, seen[0] if min(seen) == max(seen) else None
+        return known[1]
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
-        seen, asked, bare = self.seen.tolist()[0], q, k
+        seen, asked, bare = self._clock, q, k
+        assert seen is not None
         if self.spec.rotation is not None:
             at = self.slots.held.tolist()[0]
             circle = self._circle(torch.full((1, 1), at, device=k.device), below=at + 1)
             k, asked = self.spec.rotation.turned(k, circle), self.spec.rotation.turned(q, circle)
         self.slots.put(k, v, seen, bare)
-        view = self.slots.view()
-        out = view.newest(asked, self.spec)
+        out = self.slots.newest(asked)
         self._on_query(q, seen)
         self.seen = self.seen + 1
+        self._known_clock = self.seen, seen + 1
         if (seen + 1) % self.block == 0:
             self._end(None)
         return out

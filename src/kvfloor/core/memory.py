@@ -21,9 +21,12 @@ from torch import Tensor
 from kvfloor.core.fields import Field
 
 # Not memory: values fixed before the stream, so known to any reader of a message; the record of past sizes; the
-# callback; the count of what was read; the name of the running call; and what is kept outside of the memory, which
-# `State.cold_nbytes` counts.
-PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "tally", "cold", "_underway"})
+# callback; the count of what was read; the name of the running call; what is kept outside of the memory, which
+# `State.cold_nbytes` counts; and what a step remembers of the tensors that it has looked at (`_known...`).
+PUBLIC = frozenset(
+    {"method", "spec", "shared", "peak", "on_evict", "tally", "cold", "_underway"}
+    | {"_known_level", "_known_tables", "_known_numbers", "_known_clock"}
+)
 SCALAR_BYTES = 8
 
 

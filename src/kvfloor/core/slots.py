@@ -26,6 +26,8 @@ from kvfloor.core.method import Guarantee
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 
+_NUMBERED = 64  # slots whose positions are written at once, for tokens still to come
+
 
 @dataclass(frozen=True)
 class View:
@@ -81,6 +83,8 @@ class Slots(Arena):
     position_dtype: ClassVar[torch.dtype] = torch.int64
     group: int = 1
     """Number of a row's tokens that are coded together; 1 where none is coded."""
+    _known_tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # k and v, and views of them (`_tables`)
+    _known_numbers: tuple[int, int] | None = None  # what `put` has written to `position` for tokens still to come
 
     def __init__(
         self,
@@ -137,6 +141,17 @@ class Slots(Arena):
             live = torch.arange(width) < held.unsqueeze(1)
             live = live.to(self.position.device)
         return self._viewed(rows, width, live)
+
+    def newest(self, q: Tensor) -> Tensor:
+        """Return attention outputs (rows, g, 1, dv) of one token's queries q (rows, g, 1, d), which see all tokens.
+
+        All rows must hold equally many tokens and have the same capacity.
+        """
+        held = self.level
+        if not self.plain or held is None:
+            return self.view().newest(q, self.spec)
+        k, v = (table.narrow(1, 0, held) for table in self._tables())
+        return attend_newest(q, k, v, self.spec.scale, self.spec.softcap)
 
     def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> View:
         """Return the first `width` slots of `rows` (None: all) as a `View` with the mask `live`."""
@@ -240,14 +255,44 @@ class Slots(Arena):
         All rows must hold equally many tokens, have the same capacity, and have a free slot. bare (rows, 1, d): the
         keys before they were rotated; used only if the spec has a rotation.
         """
-        at = self.held.tolist()[0]
-        self._table(self.k, at, at + 1).copy_(k)
+        at = self.level
+        assert at is not None
+        keys, values = self._tables()
+        keys.narrow(1, at, 1).copy_(k)
         if self.bare is not None:
             self._table(self.bare, at, at + 1).copy_(k if bare is None else bare)
         if not self.spec.tied:
-            self._table(self.v, at, at + 1).copy_(v)
-        self.position[at :: self.stride] = position
+            values.narrow(1, at, 1).copy_(v)
+        self._number_from(at, position)
         self.held = self.held + 1
+        self._known_level = self.held, at + 1
+
+    def _number_from(self, at: int, position: int) -> None:
+        """Write `position` to slot `at` of every row, and to the slots behind it the positions of tokens still to come.
+
+        So most tokens find theirs written. A slot without a token may hold any number. Slots keep what was written
+        there as long as tokens arrive one after another: every eviction lowers the slot of the next token, and not its
+        position, so their difference, which is compared, never comes back.
+        """
+        ahead = position - at
+        known = self._known_numbers
+        if known is not None and known[0] == ahead and at < known[1]:
+            return
+        stop = min(at + _NUMBERED, self.stride)
+        self._table(self.position, at, stop).copy_(torch.arange(at + ahead, stop + ahead))
+        self._known_numbers = ahead, stop
+
+    def _lay_out(self, capacity: Tensor) -> None:
+        super()._lay_out(capacity)
+        self._known_tables = self._known_numbers = None
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """View the slots of all rows: keys (rows, slots, d) and values (rows, slots, dv); capacities must be equal."""
+        known = self._known_tables
+        if known is None or known[0] is not self.k or known[1] is not self.v:
+            keys, values = (self._table(x, 0, self.stride) for x in (self.k, self.v))
+            known = self._known_tables = self.k, self.v, keys, values
+        return known[2], known[3]
 
     def put_column(self, name: str, rows: Tensor | None, values: Tensor) -> None:
         """Write a policy's numbers per slot, values (r, width), to the column `name` for `rows` (None: all).

@@ -515,7 +515,8 @@ class State(Memory, Generic[M], metaclass=_Plain):
             return False
         if q.ndim != 4 or q.shape != (spec.rows, q.shape[1] or 1, 1, spec.d):
             return False
-        return all(math.isfinite(x.sum().item()) for x in (k, v, q))
+        finite = math.isfinite
+        return finite(k.sum().item()) and finite(v.sum().item()) and finite(q.sum().item())
 
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None

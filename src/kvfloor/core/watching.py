@@ -107,7 +107,7 @@ class Watching(Blocked["Bounded"]):
     def _buffer(self, q: Tensor, start: int) -> None:
         """Store all rows' queries q (rows, g, a, d) in the buffer of the open block, from index `start` on."""
         self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
-        self.asked[:, start : start + q.shape[2]] = True
+        self.asked.narrow(1, start, q.shape[2]).fill_(True)
 
     def _open_queries(self, g: int) -> Tensor:
         """Return the buffer (rows, g, block, d) of the queries since the last block end; allocate it at first use."""

@@ -23,12 +23,14 @@ class AnsweringLayer(Protocol):
     """Compute the attention of one layer of a model, from a memory of its own.
 
     index      index of the layer in the model
+    place      index of the layer among those of its kind; what holds for a whole forward is checked in layer 0 of them
     opening    settings of the cache that the layer belongs to
     served_by  the attention module that called the layer last; None before the first call
     room       number of positions in the model's learned position table; None without one
     """
 
     index: int
+    place: int
     opening: Opening
     served_by: weakref.ref[torch.nn.Module] | None
     room: int | None

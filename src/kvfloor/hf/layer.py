@@ -152,7 +152,8 @@ class CompressedLayer(CacheLayerMixin):
         return self._stage(key_states, value_states)
 
     def _stage(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        refuse_other_attention(self.served_by)
+        if not self.place:  # the attention function is one for all layers of a forward
+            refuse_other_attention(self.served_by)
         waiting = None if self._meter.staged is None else self._meter.staged()
         if waiting is not None and waiting.staged_bytes and self._passage.passed_over(self.index):
             waiting.unstage()

@@ -36,10 +36,10 @@ def one_dtype(
     held: the stored dtype, None if the layer is empty. lower: autocast's dtype, None if it is off. If key and value
     are the same tensor, so are those returned. Outside autocast, raises ValueError if keys or values would be rounded.
     """
+    if query.dtype == key.dtype == value.dtype == (held or lower or key.dtype):
+        return query, key, value
     given = torch.promote_types(key.dtype, value.dtype)
     dtype = held or lower or given
-    if query.dtype == key.dtype == value.dtype == dtype:
-        return query, key, value
     if lower is None and torch.promote_types(dtype, given) != dtype:
         raise ValueError(
             f"this cache holds {dtype} and would round keys and values that come in {given}: go on under "

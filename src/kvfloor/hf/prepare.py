@@ -66,9 +66,9 @@ def attention(
     dropout         share of weights that the earlier attention sets to 0; a compressed layer ignores it
     kwargs          further arguments of transformers' attention functions
     """
-    answer: Any = _latent if hasattr(module, "expand_kv") else _stock
-    if layer_of(key) is not None:
-        answer = _compressed
+    answer: Any = _compressed
+    if layer_of(key) is None:
+        answer = _latent if hasattr(module, "expand_kv") else _stock
     if answer is not _stock and torch.compiler.is_compiling():
         answer = torch.compiler.disable(answer)
     kwargs |= {"scaling": scaling, "dropout": dropout, "over": over}
@@ -183,9 +183,8 @@ def _refuse(
     Refused are cross-attention, a ready-made 4-d mask, a mask that is not causal, a position bias, attention to later
     tokens (is_causal=False), and a request for attention weights.
     """
-    config = getattr(module, "config", None)
     crossing = query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True)
-    if crossing and getattr(config, "is_encoder_decoder", False):
+    if crossing and getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{type(module).__name__} looks at the encoder's tokens through the same cache as at its own: give an "
             f"encoder-decoder model EncoderDecoderCache(CompressedCache(...), DynamicCache()), and begin with new ones"
@@ -201,7 +200,7 @@ def _refuse(
         )
     if call.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} looks ahead; a compressed layer answers from what came before")
-    if _wants_weights(module, call):
+    if call.get("output_attentions") or (not layer.place and _wants_weights(module, call)):
         raise ValueError(
             "output_attentions=True asks for the weight of every token, which a compressed layer does not have: leave "
             "it out, or use a stock cache"

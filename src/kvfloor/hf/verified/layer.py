@@ -77,7 +77,8 @@ class VerifiedLayer(CacheLayerMixin):
         Nothing is stored yet: kvfloor's attention function recognises the mark on the keys and calls `answer`.
         """
         self._require_phase()
-        refuse_other_attention(self.served_by)
+        if not self.place:  # the attention function is one for all layers of a forward
+            refuse_other_attention(self.served_by)
         self.expect(key_states.shape[0])
         self.is_initialized = self.waiting = True
         keys = marked(key_states, self)

@@ -33,6 +33,9 @@ class WeightedSlots(Slots):
         view = super()._viewed(rows, width, live)
         return replace(view, log_weight=self.column(LOG_WEIGHT, rows, width)) if self.weighted else view
 
+    def newest(self, q: Tensor) -> Tensor:
+        return self.view().newest(q, self.spec) if self.weighted else super().newest(q)
+
     def adopt(self, fields: dict[str, Any]) -> None:
         super().adopt(fields)
         if bool(fields["columns"][LOG_WEIGHT].any()):
