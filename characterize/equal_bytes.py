@@ -67,6 +67,7 @@ def main() -> None:
                 tasks=(task,),
                 protocols=protocols,
                 n=given.n,
+                facts=0,
                 out=Path(folder) / "audit",
             )
             answer = run.run(question, lambda total, text: print(text, flush=True))

@@ -179,6 +179,7 @@ def measured(source: FrontierSource, wanted: Sequence[str], folder: Path, accept
         texts=TEXTS,
         contexts=(source.context,),
         continuation=CONTINUATION,
+        facts=0,
         accept_terms=accept_terms,
     )
     request.check()

@@ -93,6 +93,7 @@ def measured(folder: Path) -> list[Row]:
         texts=SHIPPED,
         contexts=(CONTEXT,),
         continuation=SCORED,
+        facts=0,
         out=folder / "audit",
     )
     answer = run(request, lambda total, text: print(text, flush=True))

@@ -92,6 +92,7 @@ class ModelPart:
                 texts=texts,
                 contexts=(self.context,),
                 continuation=self.continuation,
+                facts=0,
                 out=folder / f"{self.name}-{number}",
             )
             answer = run(request, lambda total, text: print(text, flush=True))

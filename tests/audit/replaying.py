@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kvfloor.audit.closer import Closer
+from kvfloor.audit.fact_rows import SheetRow
 from kvfloor.audit.grid import AnyRow, Place
-from kvfloor.audit.journal import FLOORS, ROWS, TEXTS, Measured
+from kvfloor.audit.journal import FACTS, FLOORS, ROWS, TEXTS, Measured
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.request import AuditRequest
 from kvfloor.audit.worker import Worker
@@ -27,6 +28,7 @@ def small(out: Path, **changes: Any) -> AuditRequest:
         "tasks": ("kv",),
         "contexts": (64,),
         "continuation": 256,
+        "facts": 0,
         "n": 32,
     }
     return AuditRequest(out=out, **asked | changes)
@@ -53,6 +55,8 @@ class Replaying(Worker):
             Replaying.kept[key] = super().measure(place, setting, exact)
         Replaying.count += 1
         found, time = Replaying.kept[key], float(Replaying.count)
+        if isinstance(found.row, SheetRow):
+            return found
         changed = {"seconds": time} if isinstance(found.row, TextRow) else dict.fromkeys(TIMES[1:], time)
         return replace(found, row=replace(found.row, **changed))
 
@@ -71,7 +75,7 @@ class Replaying(Worker):
 def without_times(folder: Path) -> dict[str, list[str]]:
     """Return the lines of an audit's row files, with their times removed and their order kept."""
     found = {}
-    for name in (TEXTS, ROWS, FLOORS):
+    for name in (TEXTS, ROWS, FACTS, FLOORS):
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         plain = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
         found[name] = [json.dumps(one) for one in plain]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvfloor.audit.facts import CHOICES, FactRow, gain, measure_facts, require_prefix_code
+from kvfloor.audit.fact_rows import CHOICES, FactRow, gain
+from kvfloor.audit.facts import measure_facts, require_prefix_code
 from kvfloor.hf import prepare
 from kvfloor.models import load
 from kvfloor.report.facts import fact_lines

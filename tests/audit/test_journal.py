@@ -79,7 +79,7 @@ def test_an_audit_killed_at_any_write_goes_on_to_the_same_rows(
         writes = killed_at(patch, 0, 0)
         audit(tmp_path / "counted")
         last = writes()
-    assert last == 1 + 3 * 7 + 1 + 4 + 3  # the description; rows; floors; the files in order; what explains them
+    assert last == 1 + 3 * 7 + 1 + 5 + 3  # the description; rows; floors; the files in order; what explains them
     monkeypatch.setattr("kvfloor.audit.run.identity", lambda *given: {"the same": 1})
     for moment in range(1, last + 1):
         for torn in (0.0, 0.6):

@@ -129,7 +129,7 @@ def test_rows_are_compared_field_by_field_but_for_times(row: Any) -> None:
 
 def test_the_commands_measure_parts_and_merge_them(tmp_path: Path) -> None:
     common = ("audit", "--methods", "h2o", "--budgets", "16", "--texts", "mixture-0,mixture-1", "--tasks", "kv")
-    common += ("--contexts", "64", "--continuation", "256", "--n", "32")
+    common += ("--contexts", "64", "--continuation", "256", "--n", "32", "--facts", "0")
     first = kvfloor(*common, "--shard", "1/2", "--out", "1", cwd=tmp_path)
     assert first.returncode == 0 and first.stdout.startswith("part 1/2: 10 measurements in 1; when all are measured: ")
     second = kvfloor(*common, "--shard", "2/2", "--out", "2", "--json", cwd=tmp_path)

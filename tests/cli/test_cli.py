@@ -223,6 +223,7 @@ def test_audit_json_report_and_require(tmp_path: Path) -> None:
     assert "not met" in run.stderr
     document = json.loads(run.stdout)
     parts = {"rows", "certified", "texts", "heads", "output_errors", "examples", "left_out", "recommendation", "report"}
+    parts |= {"facts", "facts_note"}
     assert set(document) == {"schema", "model", "seed"} | parts
     assert all(row["parts"] == {"answer": row["score"]} for row in document["rows"]) and document["left_out"] == []
     assert {one["method"] for one in document["output_errors"]} == {row["method"] for row in document["rows"]} - {

@@ -9,6 +9,7 @@ import torch
 
 from kvfloor import parse
 from kvfloor.floors.entropy import log2_choose
+from kvfloor.floors.separation import tau
 from kvfloor.game import play
 from kvfloor.game.engine import certificates
 from kvfloor.game.engine.asking import by_reading
@@ -16,12 +17,13 @@ from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import agreed, keys_for
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances import codebook
-from kvfloor.game.instances.codebook import Codebook, subset_bits
+from kvfloor.game.instances.codebook import Codebook, subset_bits, subset_rows
 
 
 def paid(bits):
-    """For the best of the predictors, and for alpha = 2^-20."""
-    return math.log2((bits + 6) * 2 * 2 * 4) + 20
+    """For the better of two certificates, and for alpha = 2^-20; whole rows pay for no predictors."""
+    del bits
+    return 1 + 20
 
 
 def instance_of(n=24, codebook=96, d=32, dv=8, bits=1, eta=0.5):
@@ -173,6 +175,66 @@ def test_a_mutant_that_pays_nothing_for_a_wrong_membership_is_rejected(monkeypat
     monkeypatch.setattr(codebook, "_DOUBTS", (0.5,))
     monkeypatch.setattr(codebook, "log2_choose", lambda M, n: log2_choose(M, n) + M)  # gives back M log2 (1/2)
     assert mean_power(monkeypatch, 0) > 1.0
+
+
+# ---- rows: whole keys that do not come back ------------------------------------------------------------------------
+
+
+def every_instance(M, n, b):
+    """All subsets of n of M keys with all rows of b bits: (members, M) rows, -1 where a key is not in the set."""
+    for chosen in itertools.combinations(range(M), n):
+        for rows in itertools.product(range(2**b), repeat=n):
+            table = [-1] * M
+            for key, row in zip(chosen, rows, strict=True):
+                table[key] = row
+            yield tuple(table)
+
+
+@pytest.mark.parametrize(("M", "n", "b"), [(6, 3, 1), (5, 2, 2), (7, 2, 1)])
+def test_rows_of_subsets_are_lawful_for_every_answer(M, n, b):
+    """For fixed answers, the share of sets and rows whose gain is t or more is 2^-t at most, by enumeration."""
+    whole = list(every_instance(M, n, b))
+    tight = 0.0
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        named = torch.where(torch.rand(M, generator=draw) < 0.6, torch.randint(2**b, (M,), generator=draw), -1).tolist()
+        believed = sum(row >= 0 for row in named)
+        gains = []
+        for table in whole:
+            right = sum(row >= 0 and row == other for row, other in zip(table, named, strict=True))
+            gains.append(subset_rows(M, n, b, believed, n - right))
+        for t in set(gains):
+            share = sum(gain >= t for gain in gains) / len(gains)
+            assert share <= 2.0**-t * (1 + 1e-9)
+            tight = max(tight, share * 2.0**t if t > 0 else 0.0)
+    assert tight > 0.3
+
+
+def test_a_mutant_that_does_not_pay_for_which_keys_are_missed_is_rejected():
+    """Without C(M-n+w, w), a message of the keys that are found would be exceeded."""
+    M, n, b, found = 64, 16, 8, 8
+    held = math.log2(math.comb(M, found)) + found * b  # all that such a message tells
+    gain = subset_rows(M, n, b, found, n - found)
+    unpaid = math.log2(math.comb(M, n)) + n * b - (n - found) * b
+    assert 0 < gain <= held < unpaid
+    with pytest.raises(ValueError, match="at least n - believed = 8 keys"):
+        subset_rows(M, n, b, found, 7)
+
+
+@pytest.mark.parametrize("missed", [0, 1, 9])
+def test_whole_rows_certify_the_floor_though_no_answer_looks_sure(missed):
+    """Every bit of just under a tenth of the keys is inverted, and all answers are close to the threshold."""
+    instance = instance_of(n=96, codebook=256, d=64, dv=32)
+    present = torch.zeros(256, dtype=torch.bool)
+    present[Hidden(0).subset(256, 96)] = True
+    levels = Hidden(0).levels(256, 32, 1)
+    bit = levels.bool() ^ (torch.arange(256) == present.nonzero()[:missed]).any(0).unsqueeze(1)
+    middle = tau(0.5, leak_ratio(1, 0.5))
+    answers = torch.where(bit, middle + 0.002, middle - 0.002).where(present.unsqueeze(1), torch.tensor(-1.0))
+    told = instance.judge(answers, levels, present)
+    assert told.row_success == 1 - missed / 96
+    assert told.certificate == "rows" and told.certified_bits > instance.floor_bits - 24
+    assert told.certified_bits <= instance.hidden_bits
 
 
 @pytest.mark.parametrize(("M", "n"), [(8, 2), (10, 5), (12, 3)])

@@ -15,14 +15,17 @@ from typing import Protocol
 
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.closer import Closer
+from kvfloor.audit.fact_rows import FactSheet
 from kvfloor.audit.grid import EXACT, AnyRow, Asked, Grid, Place
 from kvfloor.audit.journal import Journal
 from kvfloor.audit.nats import TextCell, TextRow
 from kvfloor.audit.ranks import Lead
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.request import AuditRequest
-from kvfloor.audit.rows import Row
+from kvfloor.audit.rows import Cell, Row
 from kvfloor.audit.worker import Worker
+
+_OPENS = {TextCell: "the exact predictions", Cell: "samples and traces", FactSheet: "its facts"}
 
 
 class Engine(Protocol):
@@ -105,7 +108,7 @@ class Here:
                 continue
             begin = time.perf_counter()
             is_text = isinstance(place, TextCell)
-            track(f"{place}: {'the exact predictions' if is_text else 'samples and traces'}")
+            track(f"{place}: {_OPENS[type(place)]}")
             worker.open(place)
             if is_text and clock.per_token is None:
                 texts = len({at for at, _ in left if isinstance(at, TextCell)})

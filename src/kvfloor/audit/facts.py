@@ -18,115 +18,45 @@ from typing import Any
 
 import torch
 
+from kvfloor.audit.fact_rows import FactRow, FactSheet, SheetRow, fact_summary
 from kvfloor.audit.measure import BATCH_BYTES, CHUNK_SLOTS
 from kvfloor.audit.reading import at_16_bits
-from kvfloor.core.method import Method, standard_law
-from kvfloor.floors.recall import most_facts, recall_bits
-from kvfloor.game.engine.certificates import certified, log_loss
+from kvfloor.audit.setting import BudgetedMethod
+from kvfloor.core.method import standard_law
 from kvfloor.hf.cache import CompressedCache
 from kvfloor.hf.decode import Dialogue
 from kvfloor.hf.held import Shares
 from kvfloor.hf.intake import SharedPrompt
 from kvfloor.methods.grammar import parse
-from kvfloor.statistics import wilson_interval
 from kvfloor.tasks.lexicon import FULL
 from kvfloor.tasks.recall import RECALL
 from kvfloor.tasks.sample import Sample, apart
 from kvfloor.validation import whole
 
 METHODS = ("exact", "exact:k4v4", "exact:k4v3", "h2o@25%", "snapkv@25%", "sinks@25%", "random@25%")
-CHOICES = len(FULL.pairs)
-"""Number of values that a fact may have."""
-
 MOST_FACTS = len(FULL.things)
 """Facts of one sheet, at most: each has a word of its own."""
 
-_DOUBTS = tuple(2.0**-i for i in range(1, 9))  # shares of each bet that are spread over all values, tried side by side
+USUAL_FACTS = 32
+"""Facts of one sheet of an audit, where its context has room for them."""
+
+_TOKENS_PER_FACT = 16  # of a context; shorter ones have fewer facts
+_FEWEST_TOKENS = 64  # of a context in which an audit hides facts
 
 
 @dataclass(frozen=True)
-class FactRow:
-    """Hold what one setting returned of the facts of all sheets.
-
-    method       the setting
-    context      tokens of a sheet, at most
-    sheets       number of prompts; facts: number of facts of all of them together
-    right        facts whose number was decoded right
-    cache_bytes  bytes of the caches of all sheets, after their prompts
-    cache_16_bit_bytes  bytes of their compressed layers in a model of 16 bits per number
-    gain         bits that the bets won, less those of having several bettors; may be negative
-    """
-
-    method: str
-    context: int
-    sheets: int
-    facts: int
-    right: int
-    cache_bytes: int
-    cache_16_bit_bytes: int
-    gain: float
-
-    @property
-    def hidden_bits(self) -> float:
-        """Return the bits of all facts, which is the most that can be certified."""
-        return self.facts * math.log2(CHOICES)
-
-    @property
-    def certified_bits(self) -> float:
-        """Return the bits that the caches carried, at confidence 1 - 2^-20."""
-        return certified([self.gain])
-
-    @property
-    def bits_per_kib(self) -> float:
-        """Return the certified bits per KiB of `cache_16_bit_bytes`, 0 where these are 0."""
-        return self.certified_bits / (self.cache_16_bit_bytes / 1024) if self.cache_16_bit_bytes else 0.0
-
-    @property
-    def right_interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of the share of right facts (Wilson)."""
-        return wilson_interval(self.right, self.facts)
-
-    @property
-    def needed_bytes(self) -> float:
-        """Return the least bytes from which anything returns facts with this share right, on average over facts."""
-        return recall_bits(self.facts, CHOICES, self.right / self.facts) / 8
-
-    @property
-    def most_facts(self) -> float:
-        """Return the most facts that as many bytes could hold."""
-        return most_facts(8 * self.cache_bytes, CHOICES, 1.0)
-
-    @property
-    def hides_memory(self) -> bool:
-        """Return True if more bits came out of the caches than they hold: the method keeps memory elsewhere."""
-        return self.certified_bits > 8 * self.cache_bytes
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return fields and results for `--json`."""
-        names = (
-            *("hidden_bits", "certified_bits", "bits_per_kib", "right_interval", "needed_bytes", "most_facts"),
-            "hides_memory",
-        )
-        return vars(self) | {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class _Sheet:
+class Sheet:
     """Hold a sheet's token ids: its prompt, and per fact its question and its right answer."""
 
+    cell: FactSheet
     prompt: list[int]
     asks: list[list[int]]
     answers: list[list[int]]
 
-
-@dataclass(frozen=True)
-class _Returned:
-    """Hold what a cache returned of one sheet: per fact the probability of the right number; how many are likeliest."""
-
-    cache_bytes: int
-    cache_16_bit_bytes: int
-    bets: list[float]
-    right: int
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens that one setting reads."""
+        return sum(map(len, (self.prompt, *self.asks, *self.answers)))
 
 
 def measure_facts(
@@ -154,24 +84,53 @@ def measure_facts(
     whole("context", context)
     whole("facts", facts, most=MOST_FACTS)
     whole("sheets", sheets)
-    asked = [standard_law(parse(text), "a cache") for text in dict.fromkeys(methods)]
+    asked = [BudgetedMethod(standard_law(parse(text), "a cache")) for text in dict.fromkeys(methods)]
+    shares: Shares = {}
+    found: list[list[SheetRow]] = [[] for _ in asked]
+    for sheet in fact_sheets(tokenizer, context, facts, sheets, seed):
+        prompt = SharedPrompt(model, [sheet.prompt], CHUNK_SLOTS, [one.method for one in asked])
+        for setting, rows in zip(asked, found, strict=True):
+            track(sheets * len(asked), f"sheet {sheet.cell.sheet}: {setting.text}")
+            rows.append(sheet_row(model, setting, sheet, prompt, seed, shares))
+    return [fact_summary(rows) for rows in found]
+
+
+def fact_sheets(tokenizer: Any, context: int, facts: int, sheets: int, seed: int) -> list[Sheet]:
+    """Return `sheets` sheets of `facts` facts in at most `context` tokens, from the seed.
+
+    Raises ValueError for more facts than fit, and for a tokenizer in which one number's tokens are the beginning of
+    another's.
+    """
 
     def encode(text: str, special: bool = False) -> list[int]:
         return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
     require_prefix_code([encode(apart(pair)) for pair in FULL.pairs])
-    shares: Shares = {}
-    found: list[list[_Returned]] = [[] for _ in asked]
+    made = []
     for index in range(sheets):
         text = RECALL.generate(
             seed, index, context, difficulty=facts, questions=facts, count=lambda text: len(encode(text, True))
         )
-        sheet = _encoded(text, encode)
-        prompt = SharedPrompt(model, [sheet.prompt], CHUNK_SLOTS, asked)
-        for method, results in zip(asked, found, strict=True):
-            track(sheets * len(asked), f"sheet {index + 1}: {method}")
-            results.append(_returned(model, method, sheet, prompt, seed, shares))
-    return [_row(method, context, results) for method, results in zip(asked, found, strict=True)]
+        made.append(_encoded(FactSheet(context, facts, index + 1), text, encode))
+    return made
+
+
+def audited_sheets(tokenizer: Any, contexts: Sequence[int], sheets: int, seed: int) -> tuple[list[Sheet], str]:
+    """Return (the sheets of an audit, a sentence for its report on those that it does not have, or "").
+
+    Each context of 64 tokens or more has `sheets` of them, with 32 facts (`USUAL_FACTS`) or one per 16 tokens. A
+    tokenizer with which nothing can be certified has none.
+    """
+    lengths = [context for context in contexts if context >= _FEWEST_TOKENS] if sheets else []
+    try:
+        found = [
+            sheet
+            for context in lengths
+            for sheet in fact_sheets(tokenizer, context, min(USUAL_FACTS, context // _TOKENS_PER_FACT), sheets, seed)
+        ]
+    except ValueError as error:
+        return [], f"No facts were hidden: {error}."
+    return found, ""
 
 
 def require_prefix_code(codes: Sequence[Sequence[int]]) -> None:
@@ -187,48 +146,49 @@ def require_prefix_code(codes: Sequence[Sequence[int]]) -> None:
             )
 
 
-def gain(probabilities: Sequence[float], choices: int) -> float:
-    """Return the bits that bets on hidden values won, less the price of trying several bettors.
-
-    probabilities  per hidden value, the probability that was given to the right one, before it was known
-    choices        number of values, which are equally likely
-    Each bettor spreads a share of every bet evenly over all values, so that a wrong bet costs little. There are eight
-    of them, with the shares 1/2 to 1/256; the best one counts, less log2 of their number.
-    """
-    return log_loss([sum(math.log2((1 - doubt) * p * choices + doubt) for p in probabilities) for doubt in _DOUBTS])
-
-
-def _encoded(text: Sample, encode: Callable[..., list[int]]) -> _Sheet:
+def _encoded(cell: FactSheet, text: Sample, encode: Callable[..., list[int]]) -> Sheet:
     questions = text.questions
-    return _Sheet(
+    return Sheet(
+        cell,
         encode(text.context, True),
         [encode(question.lead) for question in questions],
         [encode(apart(question.answer)) for question in questions],
     )
 
 
-def _row(method: Method, context: int, results: Sequence[_Returned]) -> FactRow:
-    bets = [p for sheet in results for p in sheet.bets]
-    right, size, size_16_bit = (
-        sum(getattr(sheet, name) for sheet in results) for name in ("right", "cache_bytes", "cache_16_bit_bytes")
-    )
-    return FactRow(str(method), context, len(results), len(bets), right, size, size_16_bit, gain(bets, CHOICES))
+def sheet_row(
+    model: Any, setting: BudgetedMethod, sheet: Sheet, prompt: SharedPrompt, seed: int, shares: Shares
+) -> SheetRow:
+    """Return what a setting returns of a sheet: each fact is asked from a copy of the cache after the prompt.
 
-
-def _returned(model: Any, method: Method, sheet: _Sheet, prompt: SharedPrompt, seed: int, shares: Shares) -> _Returned:
-    cache = CompressedCache(model, method, seed=seed, context=len(sheet.prompt))
+    prompt  feeds the sheet's prompt to the cache of any method
+    seed    seed of the method's random draws
+    shares  results of earlier calls for this model (`at_16_bits`); the call adds its own
+    """
+    cache = CompressedCache(model, setting.method, seed=seed, context=len(sheet.prompt))
     dialogue = Dialogue.start(model, cache, 1)
     prompt.feed(dialogue)
     cache.seal()
-    size = cache.bytes["total"]
-    bets, right = [], 0
+    size = math.ceil(cache.bytes["total"])
+    bets: list[float] = []
+    right: list[int] = []
     most = max(1, BATCH_BYTES // max(1, size))
     for start in range(0, len(sheet.asks), most):
         piece = slice(start, start + most)
         for log_p, likeliest in _asked(dialogue, sheet.asks[piece], sheet.answers[piece]):
             bets.append(math.exp(min(0.0, float(log_p.double().sum()))))
-            right += bool(likeliest.all())
-    return _Returned(size, at_16_bits(model, cache, len(sheet.prompt), shares), bets, right)
+            right.append(int(likeliest.all()))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return SheetRow(
+        setting.text,
+        setting.baseline,
+        *sheet.cell,
+        bets=tuple(bets),
+        right=tuple(right),
+        cache_bytes=size,
+        cache_16_bit_bytes=at_16_bits(model, cache, len(sheet.prompt), shares),
+        token_id_bytes=math.ceil(len(sheet.prompt) * math.log2(vocabulary) / 8),
+    )
 
 
 def _asked(

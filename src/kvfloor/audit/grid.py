@@ -1,10 +1,11 @@
 """List what an audit measures: every setting (method with budget) on every text and every cell of the tasks.
 
-A cell is a task at a context length under a protocol (question asked before or after the compression). A place is a
-text or a cell. A measurement is a pair of place and setting; its result is a row. The setting `exact` keeps every
-token; the others are compared with it. An audit with a time limit is a race: settings that clearly lose stop early, and
-undecided ones are measured on further places: more passages of the same texts, and more rounds of samples of the same
-tasks. Round 1 of a cell has its first n samples, round 2 the next n, and so on.
+A cell is a task at a context length under a protocol (question asked before or after the compression). A sheet is a
+prompt with hidden facts. A place is a text, a cell or a sheet. A measurement is a pair of place and setting; its result
+is a row. The setting `exact` keeps every token; the others are compared with it. An audit with a time limit is a race:
+settings that clearly lose stop early, and undecided ones are measured on further places: more passages of the same
+texts, and more rounds of samples of the same tasks. Round 1 of a cell has its first n samples, round 2 the next n, and
+so on.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from kvfloor.audit.fact_rows import FactSheet, SheetRow
 from kvfloor.audit.nats import TextCell, TextRow
 from kvfloor.audit.rows import Cell, Row
 
-Place: TypeAlias = TextCell | Cell
-AnyRow: TypeAlias = TextRow | Row
+Place: TypeAlias = TextCell | Cell | FactSheet
+AnyRow: TypeAlias = TextRow | Row | SheetRow
 Pair: TypeAlias = tuple[Place, str]
 
 
@@ -41,7 +43,7 @@ EXACT = "exact"
 
 
 def pair_of(row: AnyRow) -> Pair:
-    """Return the place (text or cell) and the setting of a measured row."""
+    """Return the place (text, cell or sheet) and the setting of a measured row."""
     return row.cell, row.method
 
 
@@ -49,17 +51,19 @@ def pair_of(row: AnyRow) -> Pair:
 class Grid:
     """Hold the places and settings of an audit, in the order of its rows.
 
-    places    the texts, then the cells of the tasks
+    places    the texts, then the cells of the tasks, then the sheets of hidden facts
     settings  the settings as text, e.g. `h2o@256`; `exact` first
     further   further passages of the texts and further rounds of the cells, on which a race measures undecided
               settings; in the order of measuring
     chat      names of the tasks whose samples are in the model's chat template
+    notes     sentences for the report, on what cannot be measured
     """
 
     places: tuple[Place, ...]
     settings: tuple[str, ...]
     further: tuple[Place, ...] = ()
     chat: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:

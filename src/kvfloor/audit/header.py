@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.fact_rows import FactSheet
 from kvfloor.audit.grid import Grid, Place
 from kvfloor.audit.nats import TextCell
 from kvfloor.audit.rows import Cell
@@ -34,6 +35,7 @@ class Header:
     identity      all that the rows depend on, such as file digests and versions (`audit/identity.py`)
     settings      (text, True for a baseline, True if asked for) of each setting; every audit includes the baselines
     texts, cells  the texts and cells on which each setting is measured
+    sheets        the prompts with hidden facts that each setting is asked for
     further       more passages of the texts and rounds of the cells' samples, for undecided settings alone
     least_exact   score of the exact cache on a cell below which no other setting is measured on that cell
     chat          names of the tasks whose samples are in the model's chat template
@@ -60,6 +62,7 @@ class Header:
     machine: str
     began: float
     seconds: float = 0.0
+    sheets: Sequence[FactSheet] = ()
     hashes: dict[str, str] = field(default_factory=dict)
     minutes: float | None = None
     racing: bool = False
@@ -71,9 +74,9 @@ class Header:
 
     @property
     def grid(self) -> Grid:
-        """Return the texts, cells and settings that are to be measured, in the order of the rows."""
+        """Return the texts, cells, sheets and settings that are to be measured, in the order of the rows."""
         settings = tuple(text for text, _, _ in self.settings)
-        return Grid((*self.texts, *self.cells), settings, tuple(self.further), tuple(self.chat))
+        return Grid((*self.texts, *self.cells, *self.sheets), settings, tuple(self.further), tuple(self.chat))
 
     @property
     def methods(self) -> list[BudgetedMethod]:
@@ -98,12 +101,14 @@ def read_header(folder: Path) -> Header | None:
         if set(plain) != {field.name for field in fields(Header)} or plain["schema"] != _SCHEMA:
             raise ValueError("written by another version of kvfloor")
         header = Header(**plain)
-        places = {name: [_place(one) for one in plain[name]] for name in ("texts", "cells", "further")}
+        places = {name: [_place(one) for one in plain[name]] for name in ("texts", "cells", "sheets", "further")}
         return Header(**plain | places | {"settings": [(t, bool(b), bool(a)) for t, b, a in header.settings]})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}; choose another --out, or pass --fresh") from error
 
 
 def _place(plain: Sequence[Any]) -> Place:
-    """Convert a list that was read from JSON to the named tuple of a text (`TextCell`) or of a cell (`Cell`)."""
+    """Convert a list that was read from JSON to a `TextCell`, a `Cell` or a `FactSheet`."""
+    if isinstance(plain[0], int):
+        return FactSheet(*plain)
     return TextCell(*plain) if isinstance(plain[2], int) else Cell(*plain)

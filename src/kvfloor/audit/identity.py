@@ -49,6 +49,7 @@ def identity(question: AuditRequest, settings: Sequence[BudgetedMethod], folder:
         "contexts": list(question.context_lengths),
         "continuation": question.scored if question.text_names else None,
         "protocols": list(question.protocols),
+        "facts": question.sheets,
         "chat": question.chat,
         "n": question.n,
         "seed": question.seed,

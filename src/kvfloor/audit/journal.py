@@ -1,11 +1,11 @@
 """Keep the rows of an audit in its folder while it runs: each is on the disk before the next one is measured.
 
-A place is a text, or a cell of the tasks (task, context length, protocol). A setting is a method with its budget. A row
-is the result of one setting on one place. The setting `exact` keeps every token. The floor of a kv head is a lower
-bound on the bytes that any method needs for it. The folder has `audit.json` (description of the audit), `nats.jsonl`
-(rows of texts), `rows.jsonl` (rows of cells) and `floors.jsonl` (floors of the kv heads). Rows are appended and flushed
-one by one, so a killed audit loses at most the row that it was measuring. At the end the files are written anew in the
-order of the report.
+A place is a text, a cell of the tasks (task, context length, protocol), or a sheet of hidden facts. A setting is a
+method with its budget. A row is the result of one setting on one place. The setting `exact` keeps every token. The
+floor of a kv head is a lower bound on the bytes that any method needs for it. The folder has `audit.json` (description
+of the audit), `nats.jsonl` (rows of texts), `rows.jsonl` (rows of cells), `facts.jsonl` (rows of sheets) and
+`floors.jsonl` (floors of the kv heads). Rows are appended and flushed one by one, so a killed audit loses at most the
+row that it was measuring. At the end the files are written anew in the order of the report.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvfloor.audit.fact_rows import SheetRow
 from kvfloor.audit.grid import EXACT, AnyRow, Pair, pair_of
 from kvfloor.audit.header import Header, read_header
 from kvfloor.audit.heads import HeadFloor, with_cell
@@ -28,10 +29,11 @@ from kvfloor.files import FolderLock, append_to, cut_to
 EXPLANATIONS = ("output_errors.jsonl", "text_floors.jsonl", "examples.jsonl")
 """Files that explain an audit's result: errors by head, floors on a text, example answers; written in this order."""
 
-TEXTS, ROWS, FLOORS = "nats.jsonl", "rows.jsonl", "floors.jsonl"
+TEXTS, ROWS, FACTS, FLOORS = "nats.jsonl", "rows.jsonl", "facts.jsonl", "floors.jsonl"
 _KINDS: dict[str, tuple[type, int, str]] = {
     TEXTS: (TextRow, MOST_TEXT_BYTES, "a row of an audit's texts"),
     ROWS: (Row, MOST_BYTES, "an audit row"),
+    FACTS: (SheetRow, MOST_BYTES, "a row of a sheet of facts"),
     FLOORS: (HeadFloor, MOST_BYTES, "the floor of a kv head"),
 }
 
@@ -111,7 +113,7 @@ class Journal:
         try:
             if measured.floors:
                 append_to(self.folder / FLOORS, "".join(map(line_of, measured.floors)).encode())
-            append_to(self.folder / (TEXTS if isinstance(row, TextRow) else ROWS), line_of(row).encode())
+            append_to(self.folder / _file_of(row), line_of(row).encode())
         except ValueError as error:
             kept = f"{len(self.rows)} of {len(self.about.grid.pairs)} measurements are kept"
             raise ValueError(f"{error} ({kept}: the same command goes on from there)") from error
@@ -133,6 +135,7 @@ class Journal:
         self.floors = {cell: self.floors.get(cell, []) for cell in header.cells if (cell, EXACT) in self.rows}
         write_records(self.folder / TEXTS, self.texts)
         write_records(self.folder / ROWS, self.tasks)
+        write_records(self.folder / FACTS, self.facts)
         self._write_floors()
         self.header = replace(header, began=time.time())
         self.header.write(self.folder)
@@ -143,7 +146,7 @@ class Journal:
 
         A run counts up to its last row, even if it was killed later.
         """
-        last = [path.stat().st_mtime for path in (self.folder / TEXTS, self.folder / ROWS) if path.exists()]
+        last = [path.stat().st_mtime for path in map(self.folder.joinpath, (TEXTS, ROWS, FACTS)) if path.exists()]
         return self.about.seconds + max(0.0, max(last, default=0.0) - self.about.began)
 
     @property
@@ -155,6 +158,11 @@ class Journal:
     def tasks(self) -> list[Row]:
         """Return the rows of the cells."""
         return [row for row in self.rows.values() if isinstance(row, Row)]
+
+    @property
+    def facts(self) -> list[SheetRow]:
+        """Return the rows of the sheets of hidden facts."""
+        return [row for row in self.rows.values() if isinstance(row, SheetRow)]
 
     @property
     def about(self) -> Header:
@@ -174,6 +182,11 @@ class Journal:
                 self.rows[pair_of(record)] = record
 
 
+def _file_of(row: AnyRow) -> str:
+    """Return the name of the file that a row belongs to."""
+    return next(name for name, (kind, _, _) in _KINDS.items() if isinstance(row, kind))
+
+
 def is_explained(folder: Path) -> bool:
     """Return True if an audit's folder has the files of EXPLANATIONS: errors by head, floors and example answers."""
     return (folder / EXPLANATIONS[-1]).exists()
@@ -182,8 +195,9 @@ def is_explained(folder: Path) -> bool:
 def read_part(folder: Path, name: str) -> tuple[list[Any], int]:
     """Read the records of one of a journal's files, and return (records, size of its complete lines in bytes).
 
-    name: `nats.jsonl`, `rows.jsonl` or `floors.jsonl`. A last line that was cut off while it was written is left out.
-    Raises ValueError for any other line that is not a record, and for a file that is larger than an audit's can be.
+    name: `nats.jsonl`, `rows.jsonl`, `facts.jsonl` or `floors.jsonl`. A last line that was cut off while it was written
+    is left out. Raises ValueError for any other line that is not a record, and for a file that is larger than an
+    audit's can be.
     """
     kind, most, what = _KINDS[name]
     records, size = read_growing(folder / name, kind, most, name, what)

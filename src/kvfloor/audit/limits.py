@@ -2,7 +2,9 @@
 
 A cell is a task at a context length under a protocol (question asked before or after the compression). It is left out
 if the exact cache, which keeps every token, scores (share of right answers) too low on it: then no loss could be seen.
-A place is a text or a cell; a measurement is a pair of place and setting (method with budget), and its result is a row.
+A sheet is a prompt with hidden facts; it is left out if the exact cache returns no more of them than guesses would. A
+place is a text, a cell or a sheet; a measurement is a pair of place and setting (method with budget), and its result is
+a row.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvfloor.audit.format import percent_text
+from kvfloor.audit.fact_rows import FactSheet, SheetRow
+from kvfloor.audit.format import counted, percent_text
 from kvfloor.audit.grid import EXACT, AnyRow, Pair
 from kvfloor.audit.rows import Cell, Row
 
@@ -28,12 +31,23 @@ def left_out(rows: Mapping[Pair, AnyRow], least: float) -> dict[Cell, Row]:
     }
 
 
-def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: float) -> list[Pair]:
-    """Return the measurements `pairs`; of those on left-out cells, only the exact cache's remain.
+def unreadable(rows: Mapping[Pair, AnyRow]) -> dict[FactSheet, SheetRow]:
+    """Return the sheets of which the exact cache returns no more facts than guesses, each with the exact cache's row.
 
-    A cell is left out if the exact cache's row, among the `rows` so far, has a score below `least`.
+    rows: the rows so far, by measurement. On such a sheet nothing can be said about a cache: it is the model that
+    cannot do the task.
     """
-    weak = left_out(rows, least)
+    exact = (row for (_, setting), row in rows.items() if setting == EXACT and isinstance(row, SheetRow))
+    return {row.cell: row for row in exact if row.only_guesses}
+
+
+def without_left_out(pairs: Iterable[Pair], rows: Mapping[Pair, AnyRow], least: float) -> list[Pair]:
+    """Return the measurements `pairs`; of those on left-out places, only the exact cache's remain.
+
+    A cell is left out if the exact cache's row, among the `rows` so far, has a score below `least`; a sheet, if the
+    exact cache returns no more of its facts than guesses.
+    """
+    weak = left_out(rows, least).keys() | unreadable(rows).keys()
     return [pair for pair in pairs if pair[0] not in weak or pair[1] == EXACT]
 
 
@@ -72,6 +86,20 @@ def left_out_notes(weak: Sequence[Row], least: float) -> tuple[str, ...]:
     return (
         f"Left out, because exact itself scores below {percent_text(least)} there: {cells}. "
         "Give easier tasks or shorter contexts, or keep them with --least-exact 0.",
+    )
+
+
+def unreadable_note(weak: Sequence[SheetRow]) -> str:
+    """Return a sentence that counts the sheets that the model cannot recall facts from; "" if there are none.
+
+    weak: the exact cache's row on each of these sheets
+    """
+    if not weak:
+        return ""
+    facts, right = sum(row.facts for row in weak), sum(sum(row.right) for row in weak)
+    return (
+        f"With exact the model itself returns {right} of {counted(facts, 'fact')} on {counted(len(weak), 'sheet')}, "
+        "no more than guesses would. It cannot do this task, whatever the cache, so no other setting was asked there."
     )
 
 

@@ -1,9 +1,9 @@
 """Merge the parts of an audit, each measured in its own folder, into one audit with a recommendation.
 
 A part is what one call of `kvfloor audit --shard I/N` measured. A setting is a method with its budget. A place is a
-text, or a cell of the tasks (task, context length, protocol). A measurement is a pair of place and setting, and its
-result is a row. A floor is a lower bound on the bytes that any method needs for a kv head. The exact cache keeps every
-token.
+text, a cell of the tasks (task, context length, protocol), or a sheet of hidden facts. A measurement is a pair of place
+and setting, and its result is a row. A floor is a lower bound on the bytes that any method needs for a kv head. The
+exact cache keeps every token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvfloor.audit.grid import EXACT, AnyRow, Pair, Place, pair_of
 from kvfloor.audit.header import Header, read_header
 from kvfloor.audit.heads import HeadFloor
 from kvfloor.audit.identity import differences
-from kvfloor.audit.journal import FLOORS, ROWS, TEXTS, Journal, read_part
+from kvfloor.audit.journal import FACTS, FLOORS, ROWS, TEXTS, Journal, read_part
 from kvfloor.audit.limits import without_left_out
 from kvfloor.audit.recommend import KL_LIMIT
 from kvfloor.audit.require import conditions
@@ -96,7 +96,7 @@ def _rows(folders: Sequence[Path]) -> dict[Pair, AnyRow]:
     found: dict[Pair, AnyRow] = {}
     origin: dict[Pair, Path] = {}
     for folder in folders:
-        for row in (*read_part(folder, TEXTS)[0], *read_part(folder, ROWS)[0]):
+        for row in (record for name in (TEXTS, ROWS, FACTS) for record in read_part(folder, name)[0]):
             pair = pair_of(row)
             name = unlike(found.setdefault(pair, row), row)
             if name is not None:

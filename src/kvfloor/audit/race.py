@@ -1,9 +1,10 @@
 """Choose the measurements of an audit with a time limit: stop settings that clearly lose, measure undecided ones more.
 
-A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A
-measurement is a pair of place and setting; its result is a row. A setting's divergence is its mean KL to the exact
-cache, which keeps every token. A loss on a cell is the exact cache's score (share of right answers) minus the
-setting's. The margin is the largest tolerated loss, the limit the largest tolerated divergence.
+A setting is a method with its budget. A place is a text, a cell of the tasks (task, context length, protocol), or a
+sheet of hidden facts, whose rows decide nothing. A measurement is a pair of place and setting; its result is a row. A
+setting's divergence is its mean KL to the exact cache, which keeps every token. A loss on a cell is the exact cache's
+score (share of right answers) minus the setting's. The margin is the largest tolerated loss, the limit the largest
+tolerated divergence.
 
 A verdict on a setting is one of three:
 
@@ -34,9 +35,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvfloor.audit.criterion import Standard
+from kvfloor.audit.fact_rows import SheetRow
 from kvfloor.audit.format import counted
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Pair, Place
-from kvfloor.audit.limits import left_out
+from kvfloor.audit.limits import left_out, unreadable
 from kvfloor.audit.nats import TextCell, TextRow
 from kvfloor.audit.recommend import CONFIDENCE, MARGIN, UNJUDGED, Judged, Recommendation, recommend
 from kvfloor.audit.rounds import joined
@@ -72,13 +74,14 @@ class Race:
         before them have a row.
         """
         weak = left_out(rows, self.least_exact)
+        alone = weak.keys() | unreadable(rows).keys()
         pairs: list[Pair] = []
         read: dict[str, list[TextRow]] = {setting: [] for setting in self.grid.settings}
         stopped: set[str] = set()
         for place in self.grid.places:
-            here = [EXACT] if place in weak else [setting for setting in self.grid.settings if setting not in stopped]
+            here = [EXACT] if place in alone else [setting for setting in self.grid.settings if setting not in stopped]
             pairs += [(place, setting) for setting in here]
-            if self.hurried and place not in weak:
+            if self.hurried and place not in alone:
                 known = {setting: rows[place, setting] for setting in here if (place, setting) in rows}
                 stopped |= {s for s, row in known.items() if s != EXACT and self._falls(row, read[s])}
         for place in self.grid.further:
@@ -134,10 +137,14 @@ class Race:
     def _falls(self, row: AnyRow, read: list[TextRow]) -> bool:
         """Return True if a setting's row on a place, with those in `read`, gives the verdict "falls".
 
+        Facts that do not come back give no verdict.
+
         read: the setting's rows on the texts before. If `row` is of a text, it is appended to this list.
         """
         if isinstance(row, Row):
             return self.standard.verdict(row) == "falls"
+        if isinstance(row, SheetRow):
+            return False
         read.append(row)
         return self.standard.exceeds(read)
 
@@ -151,7 +158,7 @@ class Race:
         if place not in self._close:
             further = self.grid.further
             before = (*self.grid.places, *further[: further.index(place)])
-            among = [at for at in before if isinstance(at, TextCell) or at.first not in weak]
+            among = [at for at in before if not isinstance(at, Cell) or at.first not in weak]
             known = [rows[at, setting] for at in among for setting in self.grid.settings if (at, setting) in rows]
             if isinstance(place, Cell):
                 self._close[place] = frozenset(close_calls_on(place, known, self.standard))

@@ -17,11 +17,14 @@ from kvfloor.methods.mixed.auto import Auto
 from kvfloor.models.load import BUILTIN
 from kvfloor.splitting import shortened
 from kvfloor.statistics import MIN_SAMPLES
+from kvfloor.validation import whole
 
 DEFAULT_SAMPLES = 40
 DEFAULT_CONTEXT = {True: 512, False: 1024}
 """Tokens of context for the built-in model (True) and any other (False)."""
 _FEWEST_SCORED = 512
+_USUAL_SHEETS = 2
+MOST_SHEETS = 100
 ENGINES = ("local", "ray")
 LEAST_BYTES = "limit"
 """Entry of `mixed` that asks for the fewest bytes within the limit of divergence."""
@@ -49,6 +52,8 @@ class AuditRequest:
     contexts      lengths of contexts in tokens; None: 512 for the built-in model, 1,024 for any other
     continuation  number of tokens that are predicted after each text's context; None: as many as the longest context
                   has, at least 512
+    facts         sheets of hidden facts per context: prompts of up to 32 facts, which are asked back from each cache.
+                  None: 2 where texts are read, else none
     kl_limit      largest tolerated divergence from the exact cache, nats per token
     accept_terms  True if the user accepts the terms of use of a published model
     n             number of samples per cell, at least 32
@@ -82,6 +87,7 @@ class AuditRequest:
     texts: Sequence[str] | None = None
     contexts: Sequence[int] | None = None
     continuation: int | None = None
+    facts: int | None = None
     kl_limit: float = KL_LIMIT
     accept_terms: bool = False
     protocols: Sequence[str] = ("after",)
@@ -136,6 +142,13 @@ class AuditRequest:
         return max(*self.context_lengths, _FEWEST_SCORED) if self.continuation is None else self.continuation
 
     @property
+    def sheets(self) -> int:
+        """Return the number of sheets of hidden facts per context."""
+        if self.facts is None:
+            return _USUAL_SHEETS if self.text_names else 0
+        return self.facts
+
+    @property
     def racing(self) -> bool:
         """Return True if the audit is a race, i.e. if it has a time limit, and texts or tasks.
 
@@ -153,6 +166,7 @@ class AuditRequest:
         if not 0 <= self.least_exact <= 1:
             raise ValueError(f"--least-exact {self.least_exact:g}: give a score from 0 (keep all cells) to 1")
         check_wish(self.chat)
+        whole("--facts", self.sheets, least=0, most=MOST_SHEETS)
         if self.n < MIN_SAMPLES:
             raise ValueError(f"--n {self.n}: a row needs at least {MIN_SAMPLES} samples; leave cells out, not samples")
         self._check_shard()

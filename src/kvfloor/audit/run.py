@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 from kvfloor.audit.chosen import with_chosen
 from kvfloor.audit.clock import Clock
 from kvfloor.audit.explain import why
+from kvfloor.audit.fact_rows import FactRow, FactSheet, fact_summaries
 from kvfloor.audit.grid import Grid
 from kvfloor.audit.header import Header
 from kvfloor.audit.heads import Head, heads
 from kvfloor.audit.identity import differences, identity, versions
 from kvfloor.audit.journal import Journal, is_explained
-from kvfloor.audit.limits import Fixed, chat_notes, left_out, left_out_notes
+from kvfloor.audit.limits import Fixed, chat_notes, left_out, left_out_notes, unreadable, unreadable_note
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextCell, TextRow, summaries
 from kvfloor.audit.plan import chosen_tasks, settings
@@ -66,6 +67,8 @@ class Answer:
                     cell on which it cannot be checked
     meta            the source of the results: model, command, versions, machine
     left_out        the exact cache's row of each cell that was left out
+    facts           for each setting and context, how many hidden facts came back through its cache
+    facts_note      a sentence on facts that even exact does not return, as the model cannot do the task; "" for none
     """
 
     rows: list[Row]
@@ -77,6 +80,8 @@ class Answer:
     shortfalls: tuple[str, ...]
     meta: Meta
     left_out: tuple[Row, ...] = ()
+    facts: tuple[FactRow, ...] = ()
+    facts_note: str = ""
 
     def as_dict(self) -> dict:
         """Return the document of `kvfloor audit --json` as plain JSON types."""
@@ -98,6 +103,8 @@ class Answer:
             "output_errors": [asdict(one) for one in self.closer.error_maps],
             "examples": [asdict(one) for one in self.closer.examples],
             "left_out": weak,
+            "facts": [row.as_dict() for row in self.facts],
+            "facts_note": self.facts_note,
         }
 
 
@@ -146,8 +153,10 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
     from kvfloor.audit.closer import read_closer
 
     header = journal.about
-    weak = left_out(journal.rows, header.least_exact)
+    weak, mute = left_out(journal.rows, header.least_exact), unreadable(journal.rows)
     rows, texts = _judged_rows(journal, weak), journal.texts
+    facts = fact_summaries([row for row in journal.facts if row.cell not in mute])
+    facts_note = unreadable_note(list(mute.values()))
     notes = left_out_notes(list(weak.values()), header.least_exact)
     if not rows and not texts and weak:
         raise ValueError(f"nothing is left to compare. {notes[0]}")
@@ -168,7 +177,9 @@ def answer(journal: Journal, kl_limit: float, required: Sequence[Condition], com
     report = journal.folder / "report.html"
     read = summaries(texts, header.racing)
     missed = (*shortfalls(required, rows, read), *uncovered(required, list(weak.values())))
-    return Answer(rows, texts, by_head, found, closer, report, missed, meta, tuple(weak.values()))
+    return Answer(
+        rows, texts, by_head, found, closer, report, missed, meta, tuple(weak.values()), tuple(facts), facts_note
+    )
 
 
 def _checked(question: AuditRequest) -> tuple[list[BudgetedMethod], tuple[Condition, ...]]:
@@ -225,7 +236,7 @@ def _measure(
         missing = journal.missing(asked(journal.rows))
         total = len(missing) + len({place for place, _ in missing})
         engine.measure(asked, journal, clock, lambda text: track(total, text))
-        count = _finish(question, journal, asked, (*notes, *clock.note()))
+        count = _finish(question, journal, asked, (*notes, *engine.grid.notes, *clock.note()))
         if question.shard is None:
             _look_closer(question, engine, journal, lambda text: track(total, text))
     return count
@@ -296,6 +307,7 @@ def _header(
         settings=[(one.text, one.baseline, one.asked) for one in plan],
         texts=[place for place in grid.places if isinstance(place, TextCell)],
         cells=[place for place in grid.places if isinstance(place, Cell)],
+        sheets=[place for place in grid.places if isinstance(place, FactSheet)],
         further=grid.further,
         racing=question.racing,
         least_exact=question.least_exact,

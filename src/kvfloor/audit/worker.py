@@ -1,9 +1,10 @@
 """Hold a loaded model with an audit's texts and samples, and measure one setting on one of them at a time.
 
-A setting is a method with its budget. A place is a text, or a cell of the tasks (task, context length, protocol). A row
-is the result of one setting on one place. The setting `exact` keeps every token; the others are compared with its rows.
-In a race, i.e. an audit with a time limit, undecided settings are measured on further passages of the texts and on
-further rounds of samples: round 1 of a cell has its first n samples, round 2 the next n.
+A setting is a method with its budget. A place is a text, a cell of the tasks (task, context length, protocol), or a
+sheet: a prompt with hidden facts. A row is the result of one setting on one place. The setting `exact` keeps every
+token; the others are compared with its rows. In a race, i.e. an audit with a time limit, undecided settings are
+measured on further passages of the texts and on further rounds of samples: round 1 of a cell has its first n samples,
+round 2 the next n.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from kvfloor.audit.chat import chosen_chat
 from kvfloor.audit.closer import Closer, look_closer
+from kvfloor.audit.fact_rows import SheetRow
+from kvfloor.audit.facts import Sheet, audited_sheets, sheet_row
 from kvfloor.audit.grid import EXACT, AnyRow, Grid, Place
 from kvfloor.audit.heads import head_floors
 from kvfloor.audit.journal import Measured
-from kvfloor.audit.measure import Bench, ExactOutcome, Prepared
+from kvfloor.audit.measure import CHUNK_SLOTS, Bench, ExactOutcome, Prepared
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.plan import Work, prompt_work, round_work, settings, task_work
 from kvfloor.audit.prompts import read_prompts
@@ -32,6 +35,7 @@ from kvfloor.audit.rounds import MOST_ROUNDS
 from kvfloor.audit.rows import Cell, Row
 from kvfloor.audit.texts import Excerpt, excerpts, further_excerpts
 from kvfloor.hf import prepare
+from kvfloor.hf.held import Shares
 from kvfloor.hf.intake import SharedPrompt
 from kvfloor.models import load
 
@@ -42,7 +46,7 @@ class _Opened:
 
     reference  on a text: the continuation in pieces of c tokens, each as (token ids (c,), the exact cache's logits
                (c, vocabulary)); None on a cell
-    prompt     on a text: object that feeds the context to the cache of each setting; None on a cell
+    prompt     on a text or sheet: object that feeds the context to the cache of each setting; None on a cell
     prepared   on a cell: its samples as token ids; None on a text
     """
 
@@ -89,22 +93,31 @@ class Worker:
             passages = further_excerpts(question.text_names, contexts, question.scored, bench.encode)
         if question.racing and question.task_names:
             rounds = [one.cell._replace(round=i) for i in range(2, MOST_ROUNDS + 1) for one in work]
-        self._places: dict[Place, Excerpt | Work] = {one.cell: one for one in (*read, *work, *passages)}
+        sheets, refused = audited_sheets(tokenizer, contexts, question.sheets, question.seed)
+        self._places: dict[Place, Excerpt | Work | Sheet] = {
+            one.cell: one for one in (*read, *work, *sheets, *passages)
+        }
+        self._seed, self._methods = question.seed, methods
+        self._shares: Shares = {}
         self._round_of = partial(
             round_work, tasks=question.task_names, n=question.n, seed=question.seed, count=bench.count, chat=chat
         )
-        places = tuple(one.cell for one in (*read, *work))
-        self.grid = Grid(places, tuple(self._settings), in_turns(passages, rounds), chatting)
+        places = tuple(one.cell for one in (*read, *work, *sheets))
+        notes = (refused,) if refused else ()
+        self.grid = Grid(places, tuple(self._settings), in_turns(passages, rounds), chatting, notes)
         self._opened: _Opened | None = None
 
     def tokens(self, place: Place) -> int:
         """Return the number of tokens that one setting reads on a place, from which its time is estimated.
 
-        On a text these are context and continuation, on a cell the contexts of all samples.
+        On a text these are context and continuation, on a cell the contexts of all samples, on a sheet the prompt and
+        all questions.
         """
         found = self._places[place.first if isinstance(place, Cell) else place]
         if isinstance(found, Excerpt):
             return len(found.context) + len(found.continuation)
+        if isinstance(found, Sheet):
+            return found.tokens
         return found.cell.context * len(found.items)
 
     def look_closer(
@@ -138,6 +151,9 @@ class Worker:
         found = self._found(place)
         if isinstance(found, Excerpt):
             self._opened = _Opened(place, self._reader.reference(found), self._reader.prompt(found))
+        elif isinstance(found, Sheet):
+            prompt = SharedPrompt(self._bench.model, [found.prompt], CHUNK_SLOTS, self._methods)
+            self._opened = _Opened(place, prompt=prompt)
         else:
             self._opened = _Opened(place, prepared=self._bench.prepare(found))
 
@@ -151,8 +167,12 @@ class Worker:
         self.open(place)
         opened, one = self._opened, self._settings[setting]
         assert opened is not None and (exact is None) == (setting == EXACT)
-        if isinstance(found := self._places.get(place), Excerpt):
-            assert opened.reference is not None and not isinstance(exact, Row)
+        found = self._places.get(place)
+        if isinstance(found, Sheet):
+            assert opened.prompt is not None
+            return Measured(sheet_row(self._bench.model, one, found, opened.prompt, self._seed, self._shares))
+        if isinstance(found, Excerpt):
+            assert opened.reference is not None and not isinstance(exact, (Row, SheetRow))
             read = self._reader.read(one.method, found, opened.reference, opened.prompt)
             sizes = (
                 (read if exact is None else exact).state_bytes,
@@ -160,7 +180,7 @@ class Worker:
             )
             vocabulary = self._reader.model.config.get_text_config(decoder=True).vocab_size
             return Measured(text_row(one, found, read, sizes, vocabulary))
-        assert opened.prepared is not None and not isinstance(exact, TextRow)
+        assert opened.prepared is not None and not isinstance(exact, (TextRow, SheetRow))
         outcome = self._bench.run(one.method, opened.prepared)
         against = (
             ExactOutcome(outcome.right, outcome.state_bytes)
@@ -171,8 +191,11 @@ class Worker:
         floors = exact is None and row.round == 1 and row.score >= self._least_exact
         return Measured(row, tuple(head_floors(row.cell, opened.prepared.traces)) if floors else ())
 
-    def _found(self, place: Place) -> Excerpt | Work:
-        """Return the excerpt of a text, or a cell with its samples. Those of a further round are generated here."""
+    def _found(self, place: Place) -> Excerpt | Work | Sheet:
+        """Return the excerpt of a text, a sheet, or a cell with its samples.
+
+        Samples of a further round are generated here.
+        """
         if isinstance(place, Cell) and place.round > 1:
             return self._round_of(place)
         return self._places[place]

@@ -175,6 +175,14 @@ def audit(
             help="Tokens predicted after each text's context; as many unless given.", **whole(1, _MOST_CONTEXT)
         ),
     ] = None,
+    facts: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts with 32 hidden facts per context, to count those that each cache returns; 2 where texts are "
+            "read unless given, 0 for none.",
+            **whole(0, _MOST_SAMPLES),
+        ),
+    ] = None,
     kl_limit: Annotated[
         float, typer.Option(help="Largest safe divergence from exact, nats per token.", **real())
     ] = 0.01,
@@ -260,6 +268,7 @@ def audit(
         out=out,
         command=_command_line(),
         continuation=continuation,
+        facts=facts,
         kl_limit=kl_limit,
         accept_terms=accept_terms,
         allow_beyond=allow_beyond,
@@ -356,12 +365,13 @@ def _show(answer: Any, as_json: bool) -> None:
     closer = answer.closer
     render(
         answer.rows, answer.recommendation, answer.meta, answer.report, answer.heads, answer.texts,
-        closer.error_maps, closer.examples,
+        closer.error_maps, closer.examples, answer.facts, answer.facts_note,
     )  # fmt: skip
     if as_json:
         _print_json(answer.as_dict())
     else:
-        print_report(answer.rows, answer.recommendation, Console(), answer.texts, closer.examples)
+        told = answer.texts, closer.examples, answer.facts, answer.facts_note
+        print_report(answer.rows, answer.recommendation, Console(), *told)
         print_notes(answer.meta.notes, Console())
         print(f"\nreport: {answer.report}")
     for line in answer.shortfalls:

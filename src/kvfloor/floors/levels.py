@@ -10,7 +10,7 @@ whole number by which it exceeds the format's least positive value.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -106,10 +106,8 @@ def level_values(eta: float, values: str = "fp16") -> list[float]:
 
     `values` is their number format. There are `relative_levels`(eta, values) of them.
     """
-    kind, found = _used(values, relative_error(eta)), [0]
-    for start, step, count in _relative_runs(eta, kind, 0.0):
-        found += range(start + step, start + step * count + 1, step)
-    return [value * kind.unit for value in found]
+    kind = _used(values, relative_error(eta))
+    return [value * kind.unit for value in (0, *_listed(_relative_runs(eta, kind, 0.0)))]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,9 +140,25 @@ def additive_levels(error: float, values: str = "fp16", leak: float = 0.0) -> in
     leak = within("leak", leak, 0.0, math.inf, high_open=True)
     kind = number_format(values)
     gap = 2 * (Fraction(error) * (1 + Fraction(leak)) + Fraction(leak)) * kind.top
-    even = 2 * _additive_count(gap / 2, gap, kind)  # without 0
-    odd = 1 if values == "binary" else 1 + 2 * _additive_count(gap, gap, kind)
+    even = 2 * _count_of(_additive_runs(gap / 2, gap, kind))  # without 0
+    odd = 1 if values == "binary" else 1 + 2 * _count_of(_additive_runs(gap, gap, kind))
     return max(1, even, odd)
+
+
+def additive_values(error: float, values: str = "fp16", leak: float = 0.0) -> list[float]:
+    """List the hidden values that answers within an additive error tell apart, ascending: those that are counted.
+
+    The arguments are those of `additive_levels`, whose result is the number of these values. They are symmetric about
+    0, and the largest is x at most.
+    """
+    error = within("error", error, 0.0, math.inf, high_open=True)
+    leak = within("leak", leak, 0.0, math.inf, high_open=True)
+    kind = number_format(values)
+    gap = 2 * (Fraction(error) * (1 + Fraction(leak)) + Fraction(leak)) * kind.top
+    even = _listed(_additive_runs(gap / 2, gap, kind))
+    odd = [] if values == "binary" else _listed(_additive_runs(gap, gap, kind))
+    middle, upper = ([], even) if 2 * len(even) > 1 + 2 * len(odd) else ([0], odd)
+    return [value * kind.unit for value in (*(-one for one in reversed(upper)), *middle, *upper)]
 
 
 def additive_leak(error: float, values: str = "fp16") -> float:
@@ -162,7 +176,7 @@ def additive_leak(error: float, values: str = "fp16") -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _count(eta: float, values: str, leak: float) -> int:
-    return 1 + sum(count for _, _, count in _relative_runs(eta, _used(values, eta), leak))
+    return 1 + _count_of(_relative_runs(eta, _used(values, eta), leak))
 
 
 def _relative_runs(eta: float, kind: Format, leak: float) -> Iterator[tuple[int, int, int]]:
@@ -191,17 +205,29 @@ def _relative_runs(eta: float, kind: Format, leak: float) -> Iterator[tuple[int,
         value += step * count
 
 
-def _additive_count(first: Fraction, gap: Fraction, kind: Format) -> int:
-    """Count the levels above `first` and up to the largest value, each more than `gap` above the last one, in units."""
+def _additive_runs(first: Fraction, gap: Fraction, kind: Format) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, step, count): count levels start + step, start + 2 step, ..., all in units.
+
+    The levels are above `first` and up to the largest value, each more than `gap` above the last one.
+    """
     value = kind.at_least(math.floor(first) + 1)
     if value > kind.top:
-        return 0
-    count = 1
+        return
+    yield 0, value, 1
     while True:
         following = kind.at_least(math.floor(value + gap) + 1)
         if following > kind.top:
-            return count
+            return
         end = min(kind.end(value), kind.top)
         step = following - value
         steps = max(1, (end - value) // step)
-        value, count = value + steps * step, count + steps
+        yield value, step, steps
+        value += steps * step
+
+
+def _count_of(runs: Iterable[tuple[int, int, int]]) -> int:
+    return sum(count for _, _, count in runs)
+
+
+def _listed(runs: Iterable[tuple[int, int, int]]) -> list[int]:
+    return [start + step * i for start, step, count in runs for i in range(1, count + 1)]

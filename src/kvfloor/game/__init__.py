@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfloor.core.method import Method
+from kvfloor.floors.question import METRICS
 from kvfloor.game.engine.instance import DTYPES, Instance, KeyedInstance, RowPerKey
 from kvfloor.game.engine.result import Result
 from kvfloor.game.instances import packing, probing, sparse, spike, tensor, visual, window
@@ -64,6 +65,8 @@ ARGUMENTS: dict[str, str] = {
     "rows": "Rows to ask, drawn with replacement; all up to n = 16,384 unless given, else 2,048",
     "family": f"Public keys: {', '.join(FAMILIES)}; the one that separates best unless given",
     "values": "fp16 or bf16: hide as many of its numbers as answers within eta tell apart; so does eta without bits",
+    "metric": f"The error that --epsilon bounds: {', '.join(METRICS[1:])} (see kvfloor floors); --eta's unless given",
+    "epsilon": "Error of the metric, relative to the values' size, in [0, 1)",
     "codebook": "Hide which n of so many public keys come",
     "radius": "The largest logit; 32 unless given",
     "window": "Coded tokens at the end; a quarter of them unless given",
@@ -105,10 +108,12 @@ def play(method: Method | str, *, barrier: str = "spike", **arguments: Any) -> R
     foreign = [name for name in arguments if name not in chosen.arguments]
     if foreign:
         raise ValueError(f"barrier {barrier!r} takes no {foreign[0]}; it takes {', '.join(chosen.arguments)}")
+    if "eta" in arguments and "epsilon" in arguments:
+        raise ValueError("eta is the error of the metric entrywise, epsilon that of the others: give one of them")
     if "eta" in arguments and "values" in chosen.arguments and not {"bits", "values", "codebook"} & arguments.keys():
         arguments["values"] = format_of(arguments.get("dtype", "float32"))
     result = chosen.play(method, **arguments)
-    chosen_bits = "bits" not in chosen.arguments or not {"bits", "values"}.isdisjoint(arguments)
+    chosen_bits = "bits" not in chosen.arguments or not {"bits", "values", "metric"}.isdisjoint(arguments)
     return result if chosen_bits else _finer(method, chosen, arguments, result)
 
 

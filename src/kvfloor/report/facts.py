@@ -1,10 +1,10 @@
-"""Print how many hidden facts each method's cache returned, and the bits that this certifies."""
+"""Write how many hidden facts each method's cache returned, and the bits that this certifies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvfloor.audit.facts import FactRow
+from kvfloor.audit.fact_rows import FactRow
 from kvfloor.audit.format import bytes_text
 
 HEADS = (
@@ -38,12 +38,26 @@ def fact_lines(rows: Sequence[FactRow]) -> list[str]:
     lines.append(
         "needs at least: no cache of fewer bytes returns so many facts. could hold: no more facts fit these bytes."
     )
-    lines += [
+    lines += hiding_lines(rows)
+    return lines
+
+
+def hiding_lines(rows: Sequence[FactRow]) -> list[str]:
+    """Return a sentence for each row with more certified bits than its caches hold."""
+    return [
         f"{row.method}: more bits came out than its caches hold, so the method keeps memory elsewhere."
         for row in rows
         if row.hides_memory
     ]
-    return lines
+
+
+def returned_by_setting(rows: Sequence[FactRow]) -> dict[str, str]:
+    """Return for each setting how many facts came back over all contexts, such as "57 of 64"."""
+    found: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        right, facts = found.get(row.method, (0, 0))
+        found[row.method] = right + row.right, facts + row.facts
+    return {setting: f"{right} of {facts}" for setting, (right, facts) in found.items()}
 
 
 def _cells(row: FactRow) -> tuple[str, ...]:

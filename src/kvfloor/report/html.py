@@ -16,6 +16,7 @@ from typing import Any
 
 from kvfloor.audit.examples import SideBySide
 from kvfloor.audit.explain import cautions, what_breaks, why
+from kvfloor.audit.fact_rows import FactRow
 from kvfloor.audit.heads import GOOD, Head, summary
 from kvfloor.audit.meta import Meta
 from kvfloor.audit.nats import TextRow
@@ -28,6 +29,7 @@ from kvfloor.report import divergence, heatmap, ladder, multiples, plane, tables
 from kvfloor.report.chart import Chart
 from kvfloor.report.decision import decision_chart
 from kvfloor.report.environment import environment
+from kvfloor.report.facts import returned_by_setting
 from kvfloor.report.marks import marks
 from kvfloor.report.parts import part_tables
 from kvfloor.statistics import MIN_SAMPLES
@@ -42,6 +44,8 @@ def render(
     texts: Sequence[TextRow] = (),
     error_maps: Sequence[ErrorMap] = (),
     examples: Sequence[SideBySide] = (),
+    facts: Sequence[FactRow] = (),
+    facts_note: str = "",
 ) -> None:
     """Write the report of an audit to `path` as one HTML page. If this fails, an existing file stays as it was.
 
@@ -52,9 +56,11 @@ def render(
     texts       one row per setting and text, with the setting's divergence from exact (KL of next-token distributions)
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
+    facts       one per setting and context, with the hidden facts that came back through the setting's cache
+    facts_note  a sentence on facts that even exact does not return; "" for none
     Raises ValueError if both `rows` and `texts` are empty, if the rows mix models, and if the file cannot be written.
     """
-    replace_file(path, page(rows, answer, meta, by_head, texts, error_maps, examples))
+    replace_file(path, page(rows, answer, meta, by_head, texts, error_maps, examples, facts, facts_note))
 
 
 def page(
@@ -65,6 +71,8 @@ def page(
     texts: Sequence[TextRow] = (),
     error_maps: Sequence[ErrorMap] = (),
     examples: Sequence[SideBySide] = (),
+    facts: Sequence[FactRow] = (),
+    facts_note: str = "",
 ) -> str:
     """Return the report of an audit as HTML text.
 
@@ -75,6 +83,8 @@ def page(
     texts       one row per setting and text, with the setting's divergence from exact (KL of next-token distributions)
     error_maps  the output error per layer and kv head of each setting on one text
     examples    answers of exact and of the recommended setting
+    facts       one per setting and context, with the hidden facts that came back through the setting's cache
+    facts_note  a sentence on facts that even exact does not return; "" for none
     Raises ValueError if both `rows` and `texts` are empty.
     """
     if not rows and not texts:
@@ -117,6 +127,9 @@ def page(
                 (row.context for row in texts if row.text in {one.text for one in error_maps}), default=0
             ),
             examples=examples,
+            facts=facts,
+            facts_note=facts_note,
+            returned=returned_by_setting(facts),
             planes=plane.planes(rows, texts, error_maps, drawn),
             ladders=ladder.ladders(by_head),
             ladder_frame=ladder,

@@ -17,12 +17,14 @@ from rich.text import Text
 
 from kvfloor.audit.examples import SideBySide
 from kvfloor.audit.explain import cautions, what_breaks, why
+from kvfloor.audit.fact_rows import FactRow
 from kvfloor.audit.format import bytes_text, counted, number_of_nats, percent_text, points_text, smaller_text
 from kvfloor.audit.nats import TextRow
 from kvfloor.audit.recommend import Recommendation
 from kvfloor.audit.rows import Row
 from kvfloor.game.engine.result import Result
 from kvfloor.report.divergence import judged_lines
+from kvfloor.report.facts import hiding_lines
 from kvfloor.report.parts import PartTable, part_tables
 from kvfloor.report.tables import CellScore, scoreboard
 from kvfloor.report.text import visible
@@ -37,6 +39,8 @@ def print_report(
     console: Console,
     texts: Sequence[TextRow] = (),
     examples: Sequence[SideBySide] = (),
+    facts: Sequence[FactRow] = (),
+    facts_note: str = "",
 ) -> None:
     """Print a table of divergences on the texts, tables of scores on the tasks, and the recommendation.
 
@@ -45,6 +49,8 @@ def print_report(
     console   the terminal to print to
     texts     one row per setting and text; none: no table of divergences
     examples  answers of exact and of other settings to one prompt; the first is printed, cut to a line per answer
+    facts     one per setting and context length, with the hidden facts that came back through the setting's cache
+    facts_note  a sentence on facts that even exact does not return; "" for none
     """
     if texts and answer.standard.kl_limit is not None:
         console.print(_nats_table(texts, answer))
@@ -63,6 +69,10 @@ def print_report(
             Text(f"✓ loses less than {margin} to exact   ? not shown   ✗ loses, with 95 % confidence", style="dim")
         )
         console.print()
+    for context in sorted({row.context for row in facts}):
+        console.print(_facts_table([row for row in facts if row.context == context]))
+    for sentence in (*hiding_lines(facts), *filter(None, (facts_note,))):
+        console.print(_line("- ", sentence))
     for row in rows:
         if row.checked:
             console.print(_line(f"{row.method} on {row.task}: ", bounds_text(row)))
@@ -178,6 +188,27 @@ def _nats_table(texts: Sequence[TextRow], answer: Recommendation) -> Table:
             Text(f"{number_of_nats(found.kl)} {sign}", style=_COLOURS[verdict]),
             f"{number_of_nats(found.kl_low)}..{number_of_nats(found.kl_high)}",
             str(one.texts) if racing else f"{100 * found.same_top:.1f} %",
+        )
+    return table
+
+
+def _facts_table(facts: Sequence[FactRow]) -> Table:
+    """Return a table of the facts that came back through each setting's caches, of one context length."""
+    first = facts[0]
+    title = f"hidden facts, {first.context:,} tokens: {first.facts} facts of {first.hidden_bits:,.0f} bits"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    for name in ("caches", "could hold", "returned", "95 %", "bits certified"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in facts:
+        low, high = row.right_interval
+        table.add_row(
+            Text(visible(row.method), style="dim" if row.baseline else ""),
+            bytes_text(row.cache_bytes),
+            f"{int(row.most_facts):,}",
+            f"{row.right} of {row.facts}",
+            f"{percent_text(low)}..{percent_text(high)}",
+            f"{int(row.certified_bits):,}",
         )
     return table
 

@@ -123,3 +123,30 @@ def certified_from_sample(n: int, row_bits: float, wrong: int, drawn: int, alpha
     if e >= 1.0 - 2.0**-row_bits:
         return 0.0
     return max(0.0, n * (row_bits * (1.0 - e) - H2(e)) - math.log2(2.0 / alpha))
+
+
+def certified_lists_from_sample(
+    n: int, dv: int, log2_levels: float, lists: Tensor, missed: int, drawn: int, alpha: float = ALPHA
+) -> float:
+    """Return the bits that a message about `n` rows certifiably carries, by a sample of rows with coarse answers.
+
+    The confidence is 1 - alpha. A row is the dv hidden values that one query reads; an answer may be right for several
+    levels, so rows are answered, not decoded.
+    log2_levels  log2 of the number of levels of a hidden value, which are equally likely
+    lists        for levels that are equally likely (all of them, or one for each block of as many), log2 of the most
+                 levels that an answer can be right for which is right for this one
+    drawn        number of rows in the sample, which is drawn with replacement. Draw it after the message is fixed, from
+                 entropy that the method never sees
+    missed       number of drawn rows that were not answered right
+    Law: n (dv (log2_levels (1-e) - mean(lists)) - H2(e)) - max(lists) sqrt(n dv ln(3/alpha)/2) - log2(3/alpha), and at
+    least 0. H2 is the binary entropy, and e the upper Clopper-Pearson limit on the share of missed rows at alpha/3. The
+    root is what the hidden values' lists may exceed their mean by (Hoeffding). The result is 0 for e >= 1 - 1/(number
+    of rows' values).
+    """
+    n, dv, told = whole("n", n), whole("dv", dv), within("log2_levels", log2_levels, 0.0, math.inf, high_open=True)
+    e = clopper_pearson_limit(missed, drawn, alpha / 3.0)
+    if e >= 1.0 - 2.0 ** -(dv * told):
+        return 0.0
+    left_open, largest = lists.double().mean().item(), lists.max().item()
+    beyond = largest * math.sqrt(n * dv * math.log(3.0 / alpha) / 2.0)
+    return max(0.0, n * (dv * (told * (1.0 - e) - left_open) - H2(e)) - beyond - math.log2(3.0 / alpha))

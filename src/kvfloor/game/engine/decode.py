@@ -8,12 +8,13 @@ state and queries it.
     leak     softmax mass on tokens other than the one that the query aims at
     message  the bytes of the state that Alice sends
     gain     bits that the message is shown to carry, before the allowance for chance is subtracted (`certificates`)
-A certificate is a rule that turns one decoding into bits that the message provably carries. There are five:
+A certificate is a rule that turns one decoding into bits that the message provably carries. There are six:
     hard          counts the wrong bits of all rows
     erasure       counts the wrong bits of trusted rows only: those whose answers look reliable
     log-loss      scores the probabilities that the answers give to the hidden levels
     rows          counts the rows that are not answered within the allowed error
     sampled rows  counts the wrong rows in a random sample of rows
+    sampled lists  the same, but the rows that are not answered within the allowed error
 Decoding uses the answers and the public sizes of the game only.
 """
 
@@ -133,14 +134,19 @@ def information(bits: int, eta: float) -> tuple[float, float]:
     unless that serves levels beyond the top one: then it is the least answer that serves the top level. So s grows with
     x. Levels of more than 16 bits are taken in 2^16 blocks, each at its largest s.
     """
+    told = bits - log2_lists(bits, eta)
+    return told.mean().item(), told.std(correction=0).item()
+
+
+def log2_lists(bits: int, eta: float) -> Tensor:
+    """Return log2 s(x) of `information` for all levels x, or for blocks of them at their largest s: float64."""
     leak, top = leak_ratio(bits, eta), 2**bits - 1
     block = 2 ** max(0, bits - _BLOCK_BITS)
     x = torch.arange(block - 1, 2**bits, block, dtype=torch.float64) / top
     largest = (1.0 + eta) * (x + leak * (1.0 - x)) + _ROUNDING
     serves_top = (1.0 - eta) * (1.0 - leak) - _ROUNDING
     served = levels_served(largest.clamp_max(serves_top), bits, eta)
-    told = bits - torch.log2(served.clamp_min(1.0))
-    return told.mean().item(), told.std(correction=0).item()
+    return torch.log2(served.clamp_min(1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +154,8 @@ class Decoded:
     """Record the decoding of one set of answers of a state.
 
     certified_bits  bits that the message (the bytes of the state) certifiably carries
-    certificate     name of the rule that proves these bits, as in the module: hard, erasure, log-loss, rows or sampled
-                    rows
+    certificate     name of the rule that proves these bits, as in the module: hard, erasure, log-loss, rows, sampled
+                    rows or sampled lists
     bit_error       share of hidden bits decoded wrong
     row_success     share of rows (the dv values that one query reads) answered within the allowed relative error
     """
@@ -168,7 +174,8 @@ def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_fro
     eta           relative error that answers may have
     sampled_from  None: every row was asked once, in order, and the best of the hard, erasure, log-loss and rows
                   certificates counts. A number n: the m rows were drawn with replacement from n, and the sampled-rows
-                  certificate counts: a row is right if all its bits are
+                  certificate counts: a row is right if all its bits are. With several bits and an error above 0, the
+                  better of sampled rows and sampled lists counts
     Returns the certified bits, and the shares of bits decoded wrong and of rows answered right (`Decoded`).
     """
     m, dv = hidden.shape
@@ -176,8 +183,15 @@ def judge(answers: Tensor, hidden: Tensor, bits: int, eta: float, *, sampled_fro
     wrong = wrong_bits(decoded, hidden, bits)
     answered = answered_rows(answers, hidden, bits, eta)
     if sampled_from is not None:
-        kind = "sampled rows"
-        value = certificates.certified_from_sample(sampled_from, dv * bits, int((wrong > 0).sum()), m)
+        coarse = bits > 1 and eta > 0.0  # then the best of two counts, each at half of alpha
+        alpha = certificates.ALPHA / (2.0 if coarse else 1.0)
+        wrong_rows, missed = int((wrong > 0).sum()), m - int(answered.sum())
+        kind, value = "sampled rows", certificates.certified_from_sample(sampled_from, dv * bits, wrong_rows, m, alpha)
+        if coarse:
+            of_lists = certificates.certified_lists_from_sample(
+                sampled_from, dv, bits, log2_lists(bits, eta), missed, m, alpha
+            )
+            kind, value = max((kind, value), ("sampled lists", of_lists), key=lambda one: one[1])
     else:
         trusted, trusted_levels = trusted_rows(answers, bits)
         log2_chance = (torch.log2(levels_served(answers, bits, eta)) - bits).sum(dim=1)

@@ -2,8 +2,9 @@
 
 In the game, Alice hides values in a method's state (the memory of a KV cache) and sends its bytes, the message; Bob
 restores the state and queries it. Here hidden values are as many numbers of a format as answers within a factor 1±eta
-tell apart, from the least to the largest (`kvfloor.floors.levels`). Answers and levels are (m, dv), a row of them being
-what one query reads; a level is an index from 0 to L-1 into the table of numbers.
+tell apart, from the least to the largest, or as answers within an additive error do (`kvfloor.floors.levels`). Answers
+and levels are (m, dv), a row of them being what one query reads; a level is an index from 0 to L-1 into the table of
+numbers.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.floors.entropy import row_bits
-from kvfloor.floors.levels import level_values, levels_leak
+from kvfloor.floors.levels import additive_leak, additive_values, level_values, levels_leak
 from kvfloor.game.engine import certificates
 from kvfloor.game.engine.decode import Decoded
 from kvfloor.game.engine.predict import predictor_gains
@@ -41,6 +42,11 @@ class LevelTable:
         numbers, leak = self.numbers, levels_leak(self.eta, self.values)
         highest = (1.0 + self.eta) * (numbers[:-1] + leak * numbers[-1])
         return highest.sqrt() * ((1.0 - self.eta) * numbers[1:]).sqrt()
+
+    @property
+    def leak(self) -> float:
+        """Return the ratio (softmax mass off the token)/(mass on it) that queries may have."""
+        return levels_leak(self.eta, self.values)
 
     @property
     def told(self) -> float:
@@ -74,7 +80,68 @@ class LevelTable:
         return near.all(dim=1) & ((found != found[:, :1]).any(dim=1) | torch.tensor(found.shape[1] == 1))
 
 
-def judge_levels(answers: Tensor, hidden: Tensor, table: LevelTable, *, sampled_from: int | None = None) -> Decoded:
+@dataclasses.dataclass(frozen=True)
+class AdditiveTable:
+    """Hold the numbers of the format `values` that answers tell apart whose numbers err by at most `error` times x.
+
+    x is the format's largest number.
+    numbers     (L,) float64, ascending, symmetric about 0
+    thresholds  (L-1,) float64, the middles between neighbouring numbers
+    """
+
+    values: str
+    error: float
+
+    @functools.cached_property
+    def numbers(self) -> Tensor:
+        leak = additive_leak(self.error, self.values)
+        return torch.tensor(additive_values(self.error, self.values, leak), dtype=torch.float64)
+
+    @functools.cached_property
+    def thresholds(self) -> Tensor:
+        return 0.5 * (self.numbers[:-1] + self.numbers[1:])
+
+    @property
+    def leak(self) -> float:
+        """Return the ratio (softmax mass off the token)/(mass on it) that queries may have.
+
+        It is half of the leak at which the levels are counted, so that answers need no correction by the token's
+        weight: attention is within 2 leak x of the hidden number, and an answer within (error + 2 leak) x.
+        """
+        return 0.5 * additive_leak(self.error, self.values)
+
+    @property
+    def told(self) -> float:
+        """Return log2 of the number of levels: the bits of a hidden value."""
+        return math.log2(len(self.numbers))
+
+    def decode(self, answers: Tensor) -> Tensor:
+        """Return the level nearest to each answer, int64. An answer that is not finite decodes as the middle level."""
+        return torch.bucketize(torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0), self.thresholds)
+
+    def places(self, answers: Tensor) -> Tensor:
+        """Return answers on a scale on which level j is j, linear between levels, float64 in [0, L-1]."""
+        numbers, top = self.numbers, len(self.numbers) - 1
+        answers = torch.nan_to_num(answers.double(), nan=0.0, posinf=0.0, neginf=0.0)
+        answers = answers.clamp(numbers[0].item(), numbers[-1].item())
+        below = torch.searchsorted(numbers, answers, right=True).sub(1).clamp(0, max(0, top - 1))
+        return below + (answers - numbers[below]) / (numbers[below + 1] - numbers[below])
+
+    def trusted(self, answers: Tensor) -> Tensor:
+        """Mark the rows (m,), bool, of which every answer is within the error of a level, and not all of one level."""
+        found = self.numbers[self.decode(answers)]
+        near = (answers.double() - found).abs() <= (self.error + 2.0 * self.leak) * self.numbers[-1]
+        return near.all(dim=1) & ((found != found[:, :1]).any(dim=1) | torch.tensor(found.shape[1] == 1))
+
+
+def table_of(metric: str, values: str, error: float) -> LevelTable | AdditiveTable:
+    """Return the table of hidden numbers of the format `values` for an error of the metric entrywise or additive."""
+    return (AdditiveTable if metric == "additive" else LevelTable)(values, error)
+
+
+def judge_levels(
+    answers: Tensor, hidden: Tensor, table: LevelTable | AdditiveTable, *, sampled_from: int | None = None
+) -> Decoded:
     """Compare answers (m, dv) with the hidden levels (m, dv), and certify the bits that a state's message carries.
 
     table         the hidden numbers

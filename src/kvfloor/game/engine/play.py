@@ -27,6 +27,8 @@ from kvfloor.game.engine.secret import Hidden
 from kvfloor.methods.grammar import parse
 
 OPTIMUM = "optimum"  # in place of a method: the method against which the instance's floor is tight
+ALL_ROWS_UP_TO = 16_384  # rows of a spike; of more, a sample is asked unless the caller says otherwise
+ROWS_SAMPLED = 2_048
 NOT_REBUILT = 3  # Bob's exit status when the public half fails: an error of the set-up, not of the state
 _INTERPRETER_NEEDS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # to find its own libraries
 _ARITHMETIC = (  # chooses the instructions that torch computes with, and so how answers round

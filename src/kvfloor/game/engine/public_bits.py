@@ -17,9 +17,9 @@ from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
-from kvfloor.floors.levels import level_values
+from kvfloor.game.engine.level_answers import table_of
 from kvfloor.game.keys.families import FAMILIES
-from kvfloor.validation import whole
+from kvfloor.validation import one_of, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,8 @@ class PublicBits(Method):
     """Store only the hidden levels of n tokens with public keys, packed into n * dv * bits bits per stream.
 
     `values` names the number format of the levels, if they are those that answers within a factor 1±`eta` tell apart
-    (`floors.level_values`); else they are equally spaced in [0, 1].
+    (`floors.level_values`), or, with the metric additive, within an error of `eta` times the largest number
+    (`floors.additive_values`); else they are equally spaced in [0, 1].
     `family` (name of the rule that makes the keys, such as "chirp"), `n` and `key_seed` define the keys, so keys need
     no memory. The method accepts only a stream of exactly these keys, in order, with values on the 2^bits levels of [0,
     1]; other keys raise ValueError. With one bit per value, the message without its header has as many bits (in whole
@@ -42,20 +43,21 @@ class PublicBits(Method):
     bits: int = 1
     values: str = ""
     eta: float = 0.0
+    metric: str = "entrywise"
 
     def __post_init__(self) -> None:
         whole("n", self.n)
         whole("bits", self.bits)
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
-
+        one_of("metric", self.metric, ("entrywise", "additive"))
         if self.values:
-            level_values(self.eta, self.values)
+            self.numbers()
 
     def numbers(self) -> Tensor:
         """Return the numbers (levels,), float64, that hidden levels are streamed as, ascending."""
         if self.values:
-            return torch.tensor(level_values(self.eta, self.values), dtype=torch.float64)
+            return table_of(self.metric, self.values, self.eta).numbers
         return torch.arange(2**self.bits, dtype=torch.float64) / (2**self.bits - 1)
 
     @property

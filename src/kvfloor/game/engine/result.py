@@ -54,8 +54,9 @@ class Result:
     why                  the reason for the verdict, in words
     certificate          name of the proof of the certified bits: hard (from the number of wrong bits), erasure (the
                          same, in trusted rows only), log-loss (from the probabilities that the answers give to the
-                         hidden values), rows (from the number of rows that are not answered) or sampled rows (from the
-                         wrong rows in a sample). If all rows were queried, it is the best of the first four
+                         hidden values), rows (from the number of rows that are not answered), sampled rows (from the
+                         wrong rows in a sample) or sampled lists (from its rows that are not answered). If all rows
+                         were queried, it is the best of the first four
     details              further numbers, which differ from barrier to barrier: key family, window, probes, measured
                          sparsity ...
     rows_asked           number of rows that were queried

@@ -33,6 +33,20 @@ class Hidden:
         """Draw hidden levels (rows, dv), int64, independent and, but for a share of 2^-40, uniform in [0, count)."""
         return (self._whole("values", rows * dv) % count).view(rows, dv)
 
+    def points(self, rows: int, dv: int, attempt: int = 0) -> Tensor:
+        """Draw points (rows, dv), float64, independent and uniform in the unit ball of dv dimensions.
+
+        Each `attempt` is another draw.
+        """
+        uniform = (self._whole(f"points {attempt}", rows * (dv + 1)).double() + 0.5) / 2.0**63
+        uniform = uniform.view(rows, dv + 1)
+        normal = torch.special.ndtri(uniform[:, :dv])
+        return normal / normal.norm(dim=1, keepdim=True) * uniform[:, dv:] ** (1.0 / dv)
+
+    def signs(self, rows: int, dv: int, attempt: int = 0) -> Tensor:
+        """Draw independent fair signs ±1 (rows, dv), float64. Each `attempt` is another draw."""
+        return 2.0 * (self._whole(f"signs {attempt}", rows * dv) & 1).double().view(rows, dv) - 1.0
+
     def rows(self, n: int, count: int) -> Tensor:
         """Draw the indices of `count` hidden rows to query, (count,) int64, uniformly from [0, n) with replacement.
 

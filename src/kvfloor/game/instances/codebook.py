@@ -87,8 +87,9 @@ class Codebook(KeyedInstance):
 
         M is the number of codebook keys. levels (M, dv) are the hidden values as whole numbers of `bits` bits; present
         (M,) bool is True for the keys that were streamed. Returns a `Decoded` of
-            certified_bits  of the choice of keys and their values together, by one log-loss certificate: it turns the
-                            probability that the answers give to both into bits (`certificates.log_loss`)
+            certified_bits  of the choice of keys and their values together, by the better of two certificates: log-loss
+                            turns the probability that the answers give to both into bits (`certificates.log_loss`),
+                            rows counts the streamed keys that did not come back whole (`subset_rows`)
             bit_error       share of value bits of streamed keys decoded wrong
             row_success     the lesser of two shares: of streamed keys decoded as streamed and with all their bits
                             right, and of other keys decoded as not streamed
@@ -109,13 +110,18 @@ class Codebook(KeyedInstance):
                 for belief in _BELIEFS:
                     total = log2_row_gain(row_gain, torch.full_like(row_gain, belief)).sum().item()
                     gains += [base + doubt + total for doubt in doubts]
-        certified = certificates.certified([certificates.log_loss(gains)])
         wrong = wrong_bits(nearest_levels(answers, self.bits, self.eta), levels, self.bits)
+        missed = self.n - int((both & (wrong == 0)).sum())
+        told = {
+            "log-loss": certificates.log_loss(gains),
+            "rows": subset_rows(self.codebook, self.n, self.dv * self.bits, int(believed.sum()), missed),
+        }
+        kind, certified = max(told, key=lambda name: told[name]), certificates.certified(list(told.values()))
         wrong_values = wrong[both].sum() + self.dv * self.bits * (present & ~believed).sum()
         # Markers answer below 0, where (1±eta) means nothing: a row is right if all its bits are.
         shares = [(believed & (wrong == 0))[present], ~believed[~present]]
         success = min(share.double().mean().item() for share in shares if len(share))
-        return Decoded(certified, "log-loss", int(wrong_values) / (self.n * self.dv * self.bits), success)
+        return Decoded(certified, kind, int(wrong_values) / (self.n * self.dv * self.bits), success)
 
     def details(self) -> dict[str, Any]:
         return {
@@ -174,6 +180,31 @@ def play(
     result = conclude(played, instance, seed=seed, judge=judged)
     values = max(0.0, result.certified_bits - log2_choose(codebook, n))
     return dataclasses.replace(result, n=n, bits_per_value=values / (n * instance.dv))
+
+
+def subset_rows(codebook: int, n: int, row_bits: int, believed: int, missed: int) -> float:
+    """Return the gain T, in bits, of naming keys of a secret set with their rows, where `missed` did not come back.
+
+    codebook  number M of keys of which the secret set has n, each with a row of `row_bits` hidden bits
+    believed  number of keys that the answers name, each with one decoded row; it may depend on the answers alone
+    missed    number of the set's keys that are not named, or named with a wrong row
+    T - log2(1/alpha) is a lower bound on the message's length at confidence 1 - alpha.
+    Law: log2 C(M, n) + n row_bits - log2 sum over w <= missed of C(believed, n-w) C(M-n+w, w) 2^(w row_bits). The sum
+    counts the sets with their rows that agree with the answers in all but w keys: n-w of those named, with the decoded
+    rows, and any w others of the M keys, with any rows. T is at least 0.
+    """
+    few = [w for w in range(missed + 1) if n - w <= believed]
+    if not few:
+        raise ValueError(f"at least n - believed = {n - believed} keys of the set are missed, got missed={missed}")
+    counts = [_log2_choose(believed, n - w) + _log2_choose(codebook - n + w, w) + w * row_bits for w in few]
+    most = max(counts)
+    alike = most + math.log2(math.fsum(2.0 ** (count - most) for count in counts))
+    return max(0.0, _log2_choose(codebook, n) + n * row_bits - alike)
+
+
+def _log2_choose(n: int, k: int) -> float:
+    """Return log2 of the binomial coefficient, 0 <= k <= n, to the precision of a float."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2.0)
 
 
 def subset_bits(codebook: int, n: int, p: float) -> float:

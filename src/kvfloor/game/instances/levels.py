@@ -1,8 +1,9 @@
 """Play the spike game with the values of a number format: as many levels as answers of the allowed error tell apart.
 
-The game is that of `kvfloor.game.instances.spike`, but a hidden value is one of L numbers of the format, from 0 over
-its least positive to its largest one. L is the number that `floors.space` claims at the relative error eta, so the
-floor that is played is that floor.
+The game is that of `kvfloor.game.instances.spike`, but a hidden value is one of L numbers of the format. Under a
+relative error eta they go from 0 over its least positive to its largest number, under an additive error (metric
+additive) they are about equally far apart, of both signs. L is the number that `floors.space` claims at this error, so
+the floor that is played is that floor.
 """
 
 import dataclasses
@@ -14,12 +15,11 @@ from torch import Tensor
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
 from kvfloor.floors.entropy import row_bits
-from kvfloor.floors.levels import levels_leak
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import SUCCESS, Decoded
 from kvfloor.game.engine.instance import RowPerKey, agreed, keys_for
-from kvfloor.game.engine.level_answers import LevelTable, judge_levels
+from kvfloor.game.engine.level_answers import AdditiveTable, LevelTable, judge_levels, table_of
 from kvfloor.game.engine.play import Played, play_index
 from kvfloor.game.engine.public_bits import PublicBits
 from kvfloor.game.engine.result import Result, conclude
@@ -34,16 +34,18 @@ FORMATS = {"float32": ("fp16", "bf16"), "float16": ("fp16",), "bfloat16": ("bf16
 class LevelSpike(RowPerKey):
     """Stream n public keys, each with a hidden row of dv numbers of the format `values`.
 
-    `bits` is the number of bits that a level takes, log2 of their number rounded up.
+    `bits` is the number of bits that a level takes, log2 of their number rounded up. `eta` is the error that answers
+    may have: relative to each number (metric entrywise), or to the format's largest number (additive).
     """
 
     barrier: ClassVar[str] = "spike"
     values: str
+    metric: str = "entrywise"
 
     @functools.cached_property
-    def level_table(self) -> LevelTable:
+    def level_table(self) -> LevelTable | AdditiveTable:
         """Return the table of hidden numbers."""
-        return LevelTable(self.values, self.eta)
+        return table_of(self.metric, self.values, self.eta)
 
     @property
     def value_bits(self) -> float:
@@ -66,17 +68,18 @@ class LevelSpike(RowPerKey):
 
     def queries(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spike queries (m, d) of hidden rows `row` (m,), and the gaps (m,) of the rows' keys."""
-        ratio = levels_leak(self.eta, self.values)
+        ratio = self.level_table.leak
         return self.public.aim(row, self.spec(), lambda gap, norm: spike_C(self.n, 0, gap, norm, ratio))
 
     def answers(self, state: State, copy: Tensor, row: Tensor) -> Tensor:
         return by_reading(state, copy, self.queries(row)[0])
 
     def optimum(self) -> Method:
-        return PublicBits(self.public.family, self.n, self.key_seed, self.bits, self.values, self.eta)
+        return PublicBits(self.public.family, self.n, self.key_seed, self.bits, self.values, self.eta, self.metric)
 
     def details(self) -> dict[str, Any]:
-        return super().details() | {"values": self.values, "levels": len(self.level_table.numbers)}
+        told = {"values": self.values, "levels": len(self.level_table.numbers)}
+        return super().details() | told | ({} if self.metric == "entrywise" else {"metric": self.metric})
 
 
 def play(
@@ -95,18 +98,22 @@ def play(
     hidden_seed: int | str | None,
     family: str | None,
     isolated: bool,
+    metric: str = "entrywise",
 ) -> Result:
     """Play the spike game with numbers of the format `values`, fp16 or bf16; return the result with its verdict.
 
+    metric  entrywise: `eta` is the relative error that answers may have; additive: their error relative to the format's
+            largest number
     The other arguments are those of `spike.play`, all given; `rows` is the number of rows to ask. Raises ValueError
     naming the argument that is out of its domain, and for a format that `dtype` does not hold.
     """
     shared = agreed(d=d, dv=dv, bits=1, eta=eta, seed=seed, dtype=dtype)
     one_of(f"values with dtype={dtype}", values, FORMATS[dtype])
-    count = len(LevelTable(values, shared["eta"]).numbers)
-    shared["bits"] = (count - 1).bit_length()
+    count = len(table_of(metric, values, shared["eta"]).numbers)
+    shared["bits"] = max(1, (count - 1).bit_length())
     n, copies = whole("n", n), whole("heads", heads) * whole("layers", layers)
-    instance = LevelSpike(**shared, n=n, values=values, public=keys_for(shared, n, family), copies=copies)
+    public = keys_for(shared, n, family)
+    instance = LevelSpike(**shared, n=n, values=values, metric=metric, public=public, copies=copies)
     total = copies * n
     played = play_index(method, instance, Hidden(hidden_seed), rows if rows < total else None, isolated=isolated)
 

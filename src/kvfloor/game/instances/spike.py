@@ -14,20 +14,21 @@ from torch import Tensor
 
 from kvfloor.core.method import Method
 from kvfloor.core.state import State
+from kvfloor.floors.metric import NORMS
+from kvfloor.floors.question import METRICS
 from kvfloor.floors.spike import spike_C
 from kvfloor.game.engine.asking import by_reading
 from kvfloor.game.engine.decode import leak_ratio
 from kvfloor.game.engine.instance import RowPerKey, agreed, keys_for
-from kvfloor.game.engine.play import play_index
+from kvfloor.game.engine.play import ALL_ROWS_UP_TO, ROWS_SAMPLED, play_index
 from kvfloor.game.engine.public_bits import PublicBits
 from kvfloor.game.engine.result import Result, conclude
 from kvfloor.game.engine.secret import Hidden
 from kvfloor.game.instances.codebook import play as play_codebook
+from kvfloor.game.instances.levels import FORMATS, format_of
 from kvfloor.game.instances.levels import play as play_levels
-from kvfloor.validation import whole
-
-ALL_ROWS_UP_TO = 16_384
-ROWS_SAMPLED = 2_048
+from kvfloor.game.instances.norms import play as play_norms
+from kvfloor.validation import one_of, whole, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ def play(
     family: str | None = None,
     codebook: int | None = None,
     values: str | None = None,
+    metric: str = "entrywise",
+    epsilon: float | None = None,
     isolated: bool = True,
 ) -> Result:
     """Play the spike game against a method and certify the bits that its message, the bytes of its state, carries.
@@ -94,6 +97,13 @@ def play(
     values       fp16 or bf16: hide as many numbers of this format as answers within 1±eta tell apart, as the floor of
                  `floors.space` does, in place of 2^bits equally spaced ones (`kvfloor.game.instances.levels`). None:
                  values of `bits` bits
+    metric       entrywise: answers err by a factor 1±eta. Or the error that `epsilon` bounds: additive, each number of
+                 an answer errs by at most epsilon times the largest value; max, frobenius or operator, the l2 error of
+                 an answer is relative to the values' size (`floors.metric_space`). Then as many levels, points of the
+                 unit ball or signs are hidden as the floor counts (`kvfloor.game.instances.levels` and `.norms`),
+                 in `values`, by default the format of dtype; values="binary" hides signs. max, frobenius and operator
+                 stream as many tokens as the floor is largest for, at most n
+    epsilon      error of these metrics, in [0, 1)
     isolated     False: restore the message in this process; quick, but data kept outside the state goes undetected
     Returns a `Result`: the bits that the state's bytes provably carry (certified bits), the sizes in bytes and the
     verdict: "holds" (enough answers are right), "breaks" (too few are) or "cheats" (the bytes cannot explain them).
@@ -101,6 +111,23 @@ def play(
     """
     if values is not None and (codebook is not None or bits != 1):
         raise ValueError(f"values={values!r} says how many levels are hidden: leave bits and codebook out")
+    one_of("metric", metric, METRICS)
+    if (metric == METRICS[0]) != (epsilon is None):
+        raise ValueError(f"epsilon is the error of the metrics {', '.join(METRICS[1:])}: give both or none")
+    if epsilon is not None:
+        within("epsilon", epsilon, 0.0, 1.0, high_open=True)
+        if bits != 1 or codebook is not None:
+            raise ValueError(f"metric={metric!r} says what is hidden: leave bits and codebook out")
+        values = format_of(dtype) if values is None else values
+    if epsilon is not None and values is not None and metric in NORMS:
+        if heads != 1 or layers != 1:
+            raise ValueError(f"metric={metric!r} plays one head: leave heads and layers out")
+        if values != "binary":
+            one_of(f"values with dtype={dtype}", values, FORMATS[dtype])
+        return play_norms(
+            method, metric=metric, epsilon=epsilon, values=values, n=n, d=d, dv=dv, seed=seed, dtype=dtype, rows=rows,
+            hidden_seed=hidden_seed, family=family, isolated=isolated,
+        )  # fmt: skip
     if codebook is not None:
         if heads != 1 or layers != 1 or rows is not None:
             raise ValueError("codebook plays one head and asks for every key: leave heads, layers and rows out")
@@ -114,8 +141,9 @@ def play(
     whole("rows", rows)
     if values is not None:
         return play_levels(
-            method, values=values, n=n, d=d, dv=dv, eta=eta, seed=seed, heads=heads, layers=layers, dtype=dtype,
-            rows=rows, hidden_seed=hidden_seed, family=family, isolated=isolated,
+            method, values=values, n=n, d=d, dv=dv, eta=eta if epsilon is None else epsilon, seed=seed, heads=heads,
+            layers=layers, dtype=dtype, rows=rows, hidden_seed=hidden_seed, family=family, isolated=isolated,
+            metric=metric,
         )  # fmt: skip
     shared = agreed(d=d, dv=dv, bits=bits, eta=eta, seed=seed, dtype=dtype)
     instance = Spike(**shared, n=n, public=keys_for(shared, n, family), copies=copies)
