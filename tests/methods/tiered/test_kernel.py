@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kvfloor import Spec
 from kvfloor.certify.certified import Certified
-from kvfloor.core.partial import Partial
 from kvfloor.methods.stores import fused
 from kvfloor.methods.tiered import kernel, kernel_library
 from kvfloor.methods.tiered.fetch import CertifiedReader
@@ -269,10 +268,7 @@ def unread(state: TieredState, q: Tensor, epsilon: float, **changes: Any) -> tup
     """Return the kernel's answers to q, and the share of each query's mass whose values it did not read."""
     given = kernel.arguments(hot(state), q, None, epsilon) | changes
     kernel.run(given, 1)
-    mean, mass, error, spread, largest, left = (
-        torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest", "unread")
-    )
-    return Certified(Partial(mean, mass), error, spread, largest), left
+    return kernel.found(given), torch.from_numpy(given["unread"])
 
 
 def tilted(n: int = 2048) -> tuple[Tensor, ...]:
@@ -430,6 +426,15 @@ def searching() -> None:
 
 
 def test_the_search_finds_nothing_in_the_source_as_it_is() -> None:
+    searching()
+
+
+def test_processors_without_these_instructions_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernel_library, "instructions", lambda: ())
+    plain = kernel_library.loaded(tmp_path)
+    monkeypatch.setattr(kernel_library, "library", lambda: plain)
     searching()
 
 

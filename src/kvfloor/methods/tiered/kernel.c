@@ -19,6 +19,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(one, two, ...) __builtin_shufflevector(one, two, __VA_ARGS__)
+#else
+#define SHUFFLE(one, two, ...) __builtin_shuffle(one, two, (integers){__VA_ARGS__})
+#endif
 
 enum {
     LANES = 8,
@@ -64,13 +69,31 @@ struct given {
 
 int64_t size_of_given(void) { return sizeof(struct given); }
 
-/* ---- vectors ------------------------------------------------------------------------------------------------------ */
+#ifdef TIMED /* for bench/certified_read.py */
+#include <time.h>
+double spent[4]; /* nanoseconds of this thread's processor, by part */
+static void mark(int part) {
+    static double before;
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    double at = (double)now.tv_sec * 1e9 + (double)now.tv_nsec;
+    if (part >= 0) spent[part] += at - before;
+    before = at;
+}
+#define MARK(part) mark(part)
+#else
+#define MARK(part) (void)0
+#endif
+
+/* ---- vectors ----------------------------------------------------------------------------------------------------- */
 
 INLINE numbers load(const float *from) { return *(const loose *)from; }
 INLINE void store(float *to, numbers x) { *(loose *)to = x; }
 INLINE numbers every(float x) { return x - (numbers){}; }
 INLINE numbers where(integers mask, numbers x) { return (numbers)((integers)x & mask); }
-INLINE numbers choose(integers mask, numbers x, numbers y) { return (numbers)(((integers)x & mask) | ((integers)y & ~mask)); }
+INLINE numbers choose(integers mask, numbers x, numbers y) {
+    return (numbers)(((integers)x & mask) | ((integers)y & ~mask));
+}
 INLINE numbers larger(numbers x, numbers y) { return choose(x > y, x, y); }
 INLINE integers lanes_from(int32_t start) { return (integers){0, 1, 2, 3, 4, 5, 6, 7} + start; }
 INLINE numbers as_floats(integers x) { return __builtin_convertvector(x, numbers); }
@@ -114,12 +137,10 @@ INLINE unsigned marked(integers mask) {
 
 /* Return the sums of four vectors' lanes, in the lower four lanes. */
 INLINE numbers sums_of_four(numbers a, numbers b, numbers c, numbers d) {
-    const integers even = {0, 8, 2, 10, 4, 12, 6, 14}, odd = {1, 9, 3, 11, 5, 13, 7, 15};
-    numbers ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-    numbers cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
-    numbers half = __builtin_shuffle(ab, cd, (integers){0, 1, 8, 9, 4, 5, 12, 13}) +
-                   __builtin_shuffle(ab, cd, (integers){2, 3, 10, 11, 6, 7, 14, 15});
-    return half + __builtin_shuffle(half, (integers){4, 5, 6, 7, 0, 1, 2, 3});
+    numbers ab = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    numbers cd = SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
+    numbers half = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    return half + SHUFFLE(half, half, 4, 5, 6, 7, 0, 1, 2, 3);
 }
 
 INLINE float sum(numbers x) {
@@ -152,7 +173,7 @@ void exponentials(const float *x, float *out, int64_t n) { /* for tests */
     for (int64_t t = 0; t + LANES <= n; t += LANES) store(out + t, exponential(load(x + t)));
 }
 
-/* ---- the first time: logits and weights --------------------------------------------------------------------------- */
+/* ---- the first time: logits and weights -------------------------------------------------------------------------- */
 
 /* A page's channels, and the queries with its ranges folded in. */
 struct page {
@@ -347,7 +368,7 @@ static float cut_of(const float *x, int64_t n, double most) {
     return (float)low;
 }
 
-/* ---- the second time: values -------------------------------------------------------------------------------------- */
+/* ---- the second time: values ------------------------------------------------------------------------------------- */
 
 /* The levels of codes, as numbers of `unit`. */
 struct tables {
@@ -363,8 +384,8 @@ static void write_tables(const struct given *g, struct tables *tables) {
     tables->whole = 1;
     for (int i = 0; i < 256; i++) {
         double number = (double)g->levels[i] * 0x1p16;
-        if (!(fabs(number) < 0x1p16 && number == floor(number) && g->levels[i] == -g->levels[255 - i])) tables->whole = 0;
-        if (i > 127 && number < 0) tables->whole = 0;
+        int mirrored = g->levels[i] == -g->levels[255 - i] && (i < 128 || number >= 0);
+        if (!(fabs(number) < 0x1p16 && number == floor(number) && mirrored)) tables->whole = 0;
     }
     tables->unit = tables->whole ? 0x1p-16f : 1.0f;
     for (int i = 0; i < 256; i++) tables->level[i] = g->levels[i] / tables->unit;
@@ -373,8 +394,8 @@ static void write_tables(const struct given *g, struct tables *tables) {
     for (int i = 0; tables->whole && i < 128; i++)
         for (int half = 0; half < 2; half++)
             for (int side = 0; side < 32; side += 16) {
-                int now = (int)tables->level[128 + i] >> 8 * half, before = i < 16 ? 0 : (int)tables->level[112 + i] >> 8 * half;
-                bytes[half][i / 16][side + i % 16] = (uint8_t)(now ^ before);
+                int now = (int)tables->level[128 + i], before = i < 16 ? 0 : (int)tables->level[112 + i];
+                bytes[half][i / 16][side + i % 16] = (uint8_t)((now ^ before) >> 8 * half);
             }
     memcpy(tables->low, bytes[0], sizeof tables->low);
     memcpy(tables->high, bytes[1], sizeof tables->high);
@@ -388,7 +409,7 @@ struct sums {
     int32_t token[BLOCK];
     float scale[BLOCK], radius[BLOCK], size[BLOCK];
     float *levels;                     /* (BLOCK, dv) the values, without their scales, in units of the tables */
-    float *weight;                     /* (2 m, BLOCK) weights times scales; their squares, if not heavy, times scales */
+    float *weight;                     /* (2 m, BLOCK) weights times scales; light ones' squares, times scales */
     float *part;                       /* (2 m, dv) sums of at most CHUNK tokens */
     double *total;                     /* (2 m, dv) */
     double (*of)[6];                   /* (m) what `add_block` says */
@@ -415,7 +436,7 @@ INLINE numbers decode(const struct given *g, const struct tables *tables, int64_
                 low[i] = _mm256_xor_si256(low[i], _mm256_shuffle_epi8(tables->low[k], index[i]));
                 high[i] = _mm256_xor_si256(high[i], _mm256_shuffle_epi8(tables->high[k], index[i]));
                 index[i] = _mm256_sub_epi8(index[i], sixteen);
-                __asm__("" : "+x"(index[i])); /* or the compiler makes each difference anew, with a constant of its own */
+                __asm__("" : "+x"(index[i])); /* or the compiler takes each difference from the first index */
             }
         }
         UNROLL for (int i = 0; i < 2; i++) {
@@ -479,8 +500,8 @@ static void flush(struct sums *s, int64_t n) {
    cut, limit  (m) weights up to which a token is not read, and above which it is heavy
    grown       grown[i stride / BLOCK + token / BLOCK]: at least exp of the bound on the logit's error
 
-   of[i] has the sums over tokens that are read: of weights, of weights times sizes, of grown weights times radii; over
-   those of them that are not heavy: of squared weights times squared sizes, of squared weights, of squared grown ones */
+   of[i] has sums over the tokens that are read: of weights, of weights times sizes, of grown weights times radii; over
+   those that are not heavy: of squared weights times squared sizes, of squared weights, of squared grown weights */
 static void add_block(const struct given *g, struct sums *s, int64_t many, const float *x, int64_t stride,
                       const float *cut, const float *limit, const float *grown) {
     for (int64_t t = many; t < BLOCK; t++) s->place[t] = s->place[0], s->token[t] = s->token[0]; /* with weight 0 */
@@ -560,7 +581,8 @@ static int64_t add_values(const struct given *g, struct sums *s, int64_t place, 
         if (read == 0xffffffffu)
             for (int t = 0; t < BLOCK; t++) list[found + t] = (int32_t)start + t;
         else
-            for (unsigned bits = read, at = 0; bits; bits &= bits - 1) list[found + at++] = (int32_t)start + __builtin_ctz(bits);
+            for (unsigned bits = read, at = 0; bits; bits &= bits - 1)
+                list[found + at++] = (int32_t)start + __builtin_ctz(bits);
         found += __builtin_popcount(read);
     }
     for (int64_t start = 0; start < found; start += BLOCK) {
@@ -624,7 +646,7 @@ static void read_lengths(const struct given *g, const struct tables *tables, int
     known->scale = (double)sum(scales) / n, known->radius = (double)sum(radii) / n;
 }
 
-/* ---- tokens without codes ----------------------------------------------------------------------------------------- */
+/* ---- tokens without codes ---------------------------------------------------------------------------------------- */
 
 /* A row's uncoded tokens, at most `room` of them. */
 struct fresh {
@@ -667,7 +689,7 @@ static double read_fresh(const struct given *g, int64_t r, const float *asked, s
     return sqrt((double)widest) * (1 + 1e-4);
 }
 
-/* ---- the bound ---------------------------------------------------------------------------------------------------- */
+/* ---- the bound --------------------------------------------------------------------------------------------------- */
 
 /* Return a bound on the root of the sum of squared errors of logits, from the sums of the keys' residuals.
 
@@ -724,7 +746,7 @@ struct work {
     struct sums sums;
     struct fresh fresh;
     float *x;                                       /* (m, coded tokens) logits, then weights */
-    float *doubt, *grown;                           /* (m, pages) bound on a logit's error; (m, tokens / BLOCK) its exp */
+    float *doubt, *grown;                           /* (m, pages) and (m, tokens / BLOCK) errors of logits; their exp */
     int32_t *list;                                  /* (coded tokens) */
     float *asked, *cut, *limit, *top, *scratch;     /* (m, d), (m), (m), (m), (dv) */
     double *exact, *vector, *centre, *plain;        /* (m, d) the queries times the scale; (d), (dv), (dv) */
@@ -861,12 +883,13 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
         double square = 0, fixed = UNIT * (16 - LEAST + 8 * g->softcap);
         for (int64_t c = 0; c < d; c++) square += w->exact[i * d + c] * w->exact[i * d + c];
         double norm = w->norm[i] = sqrt(square);
-        w->rounding[i] = UNIT * (13 + 0.3 * (double)d) * norm * reach + fixed;
+        w->rounding[i] = UNIT * (14 + 0.3 * (double)d) * norm * reach + fixed;
         w->gram[i] = gram_bound(g, r, w->exact + i * d, w->vector);
         known[i].fresh_rounding = UNIT * ((double)d / 2 + 2) * norm * size + fixed;
         known[i].wild = !(norm * reach < 1e6 && norm * size < 1e6);
     }
     for (int64_t page = 0; page < pages; page++) {
+        MARK(-1);
         write_ranges(g, r * g->groups + page, &w->page);
         write_steps(g, &w->page);
         for (int64_t i = 0; i < m; i++) {
@@ -874,8 +897,11 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
             half = half * (1 + 4e-6) < w->gram[i] ? half * (1 + 4e-6) : w->gram[i];
             w->doubt[i * pages + page] = (float)((half + w->rounding[i]) * (1 + UNIT));
         }
+        MARK(1);
         page_logits(g, &w->page, place + page * g->group, g->group, w->x + page * g->group, n);
+        MARK(0);
     }
+    MARK(-1);
     for (int64_t i = 0; i < m; i++) {
         read_all_lengths(g, w, r, i, known);
         float *x = w->x + i * n, *fresh = w->fresh.logits + i * w->fresh.room, *grown = w->grown + i * n / BLOCK;
@@ -905,6 +931,7 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
         float cut = cut_of(x, n, g->share * most * whole);
         w->cut[i] = cut < w->limit[i] ? cut : w->limit[i];
     }
+    MARK(2);
     for (int again = 1; again;) {
         again = 0;
         add_values(g, &w->sums, place, n, w->x, w->cut, w->limit, w->grown, w->list, w->left);
@@ -913,11 +940,12 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
             if (w->cut[i] > 0 && cut_too_much(g, w, r, i)) w->cut[i] = 0, again = 1; /* read all values */
         }
     }
+    MARK(3);
 }
 
-/* ---- all rows ----------------------------------------------------------------------------------------------------- */
+/* ---- all rows ---------------------------------------------------------------------------------------------------- */
 
-/* Set the arrays of `work` to parts of the memory from `at` on, unless that is NULL; return how many bytes they take. */
+/* Set the arrays of `work` to parts of the memory from `at` on, unless it is NULL; return how many bytes they take. */
 static size_t arranged(const struct given *g, struct work *w, int64_t longest_row, char *at) {
     size_t taken = 0;
     int64_t m = g->m, d = g->d, dv = g->dv, n = longest_row;

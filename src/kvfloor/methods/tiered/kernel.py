@@ -95,8 +95,7 @@ def read(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float = 0.0) -> Cert
     """
     given = arguments(hot, q, hide, epsilon)
     run(given, int(hot.codes.held.sum()))
-    mean, *numbers = (torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest"))
-    return Certified(Partial(mean, numbers[0]), *numbers[1:])
+    return found(given)
 
 
 def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[str, Any]:
@@ -171,6 +170,12 @@ def run(given: dict[str, Any], slots: int) -> None:
     fused.shared(certify, given["rows"], slots, ())
     if failed:
         raise MemoryError("the kernel of certified reads found no memory for the logits of a row")
+
+
+def found(given: dict[str, Any]) -> Certified:
+    """Return the answers that the kernel wrote to the arrays of `given`."""
+    mean, *numbers = (torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest"))
+    return Certified(Partial(mean, numbers[0]), *numbers[1:])
 
 
 @lru_cache(maxsize=64)
