@@ -370,45 +370,12 @@ static float cut_of(const float *x, int64_t n, double most) {
 
 /* ---- the second time: values ------------------------------------------------------------------------------------- */
 
-/* The levels of codes, as numbers of `unit`. */
-struct tables {
-    float level[256], unit;
-    int whole; /* true if the levels are whole numbers of 16 bits and mirrored, and `low` and `high` are there */
-#ifdef __AVX2__
-    __m256i low[8], high[8]; /* bytes of the sizes of levels 128 + 16 k ..; each k has only what differs from k - 1 */
-#endif
-};
-
-/* Write the tables. */
-static void write_tables(const struct given *g, struct tables *tables) {
-    tables->whole = 1;
-    for (int i = 0; i < 256; i++) {
-        double number = (double)g->levels[i] * 0x1p16;
-        int mirrored = g->levels[i] == -g->levels[255 - i] && (i < 128 || number >= 0);
-        if (!(fabs(number) < 0x1p16 && number == floor(number) && mirrored)) tables->whole = 0;
-    }
-    tables->unit = tables->whole ? 0x1p-16f : 1.0f;
-    for (int i = 0; i < 256; i++) tables->level[i] = g->levels[i] / tables->unit;
-#ifdef __AVX2__
-    uint8_t bytes[2][8][32] = {0};
-    for (int i = 0; tables->whole && i < 128; i++)
-        for (int half = 0; half < 2; half++)
-            for (int side = 0; side < 32; side += 16) {
-                int now = (int)tables->level[128 + i], before = i < 16 ? 0 : (int)tables->level[112 + i];
-                bytes[half][i / 16][side + i % 16] = (uint8_t)((now ^ before) >> 8 * half);
-            }
-    memcpy(tables->low, bytes[0], sizeof tables->low);
-    memcpy(tables->high, bytes[1], sizeof tables->high);
-#endif
-}
-
 /* What a block of tokens adds to the sums over values, and the sums, for all queries. */
 struct sums {
-    struct tables tables;
     int64_t place[BLOCK];
     int32_t token[BLOCK];
     float scale[BLOCK], radius[BLOCK], size[BLOCK];
-    float *levels;                     /* (BLOCK, dv) the values, without their scales, in units of the tables */
+    float *levels;                     /* (BLOCK, dv) the values, without their scales */
     float *weight;                     /* (2 m, BLOCK) weights times scales; light ones' squares, times scales */
     float *part;                       /* (2 m, dv) sums of at most CHUNK tokens */
     double *total;                     /* (2 m, dv) */
@@ -416,48 +383,13 @@ struct sums {
     int64_t (*heavy)[HEAVY], *heavies; /* (m) the heavy tokens, and how many there are: above HEAVY, not all are here */
 };
 
-/* Write the levels of a value's codes to out (dv); return the sum of their squares. */
-INLINE numbers decode(const struct given *g, const struct tables *tables, int64_t place, float *out) {
+/* Write the levels of a value's codes to out (dv); return eight sums of their squares. */
+INLINE numbers decode(const struct given *g, int64_t place, float *out) {
     const uint8_t *codes = g->value_packed + place * g->dv;
     numbers square = {};
-#ifdef __AVX2__
-    for (int64_t c = 0; tables->whole && c < g->dv; c += 64) {
-        const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7); /* which the unpacking below undoes */
-        __m256i index[2], sign[2], low[2], high[2], zero = _mm256_setzero_si256(), sixteen = _mm256_set1_epi8(16);
-        UNROLL for (int i = 0; i < 2; i++) {
-            __m256i code = _mm256_loadu_si256((const __m256i *)(codes + c + 32 * i));
-            code = _mm256_xor_si256(_mm256_permutevar8x32_epi32(code, order), _mm256_set1_epi8((char)0x80));
-            __m256i negative = _mm256_cmpgt_epi8(zero, code);
-            index[i] = _mm256_xor_si256(code, negative), sign[i] = _mm256_or_si256(negative, _mm256_set1_epi8(1));
-            low[i] = high[i] = zero;
-        }
-        UNROLL for (int k = 0; k < 8; k++) { /* a shuffle gives 0 where the index is negative */
-            UNROLL for (int i = 0; i < 2; i++) {
-                low[i] = _mm256_xor_si256(low[i], _mm256_shuffle_epi8(tables->low[k], index[i]));
-                high[i] = _mm256_xor_si256(high[i], _mm256_shuffle_epi8(tables->high[k], index[i]));
-                index[i] = _mm256_sub_epi8(index[i], sixteen);
-                __asm__("" : "+x"(index[i])); /* or the compiler takes each difference from the first index */
-            }
-        }
-        UNROLL for (int i = 0; i < 2; i++) {
-            __m256i size[2] = {_mm256_unpacklo_epi8(low[i], high[i]), _mm256_unpackhi_epi8(low[i], high[i])};
-            __m256i signs[2] = {_mm256_unpacklo_epi8(sign[i], sign[i]), _mm256_unpackhi_epi8(sign[i], sign[i])};
-            UNROLL for (int k = 0; k < 2; k++) {
-                __m256i one = _mm256_unpacklo_epi16(size[k], zero), two = _mm256_unpackhi_epi16(size[k], zero);
-                one = _mm256_sign_epi32(one, _mm256_unpacklo_epi16(signs[k], signs[k]));
-                two = _mm256_sign_epi32(two, _mm256_unpackhi_epi16(signs[k], signs[k]));
-                numbers first = (numbers)_mm256_cvtepi32_ps(one), second = (numbers)_mm256_cvtepi32_ps(two);
-                store(out + c + 32 * i + 16 * k, first);
-                store(out + c + 32 * i + 16 * k + 8, second);
-                square += first * first + second * second;
-            }
-        }
-    }
-    if (tables->whole) return square;
-#endif
     for (int64_t c = 0; c < g->dv; c += LANES) {
         numbers some;
-        UNROLL for (int i = 0; i < LANES; i++) some[i] = tables->level[codes[c + i]];
+        UNROLL for (int i = 0; i < LANES; i++) some[i] = g->levels[codes[c + i]];
         store(out + c, some);
         square += some * some;
     }
@@ -508,10 +440,10 @@ static void add_block(const struct given *g, struct sums *s, int64_t many, const
     for (int64_t start = 0; start < BLOCK; start += 4) {
         numbers square[4];
         UNROLL for (int t = 0; t < 4; t++)
-            square[t] = decode(g, &s->tables, s->place[start + t], s->levels + (start + t) * g->dv);
+            square[t] = decode(g, s->place[start + t], s->levels + (start + t) * g->dv);
         numbers size = sums_of_four(square[0], square[1], square[2], square[3]);
         for (int64_t t = start; t < start + 4; t++) {
-            s->scale[t] = from_short(g->value_scale[s->place[t]]) * s->tables.unit;
+            s->scale[t] = from_short(g->value_scale[s->place[t]]);
             s->radius[t] = from_short(g->radius[s->place[t]]);
             s->size[t] = s->scale[t] * sqrtf(size[t - start]);
         }
@@ -617,8 +549,7 @@ struct known {
 /* Write what is known of the coded values that query i sees.
 
    scratch: (dv). A value is decoded only where its scale says that it may be longer than those before it. */
-static void read_lengths(const struct given *g, const struct tables *tables, int64_t r, int64_t i, struct known *known,
-                         float *scratch) {
+static void read_lengths(const struct given *g, int64_t r, int64_t i, struct known *known, float *scratch) {
     const float shrink = (float)(1 - UNIT * (4 * (double)g->dv + 64)), bound = (float)g->level_bound;
     int64_t place = g->offset[r];
     float least = 0.0f;
@@ -635,7 +566,7 @@ static void read_lengths(const struct given *g, const struct tables *tables, int
         for (unsigned bits = marked(coded & (size - radius > least)); bits; bits &= bits - 1) {
             int64_t t = start + __builtin_ctz(bits);
             if (!sees(g, r, i, t)) continue;
-            float length = sqrtf(sum(decode(g, tables, place + t, scratch))) * tables->unit * shrink;
+            float length = sqrtf(sum(decode(g, place + t, scratch))) * shrink;
             length = length * from_short(g->value_scale[place + t]) - from_short(g->radius[place + t]);
             least = length > least ? length : least;
         }
@@ -855,7 +786,7 @@ static void read_all_lengths(const struct given *g, struct work *w, int64_t r, i
         known[i].fresh_rounding = fresh_rounding, known[i].wild = wild;
         return;
     }
-    read_lengths(g, &w->sums.tables, r, i, &known[i], w->scratch);
+    read_lengths(g, r, i, &known[i], w->scratch);
     for (int64_t f = 0; f < w->fresh.count; f++) {
         if (!sees(g, r, i, w->fresh.position[f])) continue;
         known[i].largest = most_of(known[i].largest, w->fresh.size[f] * (1 - rounding));
@@ -1009,7 +940,6 @@ int certify(int64_t begin, int64_t stop, const struct given *g) {
     char *memory = aligned_alloc(64, arranged(g, &work, longest_row, 0));
     if (!memory) return 1;
     arranged(g, &work, longest_row, memory);
-    write_tables(g, &work.sums.tables);
     for (int64_t r = begin; r < stop; r++) answer_row(g, &work, r);
     free(memory);
     return 0;
