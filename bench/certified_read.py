@@ -14,8 +14,8 @@ fp32/      the ratio of the two: below 1, the certified read is slower
 sure       share of the queries that the kernel certifies to epsilon
 unread     share of the mass whose values were not read
 read       the whole certified read: for rows with a query that is not sure, torch answers again and fetches
-keys, steps, weights, values   the kernel's nanoseconds per token of a row: logits; a page's ranges, folded into the
-           queries; weights, and what is known of values' lengths; sums over values
+logits, weights, values   the kernel's nanoseconds per token of a row: logits, with the pages' ranges; weights, and what
+           is known of the values' lengths; sums over values
 
 Prints no figures while the tests of certified reads fail.
 """
@@ -46,7 +46,7 @@ from kvfloor.methods.tiered.tiered import Tiered
 G, D = 3, 64
 EPSILONS, REPEATS, SECONDS = (0.01, 0.1), 12, 20.0
 TEXT, LAYERS, ONCE = "speech", 4, 64
-PARTS = ("keys", "steps", "weights", "values")
+PARTS = ("logits", "weights", "values")
 
 
 def least(call: Callable[[], object]) -> float:

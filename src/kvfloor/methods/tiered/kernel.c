@@ -71,7 +71,7 @@ int64_t size_of_given(void) { return sizeof(struct given); }
 
 #ifdef TIMED /* for bench/certified_read.py */
 #include <time.h>
-double spent[4]; /* nanoseconds of this thread's processor, by part */
+double spent[3]; /* nanoseconds of this thread's processor, by part */
 static void mark(int part) {
     static double before;
     struct timespec now;
@@ -819,8 +819,8 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
         known[i].fresh_rounding = UNIT * ((double)d / 2 + 2) * norm * size + fixed;
         known[i].wild = !(norm * reach < 1e6 && norm * size < 1e6);
     }
+    MARK(-1);
     for (int64_t page = 0; page < pages; page++) {
-        MARK(-1);
         write_ranges(g, r * g->groups + page, &w->page);
         write_steps(g, &w->page);
         for (int64_t i = 0; i < m; i++) {
@@ -828,11 +828,9 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
             half = half * (1 + 4e-6) < w->gram[i] ? half * (1 + 4e-6) : w->gram[i];
             w->doubt[i * pages + page] = (float)((half + w->rounding[i]) * (1 + UNIT));
         }
-        MARK(1);
         page_logits(g, &w->page, place + page * g->group, g->group, w->x + page * g->group, n);
-        MARK(0);
     }
-    MARK(-1);
+    MARK(0);
     for (int64_t i = 0; i < m; i++) {
         read_all_lengths(g, w, r, i, known);
         float *x = w->x + i * n, *fresh = w->fresh.logits + i * w->fresh.room, *grown = w->grown + i * n / BLOCK;
@@ -862,7 +860,7 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
         float cut = cut_of(x, n, g->share * most * whole);
         w->cut[i] = cut < w->limit[i] ? cut : w->limit[i];
     }
-    MARK(2);
+    MARK(1);
     for (int again = 1; again;) {
         again = 0;
         add_values(g, &w->sums, place, n, w->x, w->cut, w->limit, w->grown, w->list, w->left);
@@ -871,7 +869,7 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
             if (w->cut[i] > 0 && cut_too_much(g, w, r, i)) w->cut[i] = 0, again = 1; /* read all values */
         }
     }
-    MARK(3);
+    MARK(2);
 }
 
 /* ---- all rows ---------------------------------------------------------------------------------------------------- */
