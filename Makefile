@@ -52,7 +52,7 @@ test-isa: $(VENV)/.development
 test-oldest: $(OLDEST)/.development
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/hf
 
-# The kernels of stores and of `tiered`: numba and its compiler take 208 MB, so they are not among what make test installs.
+# The kernels of stores: numba and its compiler take 208 MB, so they are not among what make test installs.
 test-fast: $(FAST)/.development
 	OMP_NUM_THREADS=1 $(FAST)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/methods/stores tests/methods/tiered \
 		tests/methods/test_tiered.py tests/certify

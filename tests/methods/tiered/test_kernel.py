@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,14 @@ from torch import Tensor
 from kvfloor import Spec
 from kvfloor.certify.certified import Certified
 from kvfloor.methods.stores import fused
-from kvfloor.methods.tiered import kernel
+from kvfloor.methods.tiered import kernel, kernel_library
 from kvfloor.methods.tiered.fetch import CertifiedReader
 from kvfloor.methods.tiered.tiered import Tiered, TieredState
 from tests.certify.families import FAMILIES, queries
 from tests.certify.test_trials import truth
 from tests.support import seeded
 
-pytest.importorskip("numba", reason='the kernel needs numba: pip install "kvfloor[fast]", or make test-fast')
+pytestmark = pytest.mark.skipif(not kernel.installed(), reason="the kernel needs a C compiler, such as gcc or clang")
 
 WIDTHS = ((64, 64), (32, 128), (96, 64), (128, 64))
 ALL = 1e6  # an epsilon with which nothing is fetched
@@ -247,39 +247,83 @@ def test_where_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     state = filled(k, v)
     monkeypatch.setattr(kernel, "read", lambda *given: pytest.fail("the kernel was asked"))
     state.read_certified(torch.cat((q, q), 1))
-    monkeypatch.setattr(fused, "installed", lambda: False)
+    monkeypatch.setattr(kernel, "installed", lambda: False)
     state.read_certified(q)
 
 
 def test_the_kernels_exponential_errs_by_less_than_is_allowed_for() -> None:
-    numba: Any = pytest.importorskip("numba")
-    exponential = kernel._kernel().exponential
-
-    @numba.njit
-    def apply(x: Any, out: Any) -> None:
-        for i in range(len(x)):
-            out[i] = exponential(x[i])
-
     x = np.concatenate([np.linspace(-80, 0, 1 << 18), -np.geomspace(1e-8, 80, 1 << 16)]).astype(np.float32)
     out = np.empty_like(x)
-    apply(x, out)
+    library = kernel_library.library()
+    assert library is not None
+    library.exponentials(x.ctypes.data, out.ctypes.data, len(x))
     exact = np.exp(x.astype(np.float64))
     assert float(np.abs(out / exact - 1).max()) < 2.0**-22
+
+
+# ---- values that are not read ----------------------------------------------------------------------------------------
+
+
+def unread(state: TieredState, q: Tensor, epsilon: float, **changes: Any) -> tuple[Certified, Tensor]:
+    """Return the kernel's answers to q, and the share of each query's mass whose values it did not read."""
+    given = kernel.arguments(hot(state), q, None, epsilon) | changes
+    kernel.run(given, 1)
+    return kernel.found(given), torch.from_numpy(given["unread"])
+
+
+def tilted(n: int = 2048) -> tuple[Tensor, ...]:
+    """Return tokens whose light ones all have the value e_1, and whose heavy ones have -e_1: the worst to leave out."""
+    k, v, q = drawn(21, n, rows=1)
+    v = v * 1e-3
+    v[..., 0] = -(k @ q[0, 0] > 2).float() * 2 + 1
+    return k, v, q[:, :1] * 2
+
+
+def test_values_of_light_tokens_stay_unread_and_are_allowed_for() -> None:
+    for (k, v, q), epsilons in ((drawn(20, 3000, rows=1), (0.0, 0.05, 0.1, 0.3)), (tilted(), (0.0, 0.1, 0.3))):
+        state = filled(k, v, page=64, recent=64)
+        exact, before = truth(q, k, v, state.spec), -1.0
+        for epsilon in epsilons:
+            found, left = unread(state, q, epsilon)
+            assert not wrong(found, exact)
+            assert float(left.mean()) > before and bool((left <= epsilon).all())
+            assert epsilon == 0 or bool(found.within(epsilon).all())
+            before = float(left.mean())
+
+
+def test_what_is_certified_with_all_values_is_certified_without_some() -> None:
+    """Where unread values would make a bound too large, they are read."""
+    k, v, q = drawn(22, 3000, rows=2)
+    state = filled(k, v, page=64, recent=64)
+    whole = kernel.read(hot(state), q, None)
+    for epsilon in (0.8, 1.0, 1.2, 2.0):
+        most = epsilon * float(whole.relative.median())
+        for share in (0.5, 5.0, 50.0):  # far more than the kernel takes
+            found, _ = unread(state, q, most, share=share)
+            assert bool((found.within(most) | ~whole.within(most * 0.97)).all())
+
+
+def test_an_answer_does_not_depend_on_other_queries_or_rows() -> None:
+    k, v, q = drawn(23, 2000)
+    state = filled(k, v, page=64, recent=64)
+    together, left = unread(state, q, 0.1)
+    assert float(left.min()) > 0
+    for i in range(M):
+        alone, own = unread(state, q[:, i : i + 1], 0.1)
+        torch.testing.assert_close(own[:, 0], left[:, i], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(alone.partial.mean[:, 0], together.partial.mean[:, i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.error[:, 0], together.error[:, i], rtol=1e-3, atol=1e-6)
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
 
 
-def changed(at: str, change: Any) -> Any:
-    """Return the kernel, whose argument `at` is changed before each call."""
-    real = kernel._kernel()
-    names = real.certify.py_func.__code__.co_varnames
-    index = names.index(at)
-
-    def call(*given: Any) -> None:
-        real.certify(*given[:index], change(given[index]), *given[index + 1 :])
-
-    return SimpleNamespace(certify=call, TILE=real.TILE)
+def changed(monkeypatch: pytest.MonkeyPatch, at: str, change: Any) -> None:
+    """Change the argument `at` of the kernel before each call."""
+    real = kernel.arguments
+    monkeypatch.setattr(
+        kernel, "arguments", lambda *given: (found := real(*given)) | {at: change(np.asarray(found[at])[()])}
+    )
 
 
 FAULTS = {
@@ -303,8 +347,7 @@ def test_a_wrong_answer_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     v[:, -1] *= 30  # so that the newest token counts
     state = filled(k, v, 3.0)
     alike(state, q * 3, k, v)
-    broken = changed(*FAULTS[name])
-    monkeypatch.setattr(kernel, "_kernel", lambda: broken)
+    changed(monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError):
         alike(state, q * 3, k, v)
 
@@ -323,8 +366,7 @@ def test_a_bound_that_lacks_a_term_is_smaller_than_torchs(name: str, monkeypatch
     wanted = in_torch(state, q)
     whole = kernel.read(hot(state), q, None)
     assert bool((whole.error >= 0.95 * wanted.error).all())
-    broken = changed(*LOOSE[name])
-    monkeypatch.setattr(kernel, "_kernel", lambda: broken)
+    changed(monkeypatch, *LOOSE[name])
     assert bool((kernel.read(hot(state), q, None).error < 0.95 * wanted.error).any())
 
 
@@ -335,7 +377,76 @@ def test_large_logits_are_allowed_their_rounding(monkeypatch: pytest.MonkeyPatch
     state = filled(k, v, recent=0)
     whole = kernel.read(hot(state), q, None)
     assert not wrong(whole, truth(q, k, v, state.spec))
-    broken = changed("reach", lambda x: x * 0)
-    monkeypatch.setattr(kernel, "_kernel", lambda: broken)
+    changed(monkeypatch, "reach", lambda x: x * 0)
     allowed = 12 * 2.0**-23 * state.spec.scale * q.norm(dim=-1) * k[0, 0].norm()
     assert bool((whole.spread - kernel.read(hot(state), q, None).spread > 0.9 * allowed).all())  # of 92 of 100 tokens
+
+
+# ---- faults in the source --------------------------------------------------------------------------------------------
+
+SOURCE_FAULTS = {
+    "values that are not read are not allowed for": ("about += w->left[i] * (known->widest + length);", ""),
+    "they are allowed for only up to the longest one": (
+        "about += w->left[i] * (known->widest + length)",
+        "about += w->left[i] * length",
+    ),
+    "half of the unread weights are counted": ("sum(below);\n        }", "sum(below) / 2;\n        }"),
+    "the mean is divided by the mass of all tokens": ("+ centre[c]) / read_mass", "+ centre[c]) / whole_mass"),
+    "further bits begin at the wrong channel": ("rank < (int32_t)loud", "rank <= (int32_t)loud"),
+    "the last tokens of a block are left out": ("t < many ? x[i * stride", "t + 3 < many ? x[i * stride"),
+    "sums go on from row to row": ("memset(s->total, 0,", "if (0) memset(s->total, 0,"),
+    "sums of a chunk are added twice": ("memset(s->part, 0, (size_t)n * sizeof *s->part);", "(void)0;"),
+    "channels of equal widths are in another order": ("mine + (lanes_from(0) > c)", "mine + (lanes_from(0) < c)"),
+    "a query's logits get another's start": ("+ page->start[first + i]", "+ page->start[first]"),
+    "heavy tokens have no part in the bound": ("each[k] = away * more, own[k] = away * away;", "each[k] = own[k] = 0;"),
+    "the spread lacks the tokens that are not read": ("tokens, w->lighter[i], slope", "tokens, of[4], slope"),
+}
+
+
+def searching() -> None:
+    """Raise AssertionError if the kernel's answers or bounds differ from torch's, or an answer errs too much."""
+    k, v, q = drawn(24, 360, rows=2)
+    paged = k[:, :320].view(2, 5, 64, 64)
+    paged[..., 1::2] = paged[..., ::2].flip(2)  # channels of equal ranges, and other numbers
+    alike(filled(k, v, page=64, recent=64), q, k, v)
+    k, v, q = drawn(25, 300, rows=2)
+    state = filled(k * torch.linspace(0.2, 3, 300).unsqueeze(1), v)
+    sharp = kernel.read(hot(state), q * 2, None)
+    assert bool((sharp.error >= 0.9 * in_torch(state, q * 2).error).all())
+    k, v, q = tilted()
+    state = filled(k, v, page=64, recent=64)
+    found, left = unread(state, q, 0.3)
+    whole = kernel.read(hot(state), q, None)
+    assert float(left) > 0.1 and not wrong(found, truth(q, k, v, state.spec))
+    assert bool((found.spread >= 0.999 * whole.spread).all())
+    same, _ = unread(filled(k, torch.ones_like(v), page=64, recent=64), q, 0.3)
+    torch.testing.assert_close(same.partial.mean, torch.ones_like(same.partial.mean), rtol=0, atol=0.02)
+    least = whole.error + float(left) * 1.9 * found.largest  # unread values may be twice the longest away
+    assert bool((found.error >= least - 0.01).all())
+
+
+def test_the_search_finds_nothing_in_the_source_as_it_is() -> None:
+    searching()
+
+
+def test_processors_without_these_instructions_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernel_library, "instructions", lambda: ())
+    plain = kernel_library.loaded(tmp_path)
+    monkeypatch.setattr(kernel_library, "library", lambda: plain)
+    searching()
+
+
+@pytest.mark.parametrize("name", SOURCE_FAULTS)
+def test_a_fault_in_the_source_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = kernel_library.SOURCE.read_text()
+    right, fault = SOURCE_FAULTS[name]
+    assert text.count(right) == 1
+    (tmp_path / "kernel.c").write_text(text.replace(right, fault))
+    monkeypatch.setattr(kernel_library, "SOURCE", tmp_path / "kernel.c")
+    monkeypatch.setattr(kernel_library, "OPTIONS", ("-O0", *kernel_library.OPTIONS[1:]))
+    broken = kernel_library.loaded(tmp_path)
+    monkeypatch.setattr(kernel_library, "library", lambda: broken)
+    with pytest.raises(AssertionError):
+        searching()

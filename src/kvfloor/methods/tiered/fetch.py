@@ -52,7 +52,8 @@ class CertifiedReader:
             found, fetched = self._read(q, hide, real, None)
             return shaped(found, rows, g, m), fetched
         hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
-        found, fetched = kernel.read(self.hot, q.flatten(1, 2), hidden), torch.zeros(rows, m, dtype=torch.int64)
+        found = kernel.read(self.hot, q.flatten(1, 2), hidden, self.epsilon)
+        fetched = torch.zeros(rows, m, dtype=torch.int64)
         sure = found.within(self.epsilon)
         if not bool(sure.all()):
             unsure = ~sure.unflatten(1, (g, m)) if real is None else ~sure.unflatten(1, (g, m)) & real.unsqueeze(1)

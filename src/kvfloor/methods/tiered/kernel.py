@@ -1,13 +1,15 @@
-"""Answer few queries from the codes of `tiered`, with bounds, where numba is installed: `pip install "kvfloor[fast]"`.
+"""Answer few queries from the codes of `tiered`, with bounds, in compiled C where the system has a C compiler.
 
-`Glimpse.answer` defines this attention in torch. The kernel's answers and bounds differ from it by rounding, and in
-which tokens are bounded one by one; its bounds hold by themselves (docs/certificates.md). It never fetches: queries
-whose bounds are too large are answered by torch. In shapes, r are rows, i.e. (batch item, kv head) streams, m queries,
-s slots of a row, d and dv the widths of a key and a value.
+`Glimpse.answer` defines this attention in torch. The kernel's answers and bounds differ from it by rounding, in which
+tokens are bounded one by one, and in that the values of tokens of little weight are not read; its bounds hold by
+themselves (docs/certificates.md). It never fetches: queries whose bounds are too large are answered by torch. In
+shapes, r are rows, i.e. (batch item, kv head) streams, m queries, s slots of a row, d and dv the widths of a key and a
+value.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,32 +25,56 @@ from kvfloor.methods.stores.codes import ChannelCodes, TokenCodes
 from kvfloor.methods.stores.levels import levels
 from kvfloor.methods.stores.loud import LoudChannels
 from kvfloor.methods.stores.turn import matrix
+from kvfloor.methods.tiered import kernel_library
 
 if TYPE_CHECKING:
     from kvfloor.methods.tiered.hot import Hot
 
+MOST_QUERIES = 8
+"""Most queries of a row for which the kernel is used."""
+
+SHARE = 0.5
+"""How much of a query's mass is left unread, as a share of epsilon minus about what the codes take of it."""
+
 _BITS = 8
-_WIDEST = 256  # a sum of more products of 8 and 15 bits would not fit 32
-_NOTHING = np.zeros((0, 0, 0), np.bool_)
-_NO_WORDS = np.zeros((0, 0), np.uint32)
+_TILE = 32  # the kernel reads so many tokens of a page at a time
+_WIDEST = 256
+_INTEGERS = ("rows", "m", "d", "dv", "first", "group", "ring", "extra", "fine_words", "slots", "groups")
+_NUMBERS = ("scale", "softcap", "gram_rounding", "level_bound", "epsilon", "share")
+_ARRAYS = (
+    *("q", "offset", "count", "coded", "hide"),
+    *("key_packed", "key_fine", "low", "high", "span"),
+    *("value_packed", "value_scale", "radius", "levels"),
+    *("fresh_k", "fresh_v", "key_gram", "excess", "reach", "operator", "turn"),
+    *("mean", "log_mass", "error", "spread", "largest", "unread"),
+)
+
+
+class _Given(ctypes.Structure):
+    """Lay out what the kernel is given, as `struct given` of kernel.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_double) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
+    ]
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Any:
-    """Return the module of the kernel. Its first import on a machine compiles it, which takes a while."""
-    from kvfloor.methods.tiered import kernel_numba
-
-    return kernel_numba
+def installed() -> bool:
+    """Return True if there is a compiled kernel that takes what this module gives; compile it if it is missing."""
+    library = kernel_library.library()
+    return library is not None and library.size_of_given() == ctypes.sizeof(_Given)
 
 
 def serves(hot: Hot) -> bool:
-    """Return True if the kernel can read this tier: on a CPU, in float32, with numba, and if no token was dropped.
+    """Return True if the kernel can read this tier: on a CPU, in float32, and if no token was dropped.
 
     Pages must be whole tiles; keys at most 256 numbers, and a multiple of 32, as the bits beyond 8 of a key must be;
     values a multiple of 64.
     """
     codes, spec = hot.codes, hot.spec
-    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied or not fused.installed():
+    if spec.device_type != "cpu" or spec.compute_dtype != torch.float32 or spec.tied:
         return False
     keys, values = codes.key_codes, codes.value_codes
     if spec.d % 32 or spec.d > _WIDEST or spec.dv % 64 or not codes.ordered:
@@ -57,46 +83,116 @@ def serves(hot: Hot) -> bool:
         return False
     if isinstance(keys, LoudChannels) and (keys.extra not in (1, 2, 4) or keys.fine.shape[1] % 4):
         return False
-    return isinstance(keys, LoudChannels | ChannelCodes) and codes.group % _kernel().TILE == 0
+    return isinstance(keys, LoudChannels | ChannelCodes) and codes.group % _TILE == 0 and installed()
 
 
-def read(hot: Hot, q: Tensor, hide: Tensor | None) -> Certified:
+def read(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float = 0.0) -> Certified:
     """Return certified answers (r, m) to q (r, m, d) from the codes of a tier that the kernel serves, not rotated.
 
-    hide: bool (r, m, s), True for tokens that the queries do not see; None: they see all that their row holds.
+    hide     bool (r, m, s), True for tokens that the queries do not see; None: they see all that their row holds
+    epsilon  the largest error wanted, relative to the largest norm of a value. Values of tokens of little weight stay
+             unread as long as the bound is not above it; with 0, all that have weight are read
     """
+    given = arguments(hot, q, hide, epsilon)
+    run(given, int(hot.codes.held.sum()))
+    return found(given)
+
+
+def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[str, Any]:
+    """Return the entries of `struct given` of kernel.c by name, for `run`: numbers, and arrays; None: no array."""
     codes, spec = hot.codes, hot.spec
     keys, values = codes.key_codes, codes.value_codes
     assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, TokenCodes)
-    (rows, m), extra, fine = q.shape[:2], 0, _NO_WORDS
+    (rows, m), extra, fine = q.shape[:2], 0, np.zeros((0, 0), np.uint8)
+    assert m <= MOST_QUERIES
     if isinstance(keys, LoudChannels):
-        extra, fine = keys.extra, keys.fine.numpy().view(np.uint32)
-    pages = int(codes.coded.max()) // codes.group
-    mean, numbers = np.empty((rows, m, spec.dv), np.float32), np.empty((4, rows, m), np.float32)
+        extra, fine = keys.extra, keys.fine.numpy()
+    pages = int(codes.coded.max()) // codes.group if rows else 0
     radius: Tensor = codes.columns.radius  # type: ignore[attr-defined]
-    given = (
-        *(q.to(torch.float32).contiguous().numpy(), float(spec.scale), float(spec.softcap or 0.0)),
-        *(codes.offset.numpy(), codes.held.numpy(), codes.coded.numpy(), codes.first, codes.group, codes.ring),
-        _NOTHING if hide is None else hide.numpy(),
-        *(keys.packed.numpy(), fine, extra),
-        *(keys.low.numpy(), keys.high.numpy(), keys.range.numpy()),
-        *(values.packed.numpy(), values.scale.view(torch.int16).numpy(), radius.view(torch.int16).numpy()),
-        *_levels(spec.dv),
-        *(codes.fresh_k.to(torch.float32).numpy(), codes.fresh_v.to(torch.float32).numpy()),
-        *(hot.key_gram.numpy(), unit(spec.compute_dtype) * (2 * spec.d + codes.group + pages + 32)),
-        *(hot.excess.numpy(), hot.reach.numpy(), hot.operator.numpy()),
-        matrix(spec.dv, torch.float64, "cpu").numpy(),
-        *(mean, *numbers),
-    )
-    fused.shared(_kernel().certify, rows, int(codes.held.sum()), given)
-    log_mass, error, spread, largest = torch.from_numpy(numbers)
-    return Certified(Partial(torch.from_numpy(mean), log_mass), error, spread, largest)
+    return {
+        "rows": rows,
+        "m": m,
+        "d": spec.d,
+        "dv": spec.dv,
+        "first": codes.first,
+        "group": codes.group,
+        "ring": codes.ring,
+        "extra": extra,
+        "fine_words": fine.shape[1] // 4,
+        "groups": keys.low.shape[1],
+        "slots": 0 if hide is None else hide.shape[2],
+        "scale": float(spec.scale),
+        "softcap": float(spec.softcap or 0.0),
+        "epsilon": float(epsilon),
+        "share": SHARE,
+        "gram_rounding": unit(spec.compute_dtype) * (2 * spec.d + codes.group + pages + 32),
+        "q": q.to(torch.float32).numpy(),
+        "offset": codes.offset.numpy(),
+        "count": codes.held.numpy(),
+        "coded": codes.coded.numpy(),
+        "hide": None if hide is None else hide.numpy(),
+        "key_packed": keys.packed.numpy(),
+        "key_fine": fine,
+        "low": keys.low.numpy(),
+        "high": keys.high.numpy(),
+        "span": keys.range.numpy(),
+        "value_packed": values.packed.numpy(),
+        "value_scale": values.scale.view(torch.int16).numpy(),
+        "radius": radius.view(torch.int16).numpy(),
+        "levels": _table(spec.dv),
+        "level_bound": _level_bound(spec.dv),
+        "fresh_k": codes.fresh_k.to(torch.float32).numpy(),
+        "fresh_v": codes.fresh_v.to(torch.float32).numpy(),
+        "key_gram": hot.key_gram.numpy(),
+        "excess": hot.excess.numpy(),
+        "reach": hot.reach.numpy(),
+        "operator": hot.operator.numpy(),
+        "turn": matrix(spec.dv, torch.float64, "cpu").numpy(),
+        "mean": np.empty((rows, m, spec.dv), np.float32),
+        **{name: np.empty((rows, m), np.float32) for name in ("log_mass", "error", "spread", "largest", "unread")},
+    }
+
+
+def run(given: dict[str, Any], slots: int) -> None:
+    """Let the kernel fill the arrays at the end of `given`; slots: how many it reads, for the number of threads."""
+    library = kernel_library.library()
+    assert library is not None
+    arrays = {name: None if given[name] is None else np.ascontiguousarray(given[name]) for name in _ARRAYS}
+    entries = {name: given[name] for name in _INTEGERS + _NUMBERS}
+    entries |= {name: None if x is None else x.ctypes.data for name, x in arrays.items()}
+    packed = _Given(**entries)
+    failed = []
+
+    def certify(begin: int, stop: int) -> None:
+        if library.certify(begin, stop, ctypes.byref(packed)):
+            failed.append(begin)
+
+    fused.shared(certify, given["rows"], slots, ())
+    if failed:
+        raise MemoryError("the kernel of certified reads found no memory for the logits of a row")
+
+
+def found(given: dict[str, Any]) -> Certified:
+    """Return the answers that the kernel wrote to the arrays of `given`."""
+    mean, *numbers = (torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest"))
+    return Certified(Partial(mean, numbers[0]), *numbers[1:])
 
 
 @lru_cache(maxsize=64)
-def _levels(width: int) -> tuple[Any, Any]:
-    """Return the levels of 8-bit codes, and the three upper bytes of the positive ones, as the kernel takes them."""
-    table = levels(_BITS, width).numpy()
-    raw = table[128:].view(np.uint8).reshape(128, 4)
-    assert np.array_equal(table, -table[::-1]) and not raw[:, 0].any()
-    return table, np.ascontiguousarray(raw[:, 1:].T)
+def _table(width: int) -> Any:
+    return levels(_BITS, width).numpy()
+
+
+@lru_cache(maxsize=64)
+def _level_bound(width: int) -> float:
+    """Return a bound on the norm of the levels that code a unit vector: no value is longer than its scale times this.
+
+    An entry is coded by the nearest level. So a level L of size above the smallest codes entries of at least the size e
+    where its cell begins, and the sum of L^2 is at most a times that of e^2, plus `width` times the most of L^2 - a e^2
+    over all levels, for each a.
+    """
+    level = levels(_BITS, width).double().numpy()
+    level = level[len(level) // 2 :]
+    begin = np.concatenate([[0.0], (level[1:] + level[:-1]) / 2])
+    bounds = [a + width * max(0.0, float((level**2 - a * begin**2).max())) for a in np.linspace(1, 2, 1001)]
+    return float(np.sqrt(min(bounds)) * (1 + 1e-4))

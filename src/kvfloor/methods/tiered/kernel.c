@@ -1,0 +1,944 @@
+/* Compute certified attention over packed codes, read in place.
+
+   kernel.py says when it is used, `certify.glimpse` defines what it computes, and docs/certificates.md has the bounds
+   and what the order of this file's sums allows for rounding.
+
+   A row is one (batch item, kv head) stream, a slot the place of one held token, a page `group` tokens of a row that
+   are coded together, a channel one entry of a key or value. The kernel goes through a row's coded slots twice: for all
+   logits, and for the values of the tokens whose weights count. Heavy tokens, those of large weight, are bounded one by
+   one, all others together. Vectors have eight numbers; arithmetic on them is that of GCC's and Clang's vector types,
+   with instructions named where the processor for which this is compiled has AVX2. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(one, two, ...) __builtin_shufflevector(one, two, __VA_ARGS__)
+#else
+#define SHUFFLE(one, two, ...) __builtin_shuffle(one, two, (integers){__VA_ARGS__})
+#endif
+
+enum {
+    LANES = 8,
+    BLOCK = 32,  /* tokens whose values are decoded at a time */
+    CHUNK = 256, /* tokens that are summed in float32, before they are added to a sum in float64 */
+    HEAVY = 64,  /* most tokens that are bounded one by one, for each query */
+    ROWS = 6,    /* most sums of values that are made at once */
+};
+
+static const float HIDDEN = -1e30f; /* stands for the logit of a token that is not seen */
+static const double LEAST = -80.0;  /* least exponent of a weight relative to the largest one: smaller weights are 0 */
+static const double DOUBT = 30.0;   /* bound on a logit's error from which on nothing is bounded */
+static const double UNIT = 0x1p-23; /* the allowance for one rounding in float32, twice the largest relative error */
+
+typedef float numbers __attribute__((vector_size(32)));
+typedef int32_t integers __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(32)));
+typedef numbers loose __attribute__((aligned(4), may_alias));
+typedef uint16_t shorts __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(8), aligned(1), may_alias));
+
+/* What `kernel.py` passes, in this order: numbers of 8 bytes, then addresses of arrays. */
+struct given {
+    int64_t rows, m, d, dv, first, group, ring, extra, fine_words, slots, groups;
+    double scale, softcap, gram_rounding, level_bound, epsilon, share;
+    const float *q;                           /* (rows, m, d) */
+    const int64_t *offset, *count, *coded;    /* (rows): first slot, slots that are read, tokens before those uncoded */
+    const uint8_t *hide;                      /* (rows, m, slots) bool, True for slots a query does not see; or NULL */
+    const uint8_t *key_packed;                /* (places, d) */
+    const uint32_t *key_fine;                 /* (places, fine_words) */
+    const uint8_t *low, *high;                /* (rows, groups, d) */
+    const float *span;                        /* (rows, groups, 4) */
+    const uint8_t *value_packed;              /* (places, dv) */
+    const uint16_t *value_scale, *radius;     /* (places) the bits of bfloat16 */
+    const float *levels;                      /* (256) */
+    const float *fresh_k, *fresh_v;           /* (rows, first + ring, d and dv) */
+    const float *key_gram;                    /* (rows, d, d) */
+    const float *excess, *reach, *operator_;  /* (rows) */
+    const double *turn;                       /* (dv, dv) the rotation of values */
+    float *mean;                              /* (rows, m, dv) */
+    float *log_mass, *error, *spread, *largest, *unread; /* (rows, m) */
+};
+
+int64_t size_of_given(void) { return sizeof(struct given); }
+
+#ifdef TIMED /* for bench/certified_read.py */
+#include <time.h>
+double spent[3]; /* nanoseconds of this thread's processor, by part */
+static void mark(int part) {
+    static double before;
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    double at = (double)now.tv_sec * 1e9 + (double)now.tv_nsec;
+    if (part >= 0) spent[part] += at - before;
+    before = at;
+}
+#define MARK(part) mark(part)
+#else
+#define MARK(part) (void)0
+#endif
+
+/* ---- vectors ----------------------------------------------------------------------------------------------------- */
+
+INLINE numbers load(const float *from) { return *(const loose *)from; }
+INLINE void store(float *to, numbers x) { *(loose *)to = x; }
+INLINE numbers every(float x) { return x - (numbers){}; }
+INLINE numbers where(integers mask, numbers x) { return (numbers)((integers)x & mask); }
+INLINE numbers choose(integers mask, numbers x, numbers y) {
+    return (numbers)(((integers)x & mask) | ((integers)y & ~mask));
+}
+INLINE numbers larger(numbers x, numbers y) { return choose(x > y, x, y); }
+INLINE integers lanes_from(int32_t start) { return (integers){0, 1, 2, 3, 4, 5, 6, 7} + start; }
+INLINE numbers as_floats(integers x) { return __builtin_convertvector(x, numbers); }
+INLINE numbers absolute(numbers x) { return (numbers)((integers)x & 0x7fffffff); }
+
+/* Return eight bytes as numbers. */
+INLINE numbers from_bytes(const uint8_t *at) {
+#ifdef __AVX2__
+    return (numbers)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)));
+#else
+    return as_floats(__builtin_convertvector(*(const bytes *)at, integers));
+#endif
+}
+
+/* Return eight numbers of bfloat16 from their bits. */
+INLINE numbers from_shorts(const uint16_t *at) {
+#ifdef __AVX2__
+    return (numbers)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
+#else
+    return (numbers)(__builtin_convertvector(*(const shorts *)at, words) << 16);
+#endif
+}
+
+INLINE float from_short(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+}
+
+/* Return a mask of the lanes that are set, lane 0 in bit 0. */
+INLINE unsigned marked(integers mask) {
+#ifdef __AVX2__
+    return (unsigned)_mm256_movemask_ps((__m256)mask);
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (unsigned)(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+/* Return the sums of four vectors' lanes, in the lower four lanes. */
+INLINE numbers sums_of_four(numbers a, numbers b, numbers c, numbers d) {
+    numbers ab = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    numbers cd = SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
+    numbers half = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    return half + SHUFFLE(half, half, 4, 5, 6, 7, 0, 1, 2, 3);
+}
+
+INLINE float sum(numbers x) {
+    numbers none = {};
+    return sums_of_four(x, none, none, none)[0];
+}
+
+INLINE float highest(numbers x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* Return exp(x) for x <= 0, to within 2^-22 of it; 0 below LEAST. */
+INLINE numbers exponential(numbers x) {
+    integers n = __builtin_convertvector(x * 1.44269504f - 0.5f, integers);
+    numbers whole = as_floats(n);
+    numbers r = x - whole * 0.693359375f + whole * 2.12194440e-4f; /* the first product has no rounding */
+    numbers p = every(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r + 1.0f;
+    return where(x >= (float)LEAST, p * (numbers)((n + 127) << 23));
+}
+
+void exponentials(const float *x, float *out, int64_t n) { /* for tests */
+    for (int64_t t = 0; t + LANES <= n; t += LANES) store(out + t, exponential(load(x + t)));
+}
+
+/* ---- the first time: logits and weights -------------------------------------------------------------------------- */
+
+/* A page's channels, and the queries with its ranges folded in. */
+struct page {
+    float *begin, *wide, *step; /* (d) start and width of each channel's range, and its step */
+    float *coarse_step;         /* (d) what one of the 8 bits of a code counts */
+    float *fine_step;           /* (d / 2) the steps of the channels of `order` */
+    int32_t *bits, *rank;       /* (d) the bits of the widths, and the channels' ranks by falling width */
+    int32_t *order;             /* (d) the channels by falling width; the first half have further bits */
+    float *coarse, *fine;       /* (m, d) and (m, d / 2): these steps, times the queries */
+    float *start;               /* (m) the queries' products with the starts of the ranges */
+};
+
+/* Write the start and the width of each channel's range, to the bit as `codes.ranges` computes them. */
+static void write_ranges(const struct given *g, int64_t at, struct page *page) {
+    const float *span = g->span + 4 * at;
+    const uint8_t *low = g->low + at * g->d, *high = g->high + at * g->d;
+    for (int64_t c = 0; c < g->d; c++) { /* the products are exact in float64: none is rounded as one with its sum */
+        float begin = span[0] + (float)((double)low[c] * (double)span[1]);
+        float end = span[2] + (float)((double)high[c] * (double)span[3]);
+        page->begin[c] = begin;
+        page->wide[c] = end > begin ? end - begin : 0.0f;
+    }
+}
+
+/* Write, for each channel, how many are wider, or as wide and before it. Widths are ordered like their bits. */
+static void write_ranks(struct page *page, int64_t d) {
+    memcpy(page->bits, page->wide, (size_t)d * sizeof *page->bits);
+    for (int64_t start = 0; start < d; start += LANES) {
+        integers mine, found = {};
+        memcpy(&mine, page->bits + start, sizeof mine);
+        integers below = mine - 1; /* what is larger than this may be equal */
+        UNROLL for (int64_t c = 0; c < start; c++) found -= page->bits[c] > below;
+        UNROLL for (int32_t c = 0; c < LANES; c++) found -= page->bits[start + c] > mine + (lanes_from(0) > c);
+        UNROLL for (int64_t c = start + LANES; c < d; c++) found -= page->bits[c] > mine;
+        memcpy(page->rank + start, &found, sizeof found);
+    }
+}
+
+/* Write the steps of a page's channels, to the bit as `LoudChannels` has them. */
+static void write_steps(const struct given *g, struct page *page) {
+    int64_t loud = g->extra ? g->d / 2 : 0;
+    numbers most = every((float)((256 << g->extra) - 1)), times = every((float)(1 << g->extra));
+    if (loud) write_ranks(page, g->d);
+    for (int64_t c = 0; c < g->d; c += LANES) {
+        integers rank = {};
+        if (loud) memcpy(&rank, page->rank + c, sizeof rank);
+        integers has_more = rank < (int32_t)loud;
+        numbers step = load(page->wide + c) / choose(has_more, most, every(255.0f));
+        store(page->step + c, step);
+        store(page->coarse_step + c, step * choose(has_more, times, every(1.0f)));
+    }
+    for (int32_t c = 0; loud && c < g->d; c++) page->order[page->rank[c]] = c;
+    for (int64_t n = 0; n < loud; n++) page->fine_step[n] = page->step[page->order[n]];
+}
+
+/* Fold a page's steps into query i, asked (d); return a bound on a logit's error from half a step of every channel. */
+static double fold(const struct given *g, struct page *page, const float *asked, int64_t i) {
+    float *coarse = page->coarse + i * g->d, *fine = page->fine + i * (g->d / 2);
+    numbers start = {}, error = {};
+    for (int64_t c = 0; c < g->d; c += LANES) {
+        numbers query = load(asked + c);
+        store(coarse + c, query * load(page->coarse_step + c));
+        start += query * load(page->begin + c);
+        error += absolute(query) * load(page->step + c);
+    }
+    for (int64_t n = 0; g->extra && n < g->d / 2; n++) fine[n] = asked[page->order[n]] * page->fine_step[n];
+    page->start[i] = sum(start);
+    return sum(error) / 2;
+}
+
+/* Write the logits of four tokens and of m queries from `first` on to out[i stride + t], for a literal m of 1 to 3. */
+INLINE void four_logits(const struct given *g, const struct page *page, int64_t place, const int m, int64_t first,
+                        float *out, int64_t stride) {
+    numbers totals[4][3] = {}, queries[3];
+    const uint8_t *codes = g->key_packed + place * g->d;
+    const float *coarse = page->coarse + first * g->d, *fine = page->fine + first * (g->d / 2);
+    for (int64_t c = 0; c < g->d; c += LANES) {
+        UNROLL for (int i = 0; i < m; i++) queries[i] = load(coarse + i * g->d + c);
+        UNROLL for (int t = 0; t < 4; t++) {
+            numbers code = from_bytes(codes + t * g->d + c);
+            UNROLL for (int i = 0; i < m; i++) totals[t][i] += queries[i] * code;
+        }
+    }
+    const uint32_t *further = g->key_fine + place * g->fine_words, each = (uint32_t)g->extra, mask = (1u << each) - 1;
+    for (int64_t j = 0, n = 0; j < g->fine_words; j++) {
+        words by = (words)lanes_from(0) * each;
+        for (uint32_t bit = 0; bit < 32 / LANES; bit += each, n += LANES, by += LANES * each) {
+            UNROLL for (int i = 0; i < m; i++) queries[i] = load(fine + i * (g->d / 2) + n);
+            UNROLL for (int t = 0; t < 4; t++) {
+                words code = ((further[t * g->fine_words + j] + (words){}) >> by) & mask;
+                UNROLL for (int i = 0; i < m; i++) totals[t][i] += queries[i] * as_floats((integers)code);
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < m; i++) {
+        numbers found = sums_of_four(totals[0][i], totals[1][i], totals[2][i], totals[3][i]) + page->start[first + i];
+        memcpy(out + (first + i) * stride, &found, 4 * sizeof *out);
+    }
+}
+
+/* Write the logits of `many` tokens from slot `place` on, a multiple of 4, and all queries to out[i stride + t]. */
+static void page_logits(const struct given *g, const struct page *page, int64_t place, int64_t many, float *out,
+                        int64_t stride) {
+    for (int64_t t = 0; t < many; t += 4)
+        for (int64_t left = g->m, i = 0; left > 0; left = g->m - i) {
+            if (left == 3 || left > 4) {
+                four_logits(g, page, place + t, 3, i, out + t, stride);
+                i += 3;
+            } else if (left > 1) {
+                four_logits(g, page, place + t, 2, i, out + t, stride);
+                i += 2;
+            } else {
+                four_logits(g, page, place + t, 1, i, out + t, stride);
+                i += 1;
+            }
+        }
+    for (int64_t i = 0; g->softcap > 0 && i < g->m; i++)
+        for (int64_t t = 0; t < many; t++) {
+            double logit = out[i * stride + t];
+            out[i * stride + t] = (float)(g->softcap * tanh(logit / g->softcap));
+        }
+}
+
+/* Turn n logits into weights relative to `top`, n a multiple of LANES; add their sum and that of their squares. */
+static void weigh(float *x, int64_t n, float top, double *mass, double *square) {
+    for (int64_t start = 0; start < n; start += CHUNK) {
+        numbers one = {}, two = {};
+        for (int64_t t = start; t < n && t < start + CHUNK; t += LANES) {
+            numbers weight = exponential(load(x + t) - top);
+            store(x + t, weight);
+            one += weight;
+            two += weight * weight;
+        }
+        *mass += (double)sum(one);
+        *square += (double)sum(two);
+    }
+}
+
+/* Return how many of n weights are above the limit, and write the sum of the squares of the others. */
+static int64_t heavier(const float *x, int64_t n, float limit, double *rest) {
+    int64_t count = 0;
+    *rest = 0;
+    for (int64_t start = 0; start < n; start += CHUNK) {
+        integers above = {};
+        numbers square = {};
+        for (int64_t t = start; t < n && t < start + CHUNK; t += LANES) {
+            numbers weight = load(x + t);
+            integers heavy = weight > limit;
+            above -= heavy;
+            square += where(~heavy, weight * weight);
+        }
+        for (int i = 0; i < LANES; i++) count += above[i];
+        *rest += (double)sum(square);
+    }
+    return count;
+}
+
+/* Return a weight that at most HEAVY of n weights are above, and these stand out.
+
+   square  the sum of all squares; becomes that of the squares of the weights that are not above */
+static float limit_of(const float *x, int64_t n, double *square) {
+    float limit = INFINITY, lower = (float)sqrt(*square / HEAVY);
+    int64_t before = 0;
+    for (int i = 0; i < 4; i++) {
+        double rest;
+        int64_t count = heavier(x, n, lower, &rest);
+        if (count > HEAVY) break;
+        limit = lower;
+        *square = rest;
+        if (count == before) break;
+        before = count;
+        lower = (float)sqrt(rest / HEAVY);
+    }
+    return limit;
+}
+
+/* Return a weight such that the weights up to it, of n, add up to about `most`, by a sample of them, or to less. */
+static float cut_of(const float *x, int64_t n, double most) {
+    if (!(most > 0) || !n) return 0.0f;
+    int64_t stride = n < 4096 ? LANES : 8 * LANES;
+    double low = most / (double)n, high = most;
+    for (int i = 0; i < 7; i++) {
+        float middle = (float)sqrt(low * high);
+        numbers below = {};
+        for (int64_t t = 0; t < n; t += stride) {
+            numbers weight = load(x + t);
+            below += where(weight <= middle, weight);
+        }
+        if ((double)sum(below) * (double)(stride / LANES) <= most) low = middle;
+        else high = middle;
+    }
+    return (float)low;
+}
+
+/* ---- the second time: values ------------------------------------------------------------------------------------- */
+
+/* What a block of tokens adds to the sums over values, and the sums, for all queries. */
+struct sums {
+    int64_t place[BLOCK];
+    int32_t token[BLOCK];
+    float scale[BLOCK], radius[BLOCK], size[BLOCK];
+    float *levels;                     /* (BLOCK, dv) the values, without their scales */
+    float *weight;                     /* (2 m, BLOCK) weights times scales; light ones' squares, times scales */
+    float *part;                       /* (2 m, dv) sums of at most CHUNK tokens */
+    double *total;                     /* (2 m, dv) */
+    double (*of)[6];                   /* (m) what `add_block` says */
+    int64_t (*heavy)[HEAVY], *heavies; /* (m) the heavy tokens, and how many there are: above HEAVY, not all are here */
+};
+
+/* Write the levels of a value's codes to out (dv); return eight sums of their squares. */
+INLINE numbers decode(const struct given *g, int64_t place, float *out) {
+    const uint8_t *codes = g->value_packed + place * g->dv;
+    numbers square = {};
+    for (int64_t c = 0; c < g->dv; c += LANES) {
+        numbers some;
+        UNROLL for (int i = 0; i < LANES; i++) some[i] = g->levels[codes[c + i]];
+        store(out + c, some);
+        square += some * some;
+    }
+    return square;
+}
+
+/* Add the levels of a block, weighted by `rows` rows from `first` on, to `part`, for a literal number of rows. */
+INLINE void add_rows(const struct given *g, struct sums *s, int64_t first, const int rows) {
+    for (int64_t c = 0; c < g->dv; c += 2 * LANES) {
+        numbers totals[ROWS][2];
+        float *part = s->part + first * g->dv + c;
+        const float *levels = s->levels + c, *weight = s->weight + first * BLOCK;
+        UNROLL for (int i = 0; i < rows; i++) {
+            totals[i][0] = load(part + i * g->dv);
+            totals[i][1] = load(part + i * g->dv + LANES);
+        }
+        for (int t = 0; t < BLOCK; t++, levels += g->dv) {
+            numbers one = load(levels), two = load(levels + LANES);
+            UNROLL for (int i = 0; i < rows; i++) {
+                totals[i][0] += one * weight[i * BLOCK + t];
+                totals[i][1] += two * weight[i * BLOCK + t];
+            }
+        }
+        UNROLL for (int i = 0; i < rows; i++) {
+            store(part + i * g->dv, totals[i][0]);
+            store(part + i * g->dv + LANES, totals[i][1]);
+        }
+    }
+}
+
+/* Add n numbers of `part` to `total`, and clear them. */
+static void flush(struct sums *s, int64_t n) {
+    for (int64_t i = 0; i < n; i++) s->total[i] += (double)s->part[i];
+    memset(s->part, 0, (size_t)n * sizeof *s->part);
+}
+
+/* Add a block of `many` tokens to the sums.
+
+   x, stride   the weights x[i stride + token] of all queries
+   cut, limit  (m) weights up to which a token is not read, and above which it is heavy
+   grown       grown[i stride / BLOCK + token / BLOCK]: at least exp of the bound on the logit's error
+
+   of[i] has sums over the tokens that are read: of weights, of weights times sizes, of grown weights times radii; over
+   those that are not heavy: of squared weights times squared sizes, of squared weights, of squared grown weights */
+static void add_block(const struct given *g, struct sums *s, int64_t many, const float *x, int64_t stride,
+                      const float *cut, const float *limit, const float *grown) {
+    for (int64_t t = many; t < BLOCK; t++) s->place[t] = s->place[0], s->token[t] = s->token[0]; /* with weight 0 */
+    for (int64_t start = 0; start < BLOCK; start += 4) {
+        numbers square[4];
+        UNROLL for (int t = 0; t < 4; t++)
+            square[t] = decode(g, s->place[start + t], s->levels + (start + t) * g->dv);
+        numbers size = sums_of_four(square[0], square[1], square[2], square[3]);
+        for (int64_t t = start; t < start + 4; t++) {
+            s->scale[t] = from_short(g->value_scale[s->place[t]]);
+            s->radius[t] = from_short(g->radius[s->place[t]]);
+            s->size[t] = s->scale[t] * sqrtf(size[t - start]);
+        }
+    }
+    for (int64_t i = 0; i < g->m; i++) {
+        float copied[BLOCK], growth[BLOCK];
+        const float *weight = x + i * stride + s->token[0];
+        if (many < BLOCK || s->token[BLOCK - 1] - s->token[0] >= BLOCK) {
+            for (int64_t t = 0; t < BLOCK; t++) copied[t] = t < many ? x[i * stride + s->token[t]] : 0.0f;
+            weight = copied;
+        }
+        for (int64_t t = 0; t < BLOCK; t++) growth[t] = grown[i * (stride / BLOCK) + s->token[t] / BLOCK];
+        numbers mass = {}, sizes = {}, radii = {}, far = {}, light = {}, wide = {};
+        for (int64_t t = 0; t < BLOCK; t += LANES) {
+            numbers one = load(weight + t), scale = load(s->scale + t), size = load(s->size + t);
+            one = where(one > cut[i], one);
+            integers heavy = one > limit[i];
+            numbers more = one * load(growth + t), two = where(~heavy, one * one);
+            store(s->weight + i * BLOCK + t, one * scale);
+            store(s->weight + (g->m + i) * BLOCK + t, two * scale);
+            mass += one;
+            sizes += one * size;
+            radii += more * load(s->radius + t);
+            far += two * (size * size);
+            light += two;
+            wide += where(~heavy, more * more);
+            for (unsigned bits = marked(heavy); bits; bits &= bits - 1) {
+                if (s->heavies[i] < HEAVY) s->heavy[i][s->heavies[i]] = s->token[t + __builtin_ctz(bits)];
+                s->heavies[i]++;
+            }
+        }
+        numbers one = sums_of_four(mass, sizes, radii, far), two = sums_of_four(light, wide, wide, wide);
+        for (int n = 0; n < 4; n++) s->of[i][n] += (double)one[n];
+        for (int n = 0; n < 2; n++) s->of[i][4 + n] += (double)two[n];
+    }
+    for (int64_t left = 2 * g->m; left > 0;) {
+        int64_t i = 2 * g->m - left;
+        if (left >= 6) add_rows(g, s, i, 6), left -= 6;
+        else if (left == 4) add_rows(g, s, i, 4), left -= 4;
+        else add_rows(g, s, i, 2), left -= 2;
+    }
+}
+
+/* Add the values of all tokens whose weight is above its query's cut; write the mass of others, grown, to left (m).
+
+   place  the slot of token 0; list: room for n indices. Returns how many tokens were read. */
+static int64_t add_values(const struct given *g, struct sums *s, int64_t place, int64_t n, const float *x,
+                          const float *cut, const float *limit, const float *grown, int32_t *list, double *left) {
+    int64_t found = 0, sums = 2 * g->m * g->dv;
+    memset(s->part, 0, (size_t)sums * sizeof *s->part);
+    memset(s->total, 0, (size_t)sums * sizeof *s->total);
+    memset(s->of, 0, (size_t)g->m * sizeof *s->of);
+    memset(s->heavies, 0, (size_t)g->m * sizeof *s->heavies);
+    memset(left, 0, (size_t)g->m * sizeof *left);
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        unsigned read = 0;
+        for (int64_t i = 0; i < g->m; i++) {
+            numbers below = {};
+            for (int64_t t = 0; t < BLOCK; t += LANES) {
+                numbers weight = load(x + i * n + start + t);
+                integers kept = weight > cut[i];
+                below += where(~kept, weight);
+                read |= marked(kept) << t;
+            }
+            left[i] += (double)grown[(i * n + start) / BLOCK] * (double)sum(below);
+        }
+        if (read == 0xffffffffu)
+            for (int t = 0; t < BLOCK; t++) list[found + t] = (int32_t)start + t;
+        else
+            for (unsigned bits = read, at = 0; bits; bits &= bits - 1)
+                list[found + at++] = (int32_t)start + __builtin_ctz(bits);
+        found += __builtin_popcount(read);
+    }
+    for (int64_t start = 0; start < found; start += BLOCK) {
+        int64_t many = found - start < BLOCK ? found - start : BLOCK;
+        for (int64_t t = 0; t < many; t++) {
+            s->token[t] = list[start + t];
+            s->place[t] = place + list[start + t];
+            if (start + BLOCK + t < found)
+                for (int64_t c = 0; c < g->dv; c += 64)
+                    __builtin_prefetch(g->value_packed + (place + list[start + BLOCK + t]) * g->dv + c);
+        }
+        add_block(g, s, many, x, n, cut, limit, grown);
+        if (start % CHUNK == CHUNK - BLOCK) flush(s, sums);
+    }
+    flush(s, sums);
+    return found;
+}
+
+/* Return whether query i of row r sees the token in slot t. */
+INLINE int sees(const struct given *g, int64_t r, int64_t i, int64_t t) {
+    return !g->hide || !g->hide[(r * g->m + i) * g->slots + t];
+}
+
+/* What a query's bound takes from its row. */
+struct known {
+    double largest, widest; /* at most the largest norm of a value that the query sees; at least that of all values */
+    double scale, radius;   /* means over the coded tokens */
+    double fresh_rounding;  /* of logits of uncoded tokens */
+    int wild;               /* true if nothing is bounded */
+};
+
+/* Write what is known of the coded values that query i sees.
+
+   scratch: (dv). A value is decoded only where its scale says that it may be longer than those before it. */
+static void read_lengths(const struct given *g, int64_t r, int64_t i, struct known *known, float *scratch) {
+    const float shrink = (float)(1 - UNIT * (4 * (double)g->dv + 64)), bound = (float)g->level_bound;
+    int64_t place = g->offset[r];
+    float least = 0.0f;
+    numbers high = {}, scales = {}, radii = {};
+    integers finite = high < 1;
+    for (int64_t start = 0; start < g->coded[r]; start += LANES) {
+        integers coded = lanes_from((int32_t)start) >= (int32_t)g->first;
+        numbers radius = from_shorts(g->radius + place + start);
+        numbers size = from_shorts(g->value_scale + place + start) * bound;
+        numbers above = where(coded, size + radius);
+        scales += size, radii += radius;
+        finite &= above < INFINITY;
+        high = larger(above, high);
+        for (unsigned bits = marked(coded & (size - radius > least)); bits; bits &= bits - 1) {
+            int64_t t = start + __builtin_ctz(bits);
+            if (!sees(g, r, i, t)) continue;
+            float length = sqrtf(sum(decode(g, place + t, scratch))) * shrink;
+            length = length * from_short(g->value_scale[place + t]) - from_short(g->radius[place + t]);
+            least = length > least ? length : least;
+        }
+    }
+    double n = (double)(g->coded[r] ? g->coded[r] : 1);
+    known->largest = least;
+    known->widest = marked(finite) == 0xff ? (double)highest(high) * (1 + 4 * UNIT) : (double)INFINITY;
+    known->scale = (double)sum(scales) / n, known->radius = (double)sum(radii) / n;
+}
+
+/* ---- tokens without codes ---------------------------------------------------------------------------------------- */
+
+/* A row's uncoded tokens, at most `room` of them. */
+struct fresh {
+    int64_t count, room;
+    int64_t *position, *slot; /* (room) */
+    double *size;             /* (room) norms of the values */
+    float *logits;            /* (m, room) */
+};
+
+/* Write a row's uncoded tokens, and the logits of the queries asked (m, d); return the largest norm of their keys. */
+static double read_fresh(const struct given *g, int64_t r, const float *asked, struct fresh *fresh) {
+    int64_t every_slot = g->first + g->ring;
+    float widest = 0;
+    fresh->count = 0;
+    for (int64_t p = 0; p < g->count[r]; p++) {
+        if (p == g->first && p < g->coded[r]) p = g->coded[r];
+        if (p >= g->count[r]) break;
+        fresh->position[fresh->count] = p;
+        fresh->slot[fresh->count++] = p < g->first ? p : g->first + p % g->ring;
+    }
+    for (int64_t f = 0; f < fresh->count; f++) {
+        const float *key = g->fresh_k + (r * every_slot + fresh->slot[f]) * g->d;
+        const float *value = g->fresh_v + (r * every_slot + fresh->slot[f]) * g->dv;
+        numbers size = {}, square = {};
+        for (int64_t c = 0; c < g->dv; c += LANES) size += load(value + c) * load(value + c);
+        for (int64_t c = 0; c < g->d; c += LANES) square += load(key + c) * load(key + c);
+        fresh->size[f] = sqrt((double)sum(size));
+        float long_square = sum(square);
+        widest = !(long_square <= widest) ? long_square : widest;
+        for (int64_t i = 0; i < g->m; i++) {
+            numbers total = {};
+            for (int64_t c = 0; c < g->d; c += LANES) total += load(asked + i * g->d + c) * load(key + c);
+            float logit = sum(total);
+            if (g->softcap > 0) logit = (float)(g->softcap * tanh((double)logit / g->softcap));
+            fresh->logits[i * fresh->room + f] = sees(g, r, i, fresh->position[f]) ? logit : HIDDEN;
+        }
+    }
+    for (int64_t i = 0; i < g->m; i++)
+        for (int64_t f = fresh->count; f < fresh->room; f++) fresh->logits[i * fresh->room + f] = HIDDEN;
+    return sqrt((double)widest) * (1 + 1e-4);
+}
+
+/* ---- the bound --------------------------------------------------------------------------------------------------- */
+
+/* Return a bound on the root of the sum of squared errors of logits, from the sums of the keys' residuals.
+
+   asked (d): a query times the scale; scratch: (d) */
+static double gram_bound(const struct given *g, int64_t r, const double *asked, double *scratch) {
+    const float *gram = g->key_gram + r * g->d * g->d;
+    double square = 0, trace = 0, norm = 0;
+    memset(scratch, 0, (size_t)g->d * sizeof *scratch);
+    for (int64_t c = 0; c < g->d; c++)
+        for (int64_t e = 0; e < g->d; e++) scratch[e] += asked[c] * (double)gram[c * g->d + e];
+    for (int64_t c = 0; c < g->d; c++) {
+        square += scratch[c] * asked[c];
+        norm += asked[c] * asked[c];
+        trace += (double)gram[c * g->d + c];
+    }
+    square = square < 0 ? 0 : square; /* NaN stays */
+    return sqrt(square + g->gram_rounding * norm * trace) * (1 + 1e-6);
+}
+
+/* Return the least bound on a sum of a_i |exp(eta_i) - 1| over `count` heavy tokens and others.
+
+   each    (count) a_i (exp(B_i) - 1) of the heavy tokens; own: (count) a_i^2; rest: the sum of the others' a_i^2
+   factor  what the root of a sum of a_i^2 is multiplied with for the Gram bound
+   Token by token, from the first on, the heavy ones are bounded by themselves, and the rest by the Gram bound. */
+static double deviation(const double *each, const double *own, int64_t count, double rest, double factor) {
+    double after[HEAVY + 1], first = 0;
+    after[count] = rest;
+    for (int64_t n = count; n-- > 0;) after[n] = after[n + 1] + own[n];
+    double least = factor * sqrt(after[0]);
+    for (int64_t n = 0; n < count; n++) {
+        first += each[n];
+        double found = first + factor * sqrt(after[n + 1]);
+        least = found < least ? found : least;
+    }
+    return least;
+}
+
+/* Write the product of the matrix turn (w, w), or of its transpose, and a vector to out. */
+static void turned(const double *turn, const double *vector, double *out, int64_t w, int back) {
+    memset(out, 0, (size_t)w * sizeof *out);
+    for (int64_t a = 0; a < w; a++)
+        for (int64_t b = 0; b < w; b++) {
+            if (back) out[b] += turn[a * w + b] * vector[a];
+            else out[a] += turn[a * w + b] * vector[b];
+        }
+}
+
+static double most_of(double x, double y) { return x > y ? x : y; }
+static double least_of(double x, double y) { return x < y ? x : y; }
+
+/* All that answering rows needs beside what is given. */
+struct work {
+    struct page page;
+    struct sums sums;
+    struct fresh fresh;
+    float *x;                                       /* (m, coded tokens) logits, then weights */
+    float *doubt, *grown;                           /* (m, pages) and (m, tokens / BLOCK) errors of logits; their exp */
+    int32_t *list;                                  /* (coded tokens) */
+    float *asked, *cut, *limit, *top, *scratch;     /* (m, d), (m), (m), (m), (dv) */
+    double *exact, *vector, *centre, *plain;        /* (m, d) the queries times the scale; (d), (dv), (dv) */
+    double *left, *mass, *lighter, *gram, *rounding, *norm; /* (m) */
+    double *rest;                                   /* (m) an answer's error without what unread values add to it */
+};
+
+/* Answer query i of row r from the sums over its values. */
+static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, const struct known *known) {
+    int64_t dv = g->dv, n = g->coded[r], pages = n / g->group, at = r * g->m + i, tokens = w->sums.heavies[i];
+    float *mean = g->mean + at * dv;
+    memset(mean, 0, (size_t)dv * sizeof *mean);
+    g->log_mass[at] = g->error[at] = g->spread[at] = g->largest[at] = g->unread[at] = 0.0f;
+    if (known->wild || tokens > HEAVY) { /* there never are more, by `limit_of`; none is left out if there are */
+        g->error[at] = g->spread[at] = INFINITY;
+        return;
+    }
+    if (w->top[i] <= HIDDEN) {
+        g->log_mass[at] = -INFINITY;
+        return;
+    }
+    /* the mean */
+    const double *of = w->sums.of[i], *total = w->sums.total + i * dv, *light = w->sums.total + (g->m + i) * dv;
+    double fresh_mass = 0, fresh_size = 0, *centre = w->centre, *plain = w->plain;
+    memset(plain, 0, (size_t)dv * sizeof *plain);
+    for (int64_t f = 0; f < w->fresh.count; f++) {
+        double weight = w->fresh.logits[i * w->fresh.room + f];
+        const float *value = g->fresh_v + (r * (g->first + g->ring) + w->fresh.slot[f]) * dv;
+        fresh_mass += weight;
+        fresh_size += weight * w->fresh.size[f];
+        for (int64_t c = 0; weight > 0 && c < dv; c++) plain[c] += weight * (double)value[c];
+    }
+    double read_mass = of[0] + fresh_mass, whole_mass = w->mass[i] + fresh_mass, square = 0, near = 0;
+    turned(g->turn, plain, centre, dv, 0);
+    for (int64_t c = 0; c < dv; c++) {
+        centre[c] = (total[c] + centre[c]) / read_mass;
+        square += centre[c] * centre[c];
+        near += centre[c] * light[c];
+    }
+    turned(g->turn, centre, plain, dv, 1);
+    for (int64_t c = 0; c < dv; c++) mean[c] = (float)plain[c];
+    double length = sqrt(square), rounding = w->rounding[i], apart = known->fresh_rounding, widest = rounding;
+    /* the heavy tokens, each by itself; those of the largest parts first */
+    const float *doubt = w->doubt + i * pages, *x = w->x + i * n;
+    double each[HEAVY], own[HEAVY], spread_each[HEAVY], spread_own[HEAVY], grown_square = of[5];
+    for (int64_t h = 0; h < tokens; h++) {
+        int64_t t = w->sums.heavy[i][h], k = h;
+        const uint8_t *codes = g->value_packed + (g->offset[r] + t) * dv;
+        double scale = from_short(g->value_scale[g->offset[r] + t]), away = 0, size = 0, weight = x[t];
+        for (int64_t c = 0; c < dv; c++) {
+            double number = scale * (double)g->levels[codes[c]];
+            away += (number - centre[c]) * (number - centre[c]);
+            size += number * number;
+        }
+        away = weight * (sqrt(away) + 4 * UNIT * (sqrt(size) + length));
+        double more = expm1(least_of(doubt[t / g->group], DOUBT));
+        grown_square += weight * (1 + more) * weight * (1 + more);
+        for (; k > 0 && each[k - 1] < away * more; k--) {
+            each[k] = each[k - 1], own[k] = own[k - 1];
+            spread_each[k] = spread_each[k - 1], spread_own[k] = spread_own[k - 1];
+        }
+        each[k] = away * more, own[k] = away * away;
+        spread_each[k] = weight * more, spread_own[k] = weight * weight;
+    }
+    /* all together */
+    for (int64_t page = 0; page < pages; page++) widest = most_of(widest, doubt[page]);
+    widest = least_of(most_of(widest, apart), DOUBT);
+    double slope = expm1(widest) / most_of(widest, 1e-300), uncoded = expm1(least_of(apart, DOUBT));
+    double root = sqrt(of[3]) + length * sqrt(of[4]), rest = of[3] - 2 * near + square * of[4];
+    rest = (rest < 0 ? 0 : rest) + UNIT * ((double)dv / 2 + CHUNK / 2 + 64) * root * root;
+    double about = deviation(each, own, tokens, rest, slope * w->gram[i]);
+    about += slope * rounding * (of[1] + length * of[0]) + uncoded * (fresh_size + length * fresh_mass);
+    about += w->left[i] * (known->widest + length);
+    double over = deviation(spread_each, spread_own, tokens, w->lighter[i], slope * w->gram[i]);
+    over += slope * rounding * w->mass[i] + uncoded * fresh_mass;
+    double by_norm = sqrt(grown_square) * (double)g->operator_[r], by_radius = of[2];
+    double lengths = (of[1] + of[2] + fresh_size) / read_mass, count = (double)g->count[r];
+    double floor = count * exp(LEAST + widest), log_mass = (double)w->top[i] + log(whole_mass);
+    double terms = UNIT * (CHUNK + 64), told = terms + 4 * UNIT * (fabs(log_mass) + 1);
+    double slack = (1 + UNIT * (count / 64 + 4 * (double)dv + 256)) * (1 + told);
+    double off = (about + least_of(by_norm, by_radius) + floor * (known->widest + length)) / whole_mass;
+    off = (off + terms * lengths * exp(widest)) * slack;
+    w->rest[i] = off - w->left[i] * (known->widest + length) / whole_mass * slack;
+    double wide_off = ((over + floor) / whole_mass + told) * slack;
+    double checked = off + wide_off + by_norm + by_radius + length + known->widest;
+    if (widest >= DOUBT || !(checked < INFINITY)) off = wide_off = INFINITY;
+    g->log_mass[at] = (float)log_mass;
+    g->error[at] = (float)off, g->spread[at] = (float)wide_off;
+    g->largest[at] = (float)(known->largest * (1 - UNIT));
+    g->unread[at] = (float)(w->left[i] / whole_mass);
+}
+
+/* Return whether query i's bound is larger than epsilon allows, and may not be if all values are read. */
+static int cut_too_much(const struct given *g, const struct work *w, int64_t r, int64_t i) {
+    int64_t at = r * g->m + i;
+    double most = g->epsilon * (double)g->largest[at] * (1 - (double)g->spread[at]);
+    return !((double)g->error[at] <= most) && w->rest[i] <= most;
+}
+
+/* Write what is known of all values that query i of row r sees. */
+static void read_all_lengths(const struct given *g, struct work *w, int64_t r, int64_t i, struct known *known) {
+    double rounding = UNIT * ((double)g->dv + 4), fresh_rounding = known[i].fresh_rounding;
+    int wild = known[i].wild;
+    if (i > 0 && !g->hide) {
+        known[i] = known[0];
+        known[i].fresh_rounding = fresh_rounding, known[i].wild = wild;
+        return;
+    }
+    read_lengths(g, r, i, &known[i], w->scratch);
+    for (int64_t f = 0; f < w->fresh.count; f++) {
+        if (!sees(g, r, i, w->fresh.position[f])) continue;
+        known[i].largest = most_of(known[i].largest, w->fresh.size[f] * (1 - rounding));
+        known[i].widest = most_of(known[i].widest, w->fresh.size[f] * (1 + rounding));
+    }
+}
+
+/* Return about the bound on query i's answer if all values are read, relative to `largest`: no bound, but a guess.
+
+   root: of the sum of squared weights; whole: the mass of all tokens */
+static double likely(const struct work *w, int64_t i, double root, double whole, const struct known *known) {
+    return (w->gram[i] * root * known->scale + w->mass[i] * known->radius) / (whole * most_of(known->largest, 1e-30));
+}
+
+/* Answer the queries of row r. */
+static void answer_row(const struct given *g, struct work *w, int64_t r) {
+    int64_t m = g->m, d = g->d, n = g->coded[r], pages = n / g->group, place = g->offset[r];
+    struct known known[8];
+    for (int64_t c = 0; c < m * d; c++) {
+        w->exact[c] = (double)g->q[r * m * d + c] * g->scale;
+        w->asked[c] = (float)w->exact[c];
+    }
+    double size = read_fresh(g, r, w->asked, &w->fresh), reach = g->reach[r];
+    for (int64_t i = 0; i < m; i++) {
+        double square = 0, fixed = UNIT * (16 - LEAST + 8 * g->softcap);
+        for (int64_t c = 0; c < d; c++) square += w->exact[i * d + c] * w->exact[i * d + c];
+        double norm = w->norm[i] = sqrt(square);
+        w->rounding[i] = UNIT * (14 + 0.3 * (double)d) * norm * reach + fixed;
+        w->gram[i] = gram_bound(g, r, w->exact + i * d, w->vector);
+        known[i].fresh_rounding = UNIT * ((double)d / 2 + 2) * norm * size + fixed;
+        known[i].wild = !(norm * reach < 1e6 && norm * size < 1e6);
+    }
+    MARK(-1);
+    for (int64_t page = 0; page < pages; page++) {
+        write_ranges(g, r * g->groups + page, &w->page);
+        write_steps(g, &w->page);
+        for (int64_t i = 0; i < m; i++) {
+            double half = fold(g, &w->page, w->asked + i * d, i) + w->norm[i] * (double)g->excess[r];
+            half = half * (1 + 4e-6) < w->gram[i] ? half * (1 + 4e-6) : w->gram[i];
+            w->doubt[i * pages + page] = (float)((half + w->rounding[i]) * (1 + UNIT));
+        }
+        page_logits(g, &w->page, place + page * g->group, g->group, w->x + page * g->group, n);
+    }
+    MARK(0);
+    for (int64_t i = 0; i < m; i++) {
+        read_all_lengths(g, w, r, i, known);
+        float *x = w->x + i * n, *fresh = w->fresh.logits + i * w->fresh.room, *grown = w->grown + i * n / BLOCK;
+        double square = 0, fresh_mass = 0, ignored = 0;
+        w->mass[i] = w->lighter[i] = 0;
+        w->top[i] = HIDDEN, w->cut[i] = 0, w->limit[i] = INFINITY;
+        if (known[i].wild) {
+            memset(x, 0, (size_t)n * sizeof *x);
+            continue;
+        }
+        for (int64_t t = 0; t < n; t++)
+            if (t < g->first || (g->hide && !sees(g, r, i, t))) x[t] = HIDDEN;
+            else if (!g->hide) break;
+        numbers top = every(HIDDEN);
+        for (int64_t t = 0; t < n; t += LANES) top = larger(load(x + t), top);
+        for (int64_t f = 0; f < w->fresh.room; f += LANES) top = larger(load(fresh + f), top);
+        w->top[i] = highest(top);
+        for (int64_t t = 0; t < n; t += BLOCK) {
+            float doubt = w->doubt[i * pages + t / g->group];
+            grown[t / BLOCK] = (float)exp(doubt < DOUBT ? doubt : DOUBT) * (float)(1 + 2 * UNIT);
+        }
+        weigh(x, n, w->top[i], &w->mass[i], &square);
+        weigh(fresh, w->fresh.room, w->top[i], &fresh_mass, &ignored);
+        w->lighter[i] = square;
+        w->limit[i] = limit_of(x, n, &w->lighter[i]);
+        double whole = w->mass[i] + fresh_mass, most = g->epsilon - likely(w, i, sqrt(square), whole, &known[i]);
+        float cut = cut_of(x, n, g->share * most * whole);
+        w->cut[i] = cut < w->limit[i] ? cut : w->limit[i];
+    }
+    MARK(1);
+    for (int again = 1; again;) {
+        again = 0;
+        add_values(g, &w->sums, place, n, w->x, w->cut, w->limit, w->grown, w->list, w->left);
+        for (int64_t i = 0; i < m; i++) {
+            answer(g, w, r, i, &known[i]);
+            if (w->cut[i] > 0 && cut_too_much(g, w, r, i)) w->cut[i] = 0, again = 1; /* read all values */
+        }
+    }
+    MARK(2);
+}
+
+/* ---- all rows ---------------------------------------------------------------------------------------------------- */
+
+/* Set the arrays of `work` to parts of the memory from `at` on, unless it is NULL; return how many bytes they take. */
+static size_t arranged(const struct given *g, struct work *w, int64_t longest_row, char *at) {
+    size_t taken = 0;
+    int64_t m = g->m, d = g->d, dv = g->dv, n = longest_row;
+    w->fresh.room = (g->first + g->ring + LANES - 1) / LANES * LANES;
+#define ROOM(array, count) \
+    do { \
+        if (at) array = (void *)(at + taken); \
+        taken += ((size_t)(count) * sizeof *(array) + 63) / 64 * 64; \
+    } while (0)
+    ROOM(w->page.begin, d);
+    ROOM(w->page.wide, d);
+    ROOM(w->page.step, d);
+    ROOM(w->page.coarse_step, d);
+    ROOM(w->page.fine_step, d);
+    ROOM(w->page.bits, d);
+    ROOM(w->page.rank, d);
+    ROOM(w->page.order, d);
+    ROOM(w->page.coarse, m * d);
+    ROOM(w->page.fine, m * d);
+    ROOM(w->page.start, m);
+    ROOM(w->sums.levels, BLOCK * dv);
+    ROOM(w->sums.weight, 2 * m * BLOCK);
+    ROOM(w->sums.part, 2 * m * dv);
+    ROOM(w->sums.total, 2 * m * dv);
+    ROOM(w->sums.of, m);
+    ROOM(w->sums.heavy, m);
+    ROOM(w->sums.heavies, m);
+    ROOM(w->fresh.position, w->fresh.room);
+    ROOM(w->fresh.slot, w->fresh.room);
+    ROOM(w->fresh.size, w->fresh.room);
+    ROOM(w->fresh.logits, m * w->fresh.room);
+    ROOM(w->x, m * n);
+    ROOM(w->doubt, m * n / g->group);
+    ROOM(w->grown, m * n / BLOCK);
+    ROOM(w->list, n);
+    ROOM(w->asked, m * d);
+    ROOM(w->cut, m);
+    ROOM(w->limit, m);
+    ROOM(w->top, m);
+    ROOM(w->scratch, dv);
+    ROOM(w->exact, m * d);
+    ROOM(w->vector, d);
+    ROOM(w->centre, dv);
+    ROOM(w->plain, dv);
+    ROOM(w->left, m);
+    ROOM(w->mass, m);
+    ROOM(w->lighter, m);
+    ROOM(w->gram, m);
+    ROOM(w->rounding, m);
+    ROOM(w->norm, m);
+    ROOM(w->rest, m);
+#undef ROOM
+    return taken;
+}
+
+/* Answer the queries of the rows begin .. stop - 1; return 0, or 1 if there is no memory. */
+int certify(int64_t begin, int64_t stop, const struct given *g) {
+    int64_t longest_row = 0;
+    for (int64_t r = begin; r < stop; r++) longest_row = g->coded[r] > longest_row ? g->coded[r] : longest_row;
+    struct work work = {0};
+    char *memory = aligned_alloc(64, arranged(g, &work, longest_row, 0));
+    if (!memory) return 1;
+    arranged(g, &work, longest_row, memory);
+    for (int64_t r = begin; r < stop; r++) answer_row(g, &work, r);
+    free(memory);
+    return 0;
+}
