@@ -412,18 +412,24 @@ class CodedSlots(Slots):
         """
         return self._at("k", place, coarse)
 
-    def values(self, place: Tensor, coarse: bool = False) -> Tensor:
-        """Return the values (..., dv) at the places `place` (...), in the compute dtype, as `keys` does."""
-        return self._at("v", place, coarse)
+    def values(self, place: Tensor, coarse: bool = False, turn: bool = False) -> Tensor:
+        """Return the values (..., dv) at the places `place` (...), in the compute dtype, as `keys` does.
 
-    def _at(self, name: str, place: Tensor, coarse: bool = False) -> Tensor:
+        turn: True: in rotated form, if they are coded in that form.
+        """
+        return self._at("v", place, coarse, turn)
+
+    def _at(self, name: str, place: Tensor, coarse: bool = False, turn: bool = False) -> Tensor:
         part, fresh = self._named(name)
         flat = place.flatten()
         row, slot = self._within(flat)
         position = (slot if self.ordered else self.arrived(flat)).unsqueeze(1)
         entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in (part.coarse if coarse else part.own)}
-        x = part.decode(entries, row, self.group_of(position))
-        return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
+        x = part.decode(entries, row, self.group_of(position), turn)
+        given = fresh.to(x.dtype)
+        if turn and part.turns:
+            given = turned(given)
+        return self._with_fresh(x, given, position, row).view(*place.shape, part.width)
 
     def _named(self, name: str) -> tuple[SlotCodes, Tensor]:
         """Return (codes, fresh) of the keys ("k") or values ("v"); fresh is `fresh_k` or `fresh_v`."""

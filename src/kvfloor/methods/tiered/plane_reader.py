@@ -29,7 +29,6 @@ from kvfloor.core.rowwise import length, total
 from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
 from kvfloor.methods.stores.nibbles import COARSER, NibbleChannels, NibbleTokens
-from kvfloor.methods.stores.turn import turned
 from kvfloor.methods.tiered.cold import ExactSlots
 from kvfloor.methods.tiered.fetch import replaced
 from kvfloor.methods.tiered.hot import Hot, logit_rounding
@@ -133,7 +132,8 @@ class PlaneReader:
             going = (score >= 0).any(-1).any(1).nonzero().squeeze(1)
             if not len(going):
                 return self.hot.upright(found), fetched, planes
-            at, scene, unsure, score = at[going], scene.rows(going), unsure[going], score[going]
+            if len(going) < len(at):
+                at, scene, unsure, score = at[going], scene.rows(going), unsure[going], score[going]
             count = max(_FIRST, known // 2)
             known += count
             picked, index = score.topk(min(count, score.shape[-1]), -1)
@@ -306,7 +306,7 @@ class PlaneReader:
             index, where = _union(mask)
             if index.shape[1]:
                 place = codes.at(index.unsqueeze(1), scene.every).squeeze(1)
-                self._know_values(scene, way + 1, index, where, turned(codes.values(place, coarse=way == CENTRE)))
+                self._know_values(scene, way + 1, index, where, codes.values(place, coarse=way == CENTRE, turn=True))
         index, where = _union(finer)
         if index.shape[1]:
             self._know_keys(scene, index, where, codes.keys(codes.at(index.unsqueeze(1), scene.every).squeeze(1)))
