@@ -17,7 +17,7 @@ token, which share what they read:
   exact        share of tokens that are fetched exactly, the mean over reads
   later        `median` and `p90` without the first of the ten layers, layer 0, which attends most broadly
   violations   answers whose true error, computed in float64, exceeds their bound
-Eight minutes on one core, once recorded.
+Eight minutes of one core, once recorded; the table has the texts alone so far.
 """
 
 from __future__ import annotations
