@@ -125,7 +125,7 @@ def test_the_deviation_is_the_least_of_its_three_forms_and_above_the_truth() -> 
     none, coded = torch.zeros_like(a), torch.ones_like(a, dtype=torch.bool)
     gram, doubt = eta.square().sum(-1).sqrt(), torch.full_like(a, 0.05)
     slope = torch.expm1(doubt.amax(-1)) / doubt.amax(-1)
-    found = module._deviation(a, torch.expm1(doubt), none, coded, gram, slope)
+    found = module.deviation(a, torch.expm1(doubt), none, coded, gram, slope)
     each = (a * torch.expm1(doubt)).sum(-1)
     whole = slope * gram * a.norm(dim=-1)
     assert bool((found <= torch.minimum(each, whole)).all()) and bool((found < 0.9 * torch.minimum(each, whole)).any())

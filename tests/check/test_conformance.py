@@ -131,6 +131,11 @@ def test_method_with_tokens_outside_its_memory_keeps_its_laws(cold: str, epsilon
     _require_conformance(f"tiered(epsilon={epsilon},page=16,cold={cold})", dtypes=(torch.float32,), groups=(2,))
 
 
+@pytest.mark.slow
+def test_method_that_reads_plane_by_plane_keeps_its_laws() -> None:
+    _require_conformance("tiered(epsilon=0.05,page=16,planes=True)", dtypes=(torch.float32,), groups=(2,))
+
+
 @pytest.mark.parametrize("text", PLAYED)
 def test_streams_code_several_groups_evict_coded_tokens_and_end_within_a_group(text: str) -> None:
     method, at = parse(text), Setting()

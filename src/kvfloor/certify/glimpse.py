@@ -19,9 +19,9 @@ from kvfloor.certify.certified import Certified
 from kvfloor.certify.rounding import LEAST, unit
 from kvfloor.core.partial import Partial
 
-_PAGE = 256  # tokens summed at a time, so that a long sum's rounding grows with its pages and not with its terms
+PAGE = 256  # tokens summed at a time, so that a long sum's rounding grows with its pages and not with its terms
 _HEAVY = 64  # most tokens that are bounded one by one beside the Gram bound of the rest
-_DOUBT = 30.0  # a logit that may err by more bounds nothing
+DOUBT = 30.0  # a logit that may err by more bounds nothing
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,19 @@ class Glimpse:
         top = self.logits.amax(-1) if s else self.logits.new_full(self.logits.shape[:-1], -torch.inf)
         top = torch.where(top == -torch.inf, 0.0, top)
         weight = (self.logits - top.unsqueeze(-1)).clamp_min(least).exp() * seen
-        mass = _paged(weight).sum(-1).sum(-1)
+        mass = paged(weight).sum(-1).sum(-1)
         share = mass.clamp_min(1.0)  # the largest weight is 1
         mean = self._sum_of_values(weight) / share.unsqueeze(-1)
         log_mass = top + mass.log()
         coded = self.coded & seen
-        doubt = self.doubt.clamp_max(_DOUBT) * seen
+        doubt = self.doubt.clamp_max(DOUBT) * seen
         most = doubt.amax(-1) if s else torch.zeros_like(top)
         growth, slope = torch.expm1(doubt), torch.expm1(most) / most.clamp_min(torch.finfo(dtype).tiny)
         far = self._distances(mean, eps) * seen
-        about_mean, away = weight * far, most >= _DOUBT
+        about_mean, away = weight * far, most >= DOUBT
 
-        def deviation(a: Tensor) -> Tensor:
-            return _deviation(a, growth, self.rounding, coded, self.gram, slope)
+        def deviates(a: Tensor) -> Tensor:
+            return deviation(a, growth, self.rounding, coded, self.gram, slope)
 
         grown = weight * (1 + growth) * coded
         radius = self.radius.unsqueeze(1)
@@ -115,21 +115,21 @@ class Glimpse:
         lengths = (weight * (self.length + self.radius).unsqueeze(1)).sum(-1) / share
         count = seen.sum(-1)
         floor = count * math.exp(least)
-        terms = eps * (_PAGE + (count / _PAGE).ceil() + 2 * self.v.shape[-1] + 96)
+        terms = eps * (PAGE + (count / PAGE).ceil() + 2 * self.v.shape[-1] + 96)
         told = terms + 4 * eps * (log_mass.abs().nan_to_num(posinf=0.0) + 1)  # of the log-mass as a number
         loose = (1 + eps * (count + 4 * self.v.shape[-1] + 64)) * (1 + told)
         widest = far.amax(-1) if s else torch.zeros_like(top)
-        error = (deviation(about_mean) + values + floor * widest) / share + terms * lengths * torch.exp(most)
-        spread = (deviation(weight) + floor) / share + told
+        error = (deviates(about_mean) + values + floor * widest) / share + terms * lengths * torch.exp(most)
+        spread = (deviates(weight) + floor) / share + told
         nothing = mass == 0
         error, spread = (torch.where(away, torch.inf, x * loose).masked_fill(nothing, 0.0) for x in (error, spread))
         contribution = ((about_mean * growth + grown * radius) / share.unsqueeze(-1)).masked_fill(~coded, -1.0)
         return Certified(Partial(mean, log_mass), error, spread, self._largest(seen, eps)), contribution
 
     def _sum_of_values(self, weight: Tensor) -> Tensor:
-        pages = _paged(weight).transpose(1, 2)
-        short = pages.shape[1] * _PAGE - self.v.shape[1]
-        total = torch.matmul(pages, pad(self.v, (0, 0, 0, short)).unflatten(1, (-1, _PAGE))).sum(1)
+        pages = paged(weight).transpose(1, 2)
+        short = pages.shape[1] * PAGE - self.v.shape[1]
+        total = torch.matmul(pages, pad(self.v, (0, 0, 0, short)).unflatten(1, (-1, PAGE))).sum(1)
         if self.index is None or self.change is None:
             return total
         return total + torch.matmul(weight.gather(-1, self.index).unsqueeze(-2), self.change).squeeze(-2)
@@ -148,13 +148,13 @@ class Glimpse:
         return seen_lengths.amax(-1) if seen.shape[-1] else seen_lengths.sum(-1)
 
 
-def _paged(weight: Tensor) -> Tensor:
+def paged(weight: Tensor) -> Tensor:
     """Return weights (r, m, s) in pages: (r, m, pages, 256), at least one page, zeros after the last token."""
-    pages = max(1, -(-weight.shape[-1] // _PAGE))
-    return pad(weight, (0, pages * _PAGE - weight.shape[-1])).unflatten(-1, (pages, _PAGE))
+    pages = max(1, -(-weight.shape[-1] // PAGE))
+    return pad(weight, (0, pages * PAGE - weight.shape[-1])).unflatten(-1, (pages, PAGE))
 
 
-def _deviation(a: Tensor, growth: Tensor, rounding: Tensor, coded: Tensor, gram: Tensor, slope: Tensor) -> Tensor:
+def deviation(a: Tensor, growth: Tensor, rounding: Tensor, coded: Tensor, gram: Tensor, slope: Tensor) -> Tensor:
     """Return a bound (r, m) on the sum of a_i |exp(eta_i) - 1| for a >= 0 (r, m, s).
 
     It is the least of: each token by its own bound; the heaviest j coded tokens by their own bounds and the rest

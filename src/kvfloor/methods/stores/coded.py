@@ -29,7 +29,7 @@ from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
 from kvfloor.methods.stores import fused
-from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, SlotCodes, TokenCodes
+from kvfloor.methods.stores.codes import ChannelCodes, SharedCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.turn import matrix, turned
 from kvfloor.validation import count
 
@@ -368,37 +368,68 @@ class CodedSlots(Slots):
         return keys, keys if self.spec.tied else self._decoded(*self._named("v"), view.rows, view.position, turn)
 
     def _decoded(
-        self, part: SlotCodes, fresh: Tensor, rows: Tensor | None, position: Tensor, turn: bool = False
+        self,
+        part: SlotCodes,
+        fresh: Tensor,
+        rows: Tensor | None,
+        position: Tensor,
+        turn: bool = False,
+        coarse: bool = False,
     ) -> Tensor:
         """Return the keys or values (r, s, w) in the first s slots of each of `rows` (None: all), in the compute dtype.
 
         part, fresh  what `_named` returned
         position     (r, s) position of each slot's token
         turn         True: return them in rotated form if they are coded in that form
+        coarse       True: read only the attributes in `part.coarse`
         """
-        entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in part.own}
+        read = part.coarse if coarse else part.own
+        entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in read}
         x = part.decode(entries, rows, None if self.ordered else self.group_of(position), turn)
         given = fresh.to(x.dtype)
         if turn and part.turns:
             given = turned(given)
         return self._with_fresh(x, given, position, rows)
 
-    def keys(self, place: Tensor) -> Tensor:
-        """Return the keys (..., d) at the places `place` (...), in the compute dtype."""
-        return self._at("k", place)
+    def coarse_keys(self, rows: Tensor | None, width: int) -> Tensor:
+        """Return the keys (r, width, d) in the first slots of `rows` (None: all), in their coarser reading."""
+        return self._decoded(*self._named("k"), rows, self.positions(rows, width), coarse=True)
 
-    def values(self, place: Tensor) -> Tensor:
-        """Return the values (..., dv) at the places `place` (...), in the compute dtype."""
-        return self._at("v", place)
+    def uncoded_values(self, width: int) -> Tensor:
+        """Return the values (rows, width, dv) of the tokens in the first slots that have no code; 0 elsewhere.
 
-    def _at(self, name: str, place: Tensor) -> Tensor:
+        They are rotated, if the coded ones are coded in rotated form.
+        """
+        part, fresh = self._named("v")
+        given, position = fresh.to(self.spec.compute_dtype), self.positions(None, width)
+        x = given.new_zeros(*position.shape, given.shape[-1])
+        return self._with_fresh(x, turned(given) if part.turns else given, position, None)
+
+    def keys(self, place: Tensor, coarse: bool = False) -> Tensor:
+        """Return the keys (..., d) at the places `place` (...), in the compute dtype.
+
+        coarse: True: in their coarser reading (`SlotCodes.coarse`).
+        """
+        return self._at("k", place, coarse)
+
+    def values(self, place: Tensor, coarse: bool = False, turn: bool = False) -> Tensor:
+        """Return the values (..., dv) at the places `place` (...), in the compute dtype, as `keys` does.
+
+        turn: True: in rotated form, if they are coded in that form.
+        """
+        return self._at("v", place, coarse, turn)
+
+    def _at(self, name: str, place: Tensor, coarse: bool = False, turn: bool = False) -> Tensor:
         part, fresh = self._named(name)
         flat = place.flatten()
         row, slot = self._within(flat)
         position = (slot if self.ordered else self.arrived(flat)).unsqueeze(1)
-        entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in part.own}
-        x = part.decode(entries, row, self.group_of(position))
-        return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
+        entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in (part.coarse if coarse else part.own)}
+        x = part.decode(entries, row, self.group_of(position), turn)
+        given = fresh.to(x.dtype)
+        if turn and part.turns:
+            given = turned(given)
+        return self._with_fresh(x, given, position, row).view(*place.shape, part.width)
 
     def _named(self, name: str) -> tuple[SlotCodes, Tensor]:
         """Return (codes, fresh) of the keys ("k") or values ("v"); fresh is `fresh_k` or `fresh_v`."""
@@ -603,10 +634,11 @@ class CodedSlots(Slots):
         if fields["ordered"]:
             order = torch.cat([torch.arange(n, dtype=self.position_dtype) for n in fields["held"].tolist()])
             require_equal(fields["position"], order, "positions")
-        if isinstance(self.key_codes, GroupCodes):
-            groups = fields["key_codes"][self.key_codes.shared[0]].shape[1]
-            if (int(fields["coded"].max()) + self.lead) // self.group > groups:
-                raise ValueError(f"ranges of {groups} groups, where {fields['coded'].tolist()} tokens are coded")
+        for name, part in (("key_codes", self.key_codes), ("value_codes", self.value_codes)):
+            if isinstance(part, SharedCodes):
+                groups = min(fields[name][own].shape[1] for own in part.shared)
+                if (int(fields["coded"].max()) + self.lead) // self.group > groups:
+                    raise ValueError(f"ranges of {groups} groups, where {fields['coded'].tolist()} tokens are coded")
 
     def adopt(self, fields: dict[str, Any]) -> None:
         self.ordered = fields["ordered"]

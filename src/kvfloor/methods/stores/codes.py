@@ -74,6 +74,10 @@ class SlotCodes(Memory):
         are not coded yet are arbitrary.
         """
 
+    coarse: tuple[str, ...] = ()
+    """Names of those attributes in `own` that are enough for a coarser reading: then `decode` gets their entries alone.
+    Empty: there is no coarser reading."""
+
     turns = False
     """True if `decode` can return rotated numbers, without the work of rotating them back."""
 
@@ -185,11 +189,10 @@ class TokenCodes(SlotCodes):
         return super().fields() | {"centre": Field(self.centre.dtype, tuple(self.centre.shape), finite=True)}
 
 
-class GroupCodes(SlotCodes):
-    """Code the numbers of each channel of a group of tokens in equal steps: a code stands for offset + step code.
+class SharedCodes(SlotCodes):
+    """Keep the codes of tokens, and beside them some numbers that the tokens of a group share.
 
-    shared  names of the attributes that are tensors (rows, groups, ...): what the tokens of a group share, from which
-            `_steps` computes offset and step of each channel
+    shared  names of the attributes that are tensors (rows, groups, n): what the tokens of a group share
     lead    number of tokens that a row's first group lacks: group i has those at the positions from i * group - lead
     """
 
@@ -202,6 +205,59 @@ class GroupCodes(SlotCodes):
         self.group = group
         if lead:
             self.lead = lead
+
+    @property
+    def _groups(self) -> int:
+        """Return the number of groups per row for which there is room in the attributes in `shared`."""
+        return getattr(self, self.shared[0]).shape[1]
+
+    def sent(self, groups: int) -> dict[str, Any]:
+        shared = {name: getattr(self, name)[:, :groups] for name in self.shared}
+        return super().sent(groups) | shared
+
+    def reserve(self, groups: int) -> None:
+        have = self._groups
+        if groups <= have:
+            return
+        for name in self.shared:
+            old: Tensor = getattr(self, name)
+            wider = old.new_zeros(old.shape[0], groups, old.shape[2])
+            wider[:, :have] = old
+            self.move(name, wider)
+
+    @property
+    def shared_bytes(self) -> float:
+        """Return one token's equal part of the bytes of the numbers that its group shares."""
+        shared = [getattr(self, name) for name in self.shared]
+        return sum(x.shape[2] * x.element_size() for x in shared) / self.group
+
+    @property
+    def token_bytes(self) -> float:
+        return super().token_bytes + self.shared_bytes
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep only the rows `index` (r,) of what groups share; the owner of the slots selects the attributes in `own`.
+
+        The object's spec is changed likewise.
+        """
+        self.spec = self.spec.select(index)
+        for name in self.shared:
+            shared: Tensor = getattr(self, name)
+            setattr(self, name, shared[index.to(shared.device)])
+
+    def fields(self) -> dict[str, Any]:
+        shared = {name: getattr(self, name) for name in self.shared}
+        return super().fields() | {
+            name: Field(x.dtype, (x.shape[0], "groups", x.shape[2]), finite=x.is_floating_point())
+            for name, x in shared.items()
+        }
+
+
+class GroupCodes(SharedCodes):
+    """Code the numbers of each channel of a group of tokens in equal steps: a code stands for offset + step code.
+
+    `_steps` computes the offset and the step of each channel from what the tokens of a group share.
+    """
 
     @abstractmethod
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
@@ -301,51 +357,10 @@ class GroupCodes(SlotCodes):
         del shared
         return unpacked(entries["packed"], self.width, self.bits, self.spec.compute_dtype)
 
-    @property
-    def _groups(self) -> int:
-        """Return the number of groups per row for which there is room in the attributes in `shared`."""
-        return getattr(self, self.shared[0]).shape[1]
-
     def steps(self, rows: Tensor | None) -> Tensor:
         """Return the steps of each channel, (r, groups, w), for all groups of `rows` (None: all rows)."""
         shared = (getattr(self, name) for name in self.shared)
         return self._steps(*(x if rows is None else x[rows.to(x.device)] for x in shared))[1]
-
-    def sent(self, groups: int) -> dict[str, Any]:
-        shared = {name: getattr(self, name)[:, :groups] for name in self.shared}
-        return super().sent(groups) | shared
-
-    def reserve(self, groups: int) -> None:
-        have = self._groups
-        if groups <= have:
-            return
-        for name in self.shared:
-            old: Tensor = getattr(self, name)
-            wider = old.new_zeros(old.shape[0], groups, old.shape[2])
-            wider[:, :have] = old
-            self.move(name, wider)
-
-    @property
-    def token_bytes(self) -> float:
-        shared = [getattr(self, name) for name in self.shared]
-        return super().token_bytes + sum(x.shape[2] * x.element_size() for x in shared) / self.group
-
-    def select_rows(self, index: Tensor) -> None:
-        """Keep only the rows `index` (r,) of what groups share; the owner of the slots selects the attributes in `own`.
-
-        The object's spec is changed likewise.
-        """
-        self.spec = self.spec.select(index)
-        for name in self.shared:
-            shared: Tensor = getattr(self, name)
-            setattr(self, name, shared[index.to(shared.device)])
-
-    def fields(self) -> dict[str, Any]:
-        shared = {name: getattr(self, name) for name in self.shared}
-        return super().fields() | {
-            name: Field(x.dtype, (x.shape[0], "groups", x.shape[2]), finite=x.is_floating_point())
-            for name, x in shared.items()
-        }
 
 
 class ChannelCodes(GroupCodes):

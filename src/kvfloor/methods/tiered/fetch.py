@@ -61,7 +61,7 @@ class CertifiedReader:
             if len(at):
                 hide, real = (None if x is None else x[at] for x in (hide, real))
                 answer, some = self._read(q[at], hide, real, at)
-                found = _replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
+                found = replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
                 fetched[at] = some
         return shaped(found, rows, g, m), fetched
 
@@ -90,7 +90,7 @@ class CertifiedReader:
             picked, index = score.topk(min(count, score.shape[-1]), -1)
             place = self.exact.at(index, every[at.cpu()])
             answer, _ = self._with(glimpse.rows(at), q[at], decoded[at], index, place, picked >= 0).answer()
-            found = _replaced(found, answer, at, unsure[at].flatten(1, 2))
+            found = replaced(found, answer, at, unsure[at].flatten(1, 2))
             fetched[at] = torch.where(unsure[at].any(1), (picked >= 0).sum(-1), fetched[at])
             unsure = unsure & ~found.within(self.epsilon).unflatten(1, (g, m)) & (known > count).unsqueeze(1)
             count *= 2
@@ -114,11 +114,11 @@ class CertifiedReader:
         return seen.fetched(shared(index), shared(real), logits, times(moved), shared(change))
 
 
-def _replaced(old: Certified, new: Certified, at: Tensor, where: Tensor) -> Certified:
-    """Return `old` with the results of the rows `at` replaced by `new`, for the queries marked in `where` (r, m)."""
+def replaced(old: Certified, new: Certified, at: Tensor, where: Tensor) -> Certified:
+    """Return `old` with the results of the rows `at` replaced by `new`, for the queries marked in `where` (r, ...)."""
 
     def put(x: Tensor, y: Tensor) -> Tensor:
-        marked = where.unsqueeze(-1) if x.ndim == 3 else where
+        marked = where.unsqueeze(-1) if x.ndim > where.ndim else where
         return x.index_copy(0, at, torch.where(marked, y, x[at]))
 
     return Certified(

@@ -27,6 +27,7 @@ from kvfloor.methods.stores.coded import CodedSlots
 from kvfloor.methods.stores.codes import GroupCodes
 from kvfloor.methods.stores.turn import turned, turned_back
 from kvfloor.methods.tiered import kernel
+from kvfloor.methods.tiered.coarse import COLUMNS, CoarseSums
 from kvfloor.methods.tiered.hot_store import HotStore
 
 _RADIUS = torch.bfloat16
@@ -41,10 +42,13 @@ class Hot(Memory):
     operator      (rows,) bound on the operator norm of the matrix of the value residuals
     excess        (rows,) most that key residuals exceed half a step of their channel, as a norm over channels
     reach         (rows,) bound on the norm of any coded key, and of its range's ends
+    coarse        the same sums for coarser readings, where codes lie in planes; otherwise None
 
     The column `radius` of the codes' slots bounds the norm of each value's residual. Tokens that are dropped stay in
     the sums, which remain upper bounds.
     """
+
+    coarse: CoarseSums | None = None  # an attribute of the object only where codes lie in planes
 
     def __init__(self, spec: Spec, places: int, store: HotStore, page: int) -> None:
         """Open an empty tier.
@@ -54,7 +58,10 @@ class Hot(Memory):
         page    tokens that are coded together
         """
         self.spec = spec
-        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, {"radius": _RADIUS}, lose=False)
+        columns = {"radius": _RADIUS} | (COLUMNS if store.planes else {})
+        self.codes = CodedSlots(spec, [places] * spec.rows, store, page, columns, lose=False)
+        if store.planes:
+            self.coarse = CoarseSums(spec)
         how: dict[str, Any] = {"dtype": spec.compute_dtype, "device": spec.device}
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
         self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
@@ -93,6 +100,8 @@ class Hot(Memory):
         self.operator[here] = operator_norm(self.value_gram[here], terms).to(residual.dtype) * (
             1 + unit(residual.dtype)
         )
+        if self.coarse is not None:
+            self.coarse.settle(codes, here, codes.coded[at] // codes.group - 1, k, v, (place, row, from_page))
         radius = length(residual)[row, from_page] * (1 + 2.0**-7)  # bfloat16 rounds by at most 2^-8
         radius = torch.where(radius > 0, radius.clamp_min(torch.finfo(_RADIUS).tiny), radius)
         codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
@@ -185,8 +194,12 @@ class Hot(Memory):
         """Return the bytes that one query per row reads: codes, bounds and sums, and the tokens without codes."""
         codes = self.codes
         coded = torch.minimum((codes.coded - codes.first).clamp_min(0), codes.held)
-        each = codes.token_bytes + torch.finfo(_RADIUS).bits // 8
-        sums = sum(x.nbytes for x in (self.key_gram, self.operator, self.excess, self.reach))
+        if self.coarse is not None:
+            each, sums = self.coarse.bytes_read(codes)
+            sums += self.reach.nbytes + self.operator.nbytes
+        else:
+            each = codes.token_bytes + torch.finfo(_RADIUS).bits // 8
+            sums = sum(x.nbytes for x in (self.key_gram, self.operator, self.excess, self.reach))
         return round(int(coded.sum()) * each + int((codes.held - coded).sum()) * self.spec.token_bytes + sums)
 
     # ---- as a part of a state --------------------------------------------------------------------------------------

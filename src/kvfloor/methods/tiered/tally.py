@@ -18,10 +18,11 @@ class Tally:
     queries    queries answered; the queries of a GQA group at one token count as one
     unfetched  those of them that were certified by the codes alone
     tokens     exact tokens fetched, one for each query that needed it
-    bytes      the bytes of these tokens' keys and values
+    bytes      the bytes of these tokens' keys and values, and `planes`
     largest    the largest bound of an answer so far, over the largest value norm that its query saw
     limit      the largest such bound that was promised
     broken     answers so far whose bound was larger
+    planes     the bytes of planes of codes, with scales, radii and sums, that these queries read beyond what all read
 
     A state's copies count into the same tally.
     """
@@ -33,14 +34,19 @@ class Tally:
     largest: float = 0.0
     limit: float = math.inf
     broken: int = 0
+    planes: int = 0
 
-    def add(self, fetched: Tensor, token_bytes: int) -> None:
-        """Count queries that fetched so many exact tokens each: fetched (...), int64."""
-        tokens = int(fetched.sum())
+    def add(self, fetched: Tensor, planes: Tensor | None = None, *, token_bytes: int) -> None:
+        """Count queries that fetched so many exact tokens each: fetched (...), int64.
+
+        planes (...): the bytes of planes that each read beyond what every query reads; None: there are no planes.
+        """
+        tokens, beside = int(fetched.sum()), 0 if planes is None else int(planes.sum())
         self.queries += fetched.numel()
         self.unfetched += int(torch.count_nonzero(fetched == 0))
         self.tokens += tokens
-        self.bytes += tokens * token_bytes
+        self.bytes += tokens * token_bytes + beside
+        self.planes += beside
 
     def note(self, found: Certified, real: Tensor | None = None) -> None:
         """Record the bounds of answers found (rows, g, m), or (rows, m) if `real` is None.

@@ -25,6 +25,7 @@ from kvfloor.methods.tiered.cold_slots import ColdSlots
 from kvfloor.methods.tiered.fetch import CertifiedReader, shaped
 from kvfloor.methods.tiered.hot import Hot, logit_rounding
 from kvfloor.methods.tiered.hot_store import HotStore
+from kvfloor.methods.tiered.plane_reader import PlaneReader
 from kvfloor.methods.tiered.tally import Tally
 from kvfloor.validation import count, within
 from kvfloor.validation import whole as whole_number
@@ -34,6 +35,7 @@ _AT_ONCE = 256  # queries of an exact read at once, as in `exact`
 _LARGEST = {torch.float32: 2.0**50, torch.float64: 2.0**500}
 """Numbers of at most this size, squared and summed over channels and tokens, stay finite."""
 _NUMBERS = 1 << 25  # entries of a matrix of queries and tokens at once
+_MORE = 8  # times as many are kept while planes are read
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Tiered(Method):
     first    number of a row's first tokens that are never coded
     recent   least number of a row's newest tokens that have no codes yet, rounded up to whole pages
     extra    bits that half of the keys' channels, those of the wider ranges, have beyond 8: 0 to 8
+    planes   True: codes lie in two planes of 4 bits, without extra bits. A query reads the upper plane of all keys, and
+             further planes of those tokens alone whose error is too large: fewer bytes, and more work
     cold     where the exact tokens are kept. device: beside the codes, so the state is larger than that of `exact`, and
              what shrinks is what is read; ram: in the host's memory; disk: in a file that no other program sees
     folder   the folder of that file, for cold=disk; None: the system's folder for temporary files (TMPDIR). It is no
@@ -63,6 +67,7 @@ class Tiered(Method):
     first: int = 4
     recent: int = 256
     extra: int = 2
+    planes: bool = False
     cold: str = "device"
     folder: str | None = field(default=None, compare=False)
 
@@ -71,6 +76,8 @@ class Tiered(Method):
         count("tiered", least=1, page=self.page)
         count("tiered", least=0, first=self.first, recent=self.recent)
         whole_number("extra", self.extra, least=0, most=8)
+        if not isinstance(self.planes, bool):
+            raise ValueError(f"tiered: planes must be True or False, got {self.planes!r}")
         if self.cold not in PLACES:
             raise ValueError(f"tiered: cold must be one of {', '.join(PLACES)}, got {self.cold!r}")
         if self.folder is not None and (self.cold != "disk" or not isinstance(self.folder, str) or not self.folder):
@@ -115,7 +122,8 @@ class TieredState(Blocked[Tiered]):
     def __init__(self, method: Tiered, spec: Spec) -> None:
         slots = exact_slots(spec, _SLOTS, method.page, method.cold, method.folder, streamed=not method.epsilon)
         super().__init__(method, spec, slots, method.block, in_order=True)
-        store = HotStore(method.first, method.extra, -(-method.recent // method.page) * method.page)
+        recent = -(-method.recent // method.page) * method.page
+        store = HotStore(method.first, 0 if method.planes else method.extra, recent, method.planes, method.page)
         self.hot = Hot(spec, _SLOTS, store, method.page) if method.epsilon else None
         self.tally = Tally()
 
@@ -157,7 +165,7 @@ class TieredState(Blocked[Tiered]):
         # A fused kernel rounds the weights to the cache's dtype.
         rounding = torch.expm1(logit) + unit(dtype) * (view.width + 32) + torch.finfo(spec.dtype).eps
         largest = value.unsqueeze(1).expand_as(rounding)
-        self.tally.add(self.seen.new_full(q.shape[:2], 0) + self.held.unsqueeze(1), spec.token_bytes)
+        self.tally.add(self.seen.new_full(q.shape[:2], 0) + self.held.unsqueeze(1), token_bytes=spec.token_bytes)
         found = Certified(part, 2 * rounding * largest, rounding, largest * (1 - unit(dtype) * (spec.dv + 8)))
         self.tally.note(found)
         return found
@@ -184,14 +192,15 @@ class TieredState(Blocked[Tiered]):
         if real is not None:
             q = q.masked_fill(~real[:, None, :, None], 0)  # padding may be anything, NaN too
         assert isinstance(self.slots, ExactSlots)
-        reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
-        piece = max(1, _NUMBERS // max(1, rows * width * max(g, d)))
-        found = []
+        planes = hot.coarse is not None
+        reader = (PlaneReader if planes else CertifiedReader)(self.spec, hot, self.slots, epsilon)
+        piece = max(1, _NUMBERS // max(1, rows * width * max(g * (_MORE if planes else 1), d)))
+        found, token_bytes = [], self.spec.token_bytes
         for start in range(0, max(1, m), piece):
             at = slice(start, start + piece)
             hidden, some = (None if x is None else x[:, at] for x in (hide, real))
-            part, fetched = reader.read(q[:, :, at], hidden, some)
-            self.tally.add(fetched if some is None else fetched[some], self.spec.token_bytes)
+            part, fetched, *beside = reader.read(q[:, :, at], hidden, some)
+            self.tally.add(*(x if some is None else x[some] for x in (fetched, *beside)), token_bytes=token_bytes)
             self.tally.note(part, some)
             found.append(part)
         return found[0] if len(found) == 1 else _joined(found)
