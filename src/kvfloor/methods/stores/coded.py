@@ -378,6 +378,8 @@ class CodedSlots(Slots):
         """
         entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in part.own}
         x = part.decode(entries, rows, None if self.ordered else self.group_of(position), turn)
+        if part.dithered:
+            x = x + part.shift(entries, rows, position, turn)
         given = fresh.to(x.dtype)
         if turn and part.turns:
             given = turned(given)
@@ -398,6 +400,8 @@ class CodedSlots(Slots):
         position = (slot if self.ordered else self.arrived(flat)).unsqueeze(1)
         entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in part.own}
         x = part.decode(entries, row, self.group_of(position))
+        if part.dithered:
+            x = x + part.shift(entries, row, position)
         return self._with_fresh(x, fresh.to(x.dtype), position, row).view(*place.shape, part.width)
 
     def _named(self, name: str) -> tuple[SlotCodes, Tensor]:

@@ -33,6 +33,8 @@ _SLOTS = 64
 _AT_ONCE = 256  # queries of an exact read at once, as in `exact`
 _LARGEST = {torch.float32: 2.0**50, torch.float64: 2.0**500}
 """Numbers of at most this size, squared and summed over channels and tokens, stay finite."""
+_LEAST_BITS = 4
+_MOST_DELTA = 0.5
 _NUMBERS = 1 << 25  # entries of a matrix of queries and tokens at once
 
 
@@ -47,6 +49,11 @@ class Tiered(Method):
     first    number of a row's first tokens that are never coded
     recent   least number of a row's newest tokens that have no codes yet, rounded up to whole pages
     extra    bits that half of the keys' channels, those of the wider ranges, have beyond 8: 0 to 8
+    keys     bits per number of a coded key, 4 to 8
+    values   bits per number of a coded value, 4 to 8
+    delta    probability with which the bound of an answer may fail: the codes are dithered, and the less of two bounds
+             is taken, one that always holds and one that holds with probability 1 - delta for a query, keys and values
+             that do not depend on the dither; 0: no dither, and every bound always holds
     cold     where the exact tokens are kept. device: beside the codes, so the state is larger than that of `exact`, and
              what shrinks is what is read; ram: in the host's memory; disk: in a file that no other program sees
     folder   the folder of that file, for cold=disk; None: the system's folder for temporary files (TMPDIR). It is no
@@ -64,6 +71,9 @@ class Tiered(Method):
     recent: int = 256
     extra: int = 2
     cold: str = "device"
+    keys: int = 8
+    values: int = 8
+    delta: float = 0.0
     folder: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +81,9 @@ class Tiered(Method):
         count("tiered", least=1, page=self.page)
         count("tiered", least=0, first=self.first, recent=self.recent)
         whole_number("extra", self.extra, least=0, most=8)
+        for name in ("keys", "values"):
+            whole_number(f"tiered: {name}", getattr(self, name), least=_LEAST_BITS, most=8)
+        within("tiered: delta", self.delta, 0.0, _MOST_DELTA)
         if self.cold not in PLACES:
             raise ValueError(f"tiered: cold must be one of {', '.join(PLACES)}, got {self.cold!r}")
         if self.folder is not None and (self.cold != "disk" or not isinstance(self.folder, str) or not self.folder):
@@ -99,9 +112,18 @@ class Tiered(Method):
         return part_text(self, skip=("folder",))
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        del spec
         norm, source = "2-norm, relative to the largest value norm, up to rounding", "docs/certificates.md"
-        return Guarantee(float(self.epsilon), 0.0, norm, "every query", (), source)
+        if not self.delta or not self.epsilon or spec.softcap is not None:
+            return Guarantee(float(self.epsilon), 0.0, norm, "every query", (), source)
+        return Guarantee(float(self.epsilon), float(self.delta), norm, OBLIVIOUS, _ASSUMED, source)
+
+
+OBLIVIOUS = "each query by itself that does not depend on the dither (oblivious)"
+_ASSUMED = (
+    "the seed is drawn at random and kept from whoever chooses keys, values and queries",
+    "keys and values do not depend on the dither",
+    "counter-based draws are independent and uniform",
+)
 
 
 class TieredState(Blocked[Tiered]):
@@ -115,7 +137,8 @@ class TieredState(Blocked[Tiered]):
     def __init__(self, method: Tiered, spec: Spec) -> None:
         slots = exact_slots(spec, _SLOTS, method.page, method.cold, method.folder, streamed=not method.epsilon)
         super().__init__(method, spec, slots, method.block, in_order=True)
-        store = HotStore(method.first, method.extra, -(-method.recent // method.page) * method.page)
+        recent, bits = -(-method.recent // method.page) * method.page, (method.keys, method.values)
+        store = HotStore(method.first, method.extra, recent, *bits, method.delta > 0, method.page)
         self.hot = Hot(spec, _SLOTS, store, method.page) if method.epsilon else None
         self.tally = Tally()
 
@@ -184,7 +207,7 @@ class TieredState(Blocked[Tiered]):
         if real is not None:
             q = q.masked_fill(~real[:, None, :, None], 0)  # padding may be anything, NaN too
         assert isinstance(self.slots, ExactSlots)
-        reader = CertifiedReader(self.spec, hot, self.slots, epsilon)
+        reader = CertifiedReader(self.spec, hot, self.slots, epsilon, self.method.delta)
         piece = max(1, _NUMBERS // max(1, rows * width * max(g, d)))
         found = []
         for start in range(0, max(1, m), piece):
@@ -297,4 +320,6 @@ def require_epsilon(epsilon: Any) -> float:
 def _joined(parts: list[Certified]) -> Certified:
     mean, mass = (torch.cat([getattr(x.partial, n) for x in parts], 2) for n in ("mean", "log_mass"))
     rest = (torch.cat([getattr(x, n) for x in parts], 2) for n in ("error", "spread", "largest"))
-    return Certified(Partial(mean, mass), *rest)
+    chances = [x.chance for x in parts if x.chance is not None]
+    chance = torch.cat(chances, 2) if len(chances) == len(parts) else None
+    return Certified(Partial(mean, mass), *rest, chance=chance, delta=parts[0].delta)
