@@ -257,11 +257,11 @@ def test_a_bound_that_forgets_that_fetched_tokens_were_chosen_fails(monkeypatch:
 def test_a_query_that_knows_the_dither_breaks_the_statistical_bound_and_not_the_certain_one() -> None:
     """The bound is oblivious: it says nothing about a query that was made from the codes."""
     draw = seeded(7)
-    k, v = draw(64, 64), signed(64)
+    k, v = draw(64, 144), signed(64)
     state = Case(k, v, k[0], Tiered(page=64, first=0, recent=0, extra=0, keys=4, delta=1e-3)).state(1)
     assert state.hot is not None
     knowing = (v * (k - state.hot.codes.keys(torch.arange(64)))).sum(0)
-    for q, fails in ((knowing, True), (draw(64), False)):
+    for q, fails in ((knowing, True), (draw(144), False)):
         q = q / q.norm() * 0.1
         found = state.read_certified(q[None, None], 1e6)
         error = Case(k, v, q, state.method).error(found.partial.mean)

@@ -109,6 +109,13 @@ def log_odds(delta: float, fetched: int, tokens: int) -> float:
     return stage * math.log(2) - math.log((1 - _UNFETCHED) * delta) + choices
 
 
+def _reaches(delta: float, fetched: int, tokens: Tensor, dimensions: int) -> Tensor:
+    """Return `reach_of_norm` (r, m) for queries that see so many coded tokens, (r, m), those fetched included."""
+    counts, place = (tokens if fetched else torch.zeros_like(tokens)).unique(return_inverse=True)
+    each = [reach_of_norm(log_odds(delta, fetched, count), dimensions) for count in counts.tolist()]
+    return torch.tensor(each, dtype=torch.float64, device=tokens.device)[place]
+
+
 def delta_of_answer(delta: float, heads: int, layers: int, steps: int) -> float:
     """Return the delta of one answer with which the bounds of a whole generation all hold with probability 1 - delta.
 
@@ -152,13 +159,12 @@ def chance_bound(dither: Dither, delta: float, given: Sums, own: Tensor, loose: 
     weight, far, doubt, rounding = (x.double() for x in (given.weight, given.far, given.doubt, given.rounding))
     coded, mass = given.coded, given.mass.double()
     square, widest = dither.square.double() * coded, dither.widest.double() * coded
-    failing = log_odds(delta, given.fetched, weight.shape[-1])
-    if dither.step is not None:
-        failing += math.log(2)  # for keys as for values
+    tokens = coded.sum(-1) + given.fetched
+    share = delta if dither.step is None else delta / 2  # for keys as for values
     true = weight * doubt.exp()  # at least the true weights
     off = torch.expm1(_OFF * widest + rounding * coded)  # of the part of eta that is not random
     spread = true * (1 + off) * deviation(square, widest)
-    k = reach_of_norm(failing)
+    k = _reaches(share, given.fetched, tokens, 1)
     mean = true * bias(square, off, weight / mass.unsqueeze(-1)) + weight * torch.expm1(rounding)
 
     def total(size: Tensor) -> Tensor:
@@ -170,7 +176,7 @@ def chance_bound(dither: Dither, delta: float, given: Sums, own: Tensor, loose: 
         of_codes = weight * coded
         drift = step * (given.width**0.5 * 2.0**-16) + 32 * given.eps * length
         noise = (of_codes * step.unsqueeze(1)).square().sum(-1).div(12).sqrt()
-        chance = reach_of_norm(failing, given.width) * noise + (of_codes * drift.unsqueeze(1)).sum(-1)
+        chance = _reaches(share, given.fetched, tokens, given.width) * noise + (of_codes * drift.unsqueeze(1)).sum(-1)
         values = torch.minimum(values, chance)
     furthest = far.amax(-1) if far.shape[-1] else torch.zeros_like(mass)
     error = (total(far) + values + floor * furthest) / mass * loose + own
