@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kvfloor import Spec, parse
 from kvfloor.methods.tiered import kernel
+from kvfloor.methods.tiered.cold import ExactSlots
+from kvfloor.methods.tiered.fetch import CertifiedReader
 from kvfloor.methods.tiered.tiered import OBLIVIOUS, Tiered, TieredState
 from tests.certify.test_trials import truth
 from tests.support import seeded
@@ -129,16 +131,20 @@ def test_the_answers_do_not_depend_on_batch_chunks_saving_or_copies() -> None:
 
 def test_what_is_fetched_does_not_depend_on_tokens_that_a_query_does_not_see() -> None:
     """The price of choosing fetched tokens is counted by those that the query sees, not by those at hand."""
-    draw, n = seeded(23), 400
-    q, k, v = draw(2, 1, n, 8), draw(2, n, 8), draw(2, n, 4)
-    q, k = q * 2, torch.where(torch.rand(2, n, 1, generator=torch.Generator().manual_seed(1)) < 0.02, 3 * k, k)
-    for epsilon in (0.01, 0.005):
-        method = Tiered(epsilon, 16, recent=0, keys=5, values=6, delta=0.001)
-        one, two = (method.open(Spec(2, 8, 4, 8**-0.5, dtype=torch.float64)) for _ in range(2))
-        wanted = one.step(q, k, v)
-        parts = [two.step(q[:, :, i : i + 50], k[:, i : i + 50], v[:, i : i + 50]) for i in range(0, n, 50)]
-        torch.testing.assert_close(torch.cat(parts, 2), wanted, rtol=0, atol=1e-9)
-        assert one.tally.tokens == two.tally.tokens > 0
+    draw = seeded(23)
+    k, v, q = draw(1, 400, 8), draw(1, 400, 4), draw(1, 1, 1, 8)
+    found = []
+    for n in (96, 400):
+        state = Tiered(page=16, recent=0, keys=6, values=6, delta=0.001).open(Spec(1, 8, 4, dtype=torch.float64))
+        state.append(k[:, :n], v[:, :n])
+        hide = (torch.arange(n) >= 96).view(1, 1, n)
+        assert state.hot is not None and isinstance(state.slots, ExactSlots)
+        first, _ = CertifiedReader(state.spec, state.hot, state.slots, 1e6, 0.001).read(q, hide, None)
+        below = float(first.relative) * 0.95
+        answer, fetched = CertifiedReader(state.spec, state.hot, state.slots, below, 0.001).read(q, hide, None)
+        assert answer.chance is not None and first.chance is not None
+        found.append((float(first.chance), float(answer.chance), int(fetched)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][2] >= 8
 
 
 def test_forgotten_tokens_tied_values_and_cold_tiers_are_served() -> None:
