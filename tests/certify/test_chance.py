@@ -302,6 +302,27 @@ def test_all_that_an_answer_may_have_fetched_fails_with_delta_together(tokens: i
     assert 0.009 <= sum(each) <= 0.01 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("fetched", [False, True])
+def test_distances_and_weights_that_the_bound_is_given_bound_the_true_ones(monkeypatch: Patch, fetched: bool) -> None:
+    """The theorem is about true weights and true values, of which the codes know bounds alone."""
+    draw = seeded(8)
+    k, v, q = draw(64, 4), draw(64, 3), draw(4) * 2
+    case = Case(k, v, q, Tiered(page=16, first=2, recent=16, keys=5, values=4, delta=0.1))
+    state, seen = case.state(3), []
+    real = chance.chance_bound
+    monkeypatch.setattr(glimpse, "chance_bound", lambda law, delta, sums, *rest: seen.append(sums) or real(
+        law, delta, sums, *rest))  # fmt: skip
+    answer = state.read_certified(q.expand(3, 1, -1), 0.05 if fetched else 1e6)
+    assert bool(state.tally.tokens) == fetched == bool(seen[-1].fetched) and answer.chance is not None
+    far = (v - answer.partial.mean).norm(dim=-1).unsqueeze(1)
+    logits = k @ q
+    logits = logits - state.hot.glimpse(q.expand(3, 1, -1), None)[0].logits.amax(-1, keepdim=True)  # type: ignore[union-attr]
+    at_most = seen[-1].weight * seen[-1].doubt.exp()
+    if not fetched:
+        assert bool((logits.exp() <= at_most * (1 + 1e-9)).all()) and bool((logits.exp() < at_most).any())
+    assert bool((far <= seen[-1].far * (1 + 1e-9)).all())
+
+
 def test_the_proxy_of_a_weights_error_bounds_its_moments() -> None:
     """E exp(t (X - E X)) <= exp(t^2 s^2 / 2) for X = exp(-eta), integrated on a grid in float64."""
     grid = (torch.arange(4001, dtype=torch.float64) - 2000) / 2000.5

@@ -135,7 +135,7 @@ class Glimpse:
             )
             fetched = 0 if self.index is None else self.index.shape[-1]
             sums = Sums(
-                *(weight, far, doubt, self.rounding, coded, self.length, low, share, floor, fetched),
+                *(weight, far + radius * coded, doubt, self.rounding, coded, self.length, low, share, floor, fetched),
                 *(self.v.shape[-1], eps),
             )
             chance = chance_bound(self.dither, delta, sums, terms * lengths, loose, told)
