@@ -174,6 +174,18 @@ def test_a_bound_that_keeps_the_promise_is_no_violation(model: Any) -> None:
     assert all(entry["certified"]["violations"] == 0 for entry in wide.report())
 
 
+def test_a_promise_with_a_delta_says_that_it_is_statistical(model: Any) -> None:
+    text = "tiered(epsilon=0.5,page=8,recent=0,keys=6,values=6,delta=0.001)"
+    certain, chance = cache_of(model, "ram", 0.5, max_error=0.02), CompressedCache(model, text, max_error=0.02)
+    assert str(chance.method) == text.replace("0.5", "0.02", 1).replace("epsilon=0.02,", "")
+    for cache in (certain, chance):
+        fed(model, cache)
+    for always, entry in zip(certain.report(), chance.report(), strict=True):
+        assert (always["certified"]["statistical"], always["certified"]["delta"]) == (0, 0.0)
+        one = entry["certified"]
+        assert one["delta"] == 0.001 and 0 < one["statistical"] <= 2 * sum(entry["tokens"]) and one["violations"] == 0
+
+
 def test_raise_names_the_layer_and_the_cache_refuses_until_reset(model: Any) -> None:
     cache = cache_of(model, "disk", 0.5, max_error=0.001, on_violation="raise")
     with pytest.raises(PromiseBroken, match=r"layer 0: [0-9]+ answers have a bound above max_error = 0.001"):

@@ -27,14 +27,20 @@ class Certified:
     error    (...)  at least ||N - c Z|| / Z', in the Euclidean norm
     spread   (...)  at least |Z - Z'| / Z'
     largest  (...)  at most the largest Euclidean norm of a value in the set; 0 where the set is empty
+    chance   (...)  another bound on ||N / Z - c||, which fails with probability at most `delta` over the dither of the
+             codes, for a query, keys and values that do not depend on it; None: there is none
+    delta    0 where there is none
 
-    The set's true output differs from c by at most `bound`. The results over two disjoint sets `merge`.
+    The set's true output differs from c by at most `bound`: always where it is `certain`, and with the probability of
+    `chance` where it is `statistical`. The results over two disjoint sets `merge`.
     """
 
     partial: Partial
     error: Tensor
     spread: Tensor
     largest: Tensor
+    chance: Tensor | None = None
+    delta: float = 0.0
 
     @classmethod
     def exact(cls, partial: Partial, largest: Tensor, rounding: float = 0.0) -> Certified:
@@ -47,7 +53,17 @@ class Certified:
 
     @cached_property
     def bound(self) -> Tensor:
-        """Return a bound (...) on the Euclidean norm of c minus the true output; infinite where none follows."""
+        """Return a bound (...) on the Euclidean norm of c minus the true output: the less of `certain` and `chance`."""
+        return self.certain if self.chance is None else torch.minimum(self.certain, self.chance)
+
+    @property
+    def statistical(self) -> Tensor:
+        """Return a mask (...), True where the bound is one that holds with probability 1 - delta."""
+        return self.bound < self.certain
+
+    @cached_property
+    def certain(self) -> Tensor:
+        """Return the bound (...) that always holds; infinite where none follows."""
         bound = torch.where(self.spread < 1, self.error / (1 - self.spread), torch.inf)
         return torch.where(bound >= 0, bound, torch.inf)  # also where an infinity made the error NaN
 
@@ -65,7 +81,7 @@ class Certified:
         """Return the result over the union of two disjoint sets of tokens: this result's and that of `other`.
 
         Up to rounding, error = sum of p_j (error_j + spread_j ||c_j - c||) and spread = sum of p_j spread_j, where p_j
-        is the share of set j in the estimated mass and c the merged mean.
+        is the share of set j in the estimated mass and c the merged mean. It has no `chance`.
         """
         partial = self.partial.merge(other.partial)
         size = partial.log_mass

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvfloor.certify.certified import Certified
+from kvfloor.certify.chance import Dither, Sums, chance_bound
 from kvfloor.certify.rounding import LEAST, unit
 from kvfloor.core.partial import Partial
 
@@ -39,6 +40,7 @@ class Glimpse:
     operator  (r,) bound on the operator norm of the matrix of the row's value residuals
     index     (r, m, c) tokens whose values are replaced, None: none
     change    (r, m, c, dv) what is added to these tokens' values
+    dither    what the residuals' law is, where they are random; None: they are not
     """
 
     logits: Tensor
@@ -52,11 +54,12 @@ class Glimpse:
     operator: Tensor
     index: Tensor | None = None
     change: Tensor | None = None
+    dither: Dither | None = None
 
     def rows(self, index: Tensor) -> Glimpse:
         """Return what the queries of the rows `index` see."""
         kept: dict[str, Any] = {n: x[index] for n, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **kept)
+        return replace(self, **kept, dither=None if self.dither is None else self.dither.rows(index))
 
     def fetched(self, index: Tensor, real: Tensor, logits: Tensor, eta: Tensor, change: Tensor) -> Glimpse:
         """Return what the queries see once the tokens `index` (r, m, c) are known exactly, where `real` is True.
@@ -83,9 +86,10 @@ class Glimpse:
             change=change * real.unsqueeze(-1),
         )
 
-    def answer(self) -> tuple[Certified, Tensor]:
+    def answer(self, delta: float = 0.0) -> tuple[Certified, Tensor]:
         """Return attention over all tokens with its bound (r, m), and each token's share in the bound (r, m, s).
 
+        delta: the probability with which the bound may fail; 0: it always holds.
         A token's share is its own bound on the error that its code causes, relative to the mass; -1 for a token that is
         known exactly or not seen.
         """
@@ -124,7 +128,20 @@ class Glimpse:
         nothing = mass == 0
         error, spread = (torch.where(away, torch.inf, x * loose).masked_fill(nothing, 0.0) for x in (error, spread))
         contribution = ((about_mean * growth + grown * radius) / share.unsqueeze(-1)).masked_fill(~coded, -1.0)
-        return Certified(Partial(mean, log_mass), error, spread, self._largest(seen, eps)), contribution
+        found = Certified(Partial(mean, log_mass), error, spread, self._largest(seen, eps))
+        if self.dither is not None and delta:
+            low = torch.minimum(
+                (weight * coded).square().sum(-1).sqrt() * self.operator.unsqueeze(1), (weight * coded * radius).sum(-1)
+            )
+            fetched = 0 if self.index is None else self.index.shape[-1]
+            sums = Sums(
+                *(weight, far + radius * coded, doubt, self.rounding, coded, self.length, low, share, floor, fetched),
+                *(self.v.shape[-1], eps),
+            )
+            chance = chance_bound(self.dither, delta, sums, terms * lengths, loose, told)
+            chance = torch.where(away, torch.inf, chance).masked_fill(nothing, 0.0)
+            found = replace(found, chance=chance, delta=delta)
+        return found, contribution
 
     def _sum_of_values(self, weight: Tensor) -> Tensor:
         pages = paged(weight).transpose(1, 2)

@@ -64,6 +64,16 @@ def uniform(keys: Tensor, counters: Tensor) -> Tensor:
     return _shift(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)  # 52 bits: the half must not round up to 1
 
 
+def halfwords(keys: Tensor, counters: Tensor) -> Tensor:
+    """Draw four whole numbers from 0 to 65,535 for each element: int64, with a last axis of four more than it.
+
+    `keys`, as made by `row_keys`, and `counters` are int64 tensors that are broadcast together. The draws are a
+    function of key and counter, and cost a quarter of what `uniform` does.
+    """
+    bits = _mix(_mix(keys + counters * _GOLDEN).bitwise_xor_(counters))
+    return torch.stack([(bits >> shift) & 0xFFFF for shift in (0, 16, 32, 48)], -1)
+
+
 def exponential(keys: Tensor, counters: Tensor) -> Tensor:
     """Draw float64 numbers from the exponential distribution Exp(1), one per element of keys and counters.
 

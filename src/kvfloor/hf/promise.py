@@ -2,7 +2,8 @@
 
 An answer's error is the 2-norm of its difference from exact attention, divided by the largest norm of a value that its
 query sees. A certified method bounds it for each answer (docs/certificates.md). The promise is about one attention
-layer's output, for each query by itself; it is none about logits.
+layer's output, for each query by itself; it is none about logits. With a method whose delta is above 0 the promise is
+statistical: a bound may fail with that probability, and `certified_entry` counts the answers with such bounds.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def certified_entry(state: State | None, promise: Promise | None) -> dict[str, A
         "largest_bound": tally.largest,
         "max_error": None if promise is None else promise.max_error,
         "violations": tally.broken,
+        "statistical": tally.chance,
+        "delta": state.method.delta,
     }
 
 
@@ -109,6 +112,7 @@ def joined_entries(entries: list[dict[str, Any] | None]) -> dict[str, Any] | Non
     told = [entry for entry in entries if entry is not None]
     if not told:
         return None
-    whole = {name: sum(entry[name] for entry in told) for name in told[0] if name not in ("largest_bound", "max_error")}
+    alike = ("max_error", "delta")
+    whole = {name: sum(entry[name] for entry in told) for name in told[0] if name not in ("largest_bound", *alike)}
     largest = max(entry["largest_bound"] for entry in told)
-    return {name: whole.get(name, largest) for name in told[0]} | {"max_error": told[0]["max_error"]}
+    return {name: whole.get(name, largest) for name in told[0]} | {name: told[0][name] for name in alike}

@@ -386,6 +386,8 @@ class CodedSlots(Slots):
         read = part.coarse if coarse else part.own
         entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in read}
         x = part.decode(entries, rows, None if self.ordered else self.group_of(position), turn)
+        if part.dithered:
+            x = x + part.shift(entries, rows, position, turn)
         given = fresh.to(x.dtype)
         if turn and part.turns:
             given = turned(given)
@@ -426,6 +428,8 @@ class CodedSlots(Slots):
         position = (slot if self.ordered else self.arrived(flat)).unsqueeze(1)
         entries = {own: getattr(part, own)[flat].unsqueeze(1) for own in (part.coarse if coarse else part.own)}
         x = part.decode(entries, row, self.group_of(position), turn)
+        if part.dithered:
+            x = x + part.shift(entries, row, position, turn)
         given = fresh.to(x.dtype)
         if turn and part.turns:
             given = turned(given)

@@ -18,6 +18,7 @@ from kvfloor.core.fields import Field
 from kvfloor.core.memory import Memory
 from kvfloor.core.rowwise import length, total
 from kvfloor.core.spec import Spec
+from kvfloor.methods.stores.dither import dither, steps_with
 from kvfloor.methods.stores.errors import of_token
 from kvfloor.methods.stores.levels import levels
 from kvfloor.methods.stores.packing import looked_up, pack, size, unpack
@@ -80,6 +81,17 @@ class SlotCodes(Memory):
 
     turns = False
     """True if `decode` can return rotated numbers, without the work of rotating them back."""
+
+    dithered = False
+    """True if codes have a dither, which is subtracted on decoding (`shift`)."""
+
+    def shift(self, entries: dict[str, Tensor], rows: Tensor | None, position: Tensor, turn: bool = False) -> Tensor:
+        """Return what the dither adds to decoded numbers, (r, t, w): for codes that are `dithered` alone.
+
+        entries, rows, turn  as for `decode`
+        position             (r, t) the tokens' positions in their rows
+        """
+        raise NotImplementedError("these codes have no dither")
 
     rounded = False
     """True if all decoded numbers are numbers of the cache's dtype."""
@@ -200,11 +212,15 @@ class SharedCodes(SlotCodes):
     shared: ClassVar[tuple[str, ...]]
     lead = 0  # an attribute of the object, with its bytes, only where it is not 0
 
-    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0) -> None:
+    def __init__(
+        self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0, dithered: bool = False
+    ) -> None:
         super().__init__(spec, width, bits, places)
         self.group = group
         if lead:
             self.lead = lead
+        if dithered:
+            self.dithered = True
 
     @property
     def _groups(self) -> int:
@@ -281,7 +297,26 @@ class GroupCodes(SharedCodes):
             getattr(self, name)[at] = entry
         shared = [getattr(self, name)[at].unsqueeze(1) for name in self.shared]
         start, step = self._steps(*shared)
-        return self._packed(((x - start) / step.clamp_min(torch.finfo(x.dtype).tiny)).round(), shared)
+        least = torch.finfo(x.dtype).tiny
+        if not self.dithered:
+            return self._packed(((x - start) / step.clamp_min(least)).round(), shared)
+        position = (at[1] * self.group - self.lead).unsqueeze(1) + torch.arange(x.shape[1], device=x.device)
+        u = dither(self.spec, rows, position, self.width, "keys")
+        above = (x.double() - start.double()) / step.double().clamp_min(least)
+        return self._packed(steps_with(u, above, self._largest(shared).double()).to(x.dtype), shared)
+
+    def _largest(self, shared: list[Tensor]) -> Tensor:
+        """Return the largest code, for every channel alike or (r, 1, w), from entries (r, 1, ...) of the groups."""
+        return torch.tensor(2.0**self.bits - 1, device=shared[0].device)
+
+    def shift(self, entries: dict[str, Tensor], rows: Tensor | None, position: Tensor, turn: bool = False) -> Tensor:
+        del turn
+        u = dither(self.spec, rows, position, self.width, "keys")
+        if not self._groups:
+            return torch.zeros_like(u)
+        group = ((position + self.lead) // self.group).clamp(0, self._groups - 1)
+        every = torch.arange(len(u), device=u.device).unsqueeze(1)
+        return (0.5 - u) * self.steps(rows)[every, group]
 
     def _packed(self, number: Tensor, shared: list[Tensor]) -> dict[str, Tensor]:
         """Return the entries of the attributes in `own` for numbers (r, t, w) of steps above the offset.
@@ -313,7 +348,8 @@ class GroupCodes(SharedCodes):
         shared = [getattr(self, name)[every, group.clamp(0, self._groups - 1)] for name in self.shared]
         start, step = self._steps(*shared)
         error = self._half_steps(start, step).square().sum(-1).sqrt()
-        return y.square().sum(-1).sqrt() + error, error
+        away = 2 * error if self.dithered else error  # y is without its shift
+        return y.square().sum(-1).sqrt() + away, error
 
     def _half_steps(self, start: Tensor, step: Tensor) -> Tensor:
         """Return the largest error (..., w) of numbers that are coded with this offset and step, each (..., w)."""
@@ -376,8 +412,10 @@ class ChannelCodes(GroupCodes):
 
     shared = ("low", "high", "range")
 
-    def __init__(self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0) -> None:
-        super().__init__(spec, width, bits, places, group, lead)
+    def __init__(
+        self, spec: Spec, width: int, bits: int, places: int, group: int, lead: int = 0, dithered: bool = False
+    ) -> None:
+        super().__init__(spec, width, bits, places, group, lead, dithered)
         self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
         self.high = torch.zeros_like(self.low)
         self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)

@@ -28,8 +28,10 @@ class LoudChannels(GroupCodes):
     own = ("packed", "fine")
     shared = ("low", "high", "range")
 
-    def __init__(self, spec: Spec, width: int, bits: int, extra: int, places: int, group: int) -> None:
-        super().__init__(spec, width, bits, places, group)
+    def __init__(
+        self, spec: Spec, width: int, bits: int, extra: int, places: int, group: int, dithered: bool = False
+    ) -> None:
+        super().__init__(spec, width, bits, places, group, dithered=dithered)
         self.extra = extra
         self.fine = torch.zeros(places, size(width // 2, extra), dtype=torch.uint8, device=spec.device)
         self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
@@ -51,6 +53,9 @@ class LoudChannels(GroupCodes):
         """Return the largest code (..., w) of each channel."""
         most = torch.full_like(width, 2**self.bits - 1)
         return most.scatter(-1, self.loud(width), 2.0 ** (self.bits + self.extra) - 1)
+
+    def _largest(self, shared: list[Tensor]) -> Tensor:
+        return self._most(ranges(*shared)[1])
 
     def _packed(self, number: Tensor, shared: list[Tensor]) -> dict[str, Tensor]:
         _, width = ranges(*shared)

@@ -119,6 +119,9 @@ class ColdSlots(Slots):
     def _viewed(self, rows: Tensor | None, width: int, live: Tensor | None) -> ColdView:  # type: ignore[override]
         return ColdView(self, rows, width, live)
 
+    def newest(self, q: Tensor) -> Tensor:
+        return self.view().newest(q, self.spec)
+
     def positions(self, rows: Tensor | None, width: int) -> Tensor:
         if self.ordered:
             r = self.spec.rows if rows is None else len(rows)

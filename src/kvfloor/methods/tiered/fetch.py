@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.certify.certified import Certified
+from kvfloor.certify.chance import FIRST
 from kvfloor.certify.glimpse import Glimpse
 from kvfloor.certify.rounding import products
 from kvfloor.core.partial import Partial
@@ -22,8 +23,6 @@ from kvfloor.methods.tiered import kernel
 from kvfloor.methods.tiered.cold import ExactSlots
 from kvfloor.methods.tiered.hot import Hot
 
-_FIRST = 8  # tokens of the first fetch; with each further one twice as many are known
-
 
 @dataclass(frozen=True)
 class CertifiedReader:
@@ -32,12 +31,14 @@ class CertifiedReader:
     hot      the coded tokens
     exact    the same tokens as they were given, in the same slots
     epsilon  the largest bound allowed, relative to the largest value norm that a query sees
+    delta    the largest probability with which a bound may fail; 0: it always holds
     """
 
     spec: Spec
     hot: Hot
     exact: ExactSlots
     epsilon: float
+    delta: float = 0.0
 
     def read(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor]:
         """Return certified answers (r, g, m) to q (r, g, m, d), and the number of tokens fetched for each (r, m).
@@ -79,17 +80,17 @@ class CertifiedReader:
             hide = gone.expand(-1, m, -1) if hide is None else hide | gone
         hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
         glimpse, decoded = self.hot.glimpse(q.flatten(1, 2), hidden, asked)
-        found, share = glimpse.answer()
+        found, share = glimpse.answer(self.delta)
         fetched = torch.zeros(rows, m, dtype=torch.int64, device=q.device)
         known = (share >= 0).sum(-1).unflatten(1, (g, m)).amax(1)  # (r, m): the tokens that can be fetched
         unsure = ~found.within(self.epsilon).unflatten(1, (g, m)) & real.unsqueeze(1) & (known > 0).unsqueeze(1)
-        count = _FIRST
+        count = FIRST
         while bool(unsure.any()):
             at = unsure.any(1).any(1).nonzero().squeeze(1)
             score = share[at].unflatten(1, (g, m)).masked_fill(~unsure[at].unsqueeze(-1), -1.0).amax(1)
             picked, index = score.topk(min(count, score.shape[-1]), -1)
             place = self.exact.at(index, every[at.cpu()])
-            answer, _ = self._with(glimpse.rows(at), q[at], decoded[at], index, place, picked >= 0).answer()
+            answer, _ = self._with(glimpse.rows(at), q[at], decoded[at], index, place, picked >= 0).answer(self.delta)
             found = replaced(found, answer, at, unsure[at].flatten(1, 2))
             fetched[at] = torch.where(unsure[at].any(1), (picked >= 0).sum(-1), fetched[at])
             unsure = unsure & ~found.within(self.epsilon).unflatten(1, (g, m)) & (known > count).unsqueeze(1)
@@ -121,13 +122,18 @@ def replaced(old: Certified, new: Certified, at: Tensor, where: Tensor) -> Certi
         marked = where.unsqueeze(-1) if x.ndim > where.ndim else where
         return x.index_copy(0, at, torch.where(marked, y, x[at]))
 
+    error, spread, largest = (put(getattr(old, name), getattr(new, name)) for name in ("error", "spread", "largest"))
+    chance = None if old.chance is None or new.chance is None else put(old.chance, new.chance)
     return Certified(
         Partial(put(old.partial.mean, new.partial.mean), put(old.partial.log_mass, new.partial.log_mass)),
-        *(put(getattr(old, name), getattr(new, name)) for name in ("error", "spread", "largest")),
+        *(error, spread, largest),
+        chance=chance,
+        delta=0.0 if chance is None else old.delta,
     )
 
 
 def shaped(x: Certified, *shape: int) -> Certified:
     """Return the results x as views whose batch axes (all but dv) have the shape `shape`."""
     rest = (getattr(x, name).view(shape) for name in ("error", "spread", "largest"))
-    return Certified(x.partial.shaped(*shape), *rest)
+    chance = None if x.chance is None else x.chance.view(shape)
+    return Certified(x.partial.shaped(*shape), *rest, chance=chance, delta=x.delta)

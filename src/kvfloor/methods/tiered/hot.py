@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.certify.certified import Certified
+from kvfloor.certify.chance import Dither
 from kvfloor.certify.glimpse import Glimpse
 from kvfloor.certify.operator_norm import operator_norm
 from kvfloor.certify.rounding import LEAST, RUN, product_rounding, products, unit
@@ -25,6 +26,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.logits import capped
 from kvfloor.methods.stores.coded import CodedSlots
 from kvfloor.methods.stores.codes import GroupCodes
+from kvfloor.methods.stores.dithered_tokens import DitheredTokens
 from kvfloor.methods.stores.turn import turned, turned_back
 from kvfloor.methods.tiered import kernel
 from kvfloor.methods.tiered.coarse import COLUMNS, CoarseSums
@@ -114,7 +116,10 @@ class Hot(Memory):
         over = (residual.abs().amax(1) - half).clamp_min(0)
         grown = 1 + unit(given.dtype) * (given.shape[-1] + 8)
         self.excess[here] = torch.maximum(self.excess[here], length(over) * grown)
-        reach = length(given.abs().amax(1)) * (1 + 2.0**-6)  # ranges are rounded outwards by at most 1/255 each
+        end = given.abs().amax(1)
+        if codes.dithered:  # a decoded number may lie half a step beyond its range
+            end = end + half
+        reach = length(end) * (1 + 2.0**-6)  # ranges are rounded outwards by at most 1/255 each
         self.reach[here] = torch.maximum(self.reach[here], reach)
 
     @property
@@ -172,8 +177,36 @@ class Hot(Memory):
             length(v) * (1 + eps * (spec.dv + 8)),
             radius,
             self.operator[here],
+            dither=self._dither(asked, half, position, coded, rows),
         )
         return found, k
+
+    def _dither(
+        self, asked: Tensor, half: Tensor, position: Tensor, coded: Tensor, rows: Tensor | None
+    ) -> Dither | None:
+        """Return what is known of the residuals before the dither is drawn; None if they are not random.
+
+        asked     (r, m, d) queries times the scale
+        half      (r, pages, d) half steps of each page
+        position  (r, s) positions of the tokens
+        coded     bool (r, s), True for tokens that have codes
+        A softcap bends the errors of logits, so that their law is not known.
+        """
+        codes = self.codes
+        if not codes.key_codes.dithered or self.spec.softcap is not None or not half.shape[1]:
+            return None
+        grown = 1 + unit(asked.dtype) * (2 * self.spec.d + 32)
+        page = (position // codes.group).clamp_max(half.shape[1] - 1).unsqueeze(1).expand(-1, asked.shape[1], -1)
+
+        def by_token(by_page: Tensor) -> Tensor:
+            return by_page.gather(2, page) * grown * coded.unsqueeze(1)
+
+        square = by_token(torch.matmul(asked.square(), half.square().transpose(1, 2)))
+        widest = by_token(torch.matmul(asked.abs(), half.transpose(1, 2)))
+        values, step = codes.value_codes, None
+        if isinstance(values, DitheredTokens):
+            step = values.step(codes.across(values.scale, rows, position.shape[1])) * coded
+        return Dither(square, widest, step)
 
     @property
     def _turns(self) -> bool:

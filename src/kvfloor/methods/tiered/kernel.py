@@ -174,8 +174,10 @@ def run(given: dict[str, Any], slots: int) -> None:
 
 def found(given: dict[str, Any]) -> Certified:
     """Return the answers that the kernel wrote to the arrays of `given`."""
-    mean, *numbers = (torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest"))
-    return Certified(Partial(mean, numbers[0]), *numbers[1:])
+    mean, log_mass, error, spread, largest = (
+        torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest")
+    )
+    return Certified(Partial(mean, log_mass), error, spread, largest)
 
 
 @lru_cache(maxsize=64)

@@ -23,6 +23,7 @@ class Tally:
     limit      the largest such bound that was promised
     broken     answers so far whose bound was larger
     planes     the bytes of planes of codes, with scales, radii and sums, that these queries read beyond what all read
+    chance     answers so far whose bound may fail, each with the probability delta of the method
 
     A state's copies count into the same tally.
     """
@@ -35,6 +36,7 @@ class Tally:
     limit: float = math.inf
     broken: int = 0
     planes: int = 0
+    chance: int = 0
 
     def add(self, fetched: Tensor, planes: Tensor | None = None, *, token_bytes: int) -> None:
         """Count queries that fetched so many exact tokens each: fetched (...), int64.
@@ -54,8 +56,10 @@ class Tally:
         real: bool (rows, m), False for the answers of padding, which do not count; None: all are real.
         """
         marked = [found.relative, ~found.within(self.limit)] if self.limit < math.inf else [found.relative]
+        chance = [] if found.chance is None else [found.statistical]
         if real is not None:
-            marked = [x.transpose(1, 2)[real] for x in marked]
+            marked, chance = ([x.transpose(1, 2)[real] for x in some] for some in (marked, chance))
         if marked[0].numel():
             self.largest = max(self.largest, float(marked[0].max()))
             self.broken += sum(int(torch.count_nonzero(over)) for over in marked[1:])
+            self.chance += sum(int(torch.count_nonzero(one)) for one in chance)

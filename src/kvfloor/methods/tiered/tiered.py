@@ -34,6 +34,8 @@ _SLOTS = 64
 _AT_ONCE = 256  # queries of an exact read at once, as in `exact`
 _LARGEST = {torch.float32: 2.0**50, torch.float64: 2.0**500}
 """Numbers of at most this size, squared and summed over channels and tokens, stay finite."""
+_LEAST_BITS = 4
+_MOST_DELTA = 0.5
 _NUMBERS = 1 << 25  # entries of a matrix of queries and tokens at once
 _MORE = 8  # times as many are kept while planes are read
 
@@ -51,6 +53,11 @@ class Tiered(Method):
     extra    bits that half of the keys' channels, those of the wider ranges, have beyond 8: 0 to 8
     planes   True: codes lie in two planes of 4 bits, without extra bits. A query reads the upper plane of all keys, and
              further planes of those tokens alone whose error is too large: fewer bytes, and more work
+    keys     bits per number of a coded key, 4 to 8
+    values   bits per number of a coded value, 4 to 8
+    delta    probability with which the bound of an answer may fail: the codes are dithered, and the less of two bounds
+             is taken, one that always holds and one that holds with probability 1 - delta for a query, keys and values
+             that do not depend on the dither; 0: no dither, and every bound always holds
     cold     where the exact tokens are kept. device: beside the codes, so the state is larger than that of `exact`, and
              what shrinks is what is read; ram: in the host's memory; disk: in a file that no other program sees
     folder   the folder of that file, for cold=disk; None: the system's folder for temporary files (TMPDIR). It is no
@@ -69,6 +76,9 @@ class Tiered(Method):
     extra: int = 2
     planes: bool = False
     cold: str = "device"
+    keys: int = 8
+    values: int = 8
+    delta: float = 0.0
     folder: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +88,14 @@ class Tiered(Method):
         whole_number("extra", self.extra, least=0, most=8)
         if not isinstance(self.planes, bool):
             raise ValueError(f"tiered: planes must be True or False, got {self.planes!r}")
+        for name in ("keys", "values"):
+            whole_number(f"tiered: {name}", getattr(self, name), least=_LEAST_BITS, most=8)
+        within("tiered: delta", self.delta, 0.0, _MOST_DELTA)
+        if self.planes and (self.keys, self.values, self.delta) != (8, 8, 0):
+            raise ValueError(
+                f"tiered: planes cut codes of 8 bits without a dither in two, so planes=True goes with keys=8, "
+                f"values=8 and delta=0, got keys={self.keys}, values={self.values}, delta={self.delta}"
+            )
         if self.cold not in PLACES:
             raise ValueError(f"tiered: cold must be one of {', '.join(PLACES)}, got {self.cold!r}")
         if self.folder is not None and (self.cold != "disk" or not isinstance(self.folder, str) or not self.folder):
@@ -106,9 +124,18 @@ class Tiered(Method):
         return part_text(self, skip=("folder",))
 
     def guarantee(self, spec: Spec) -> Guarantee | None:
-        del spec
         norm, source = "2-norm, relative to the largest value norm, up to rounding", "docs/certificates.md"
-        return Guarantee(float(self.epsilon), 0.0, norm, "every query", (), source)
+        if not self.delta or not self.epsilon or spec.softcap is not None:
+            return Guarantee(float(self.epsilon), 0.0, norm, "every query", (), source)
+        return Guarantee(float(self.epsilon), float(self.delta), norm, OBLIVIOUS, _ASSUMED, source)
+
+
+OBLIVIOUS = "each query by itself that does not depend on the dither (oblivious)"
+_ASSUMED = (
+    "the seed is drawn at random and kept from whoever chooses keys, values and queries",
+    "keys and values do not depend on the dither",
+    "counter-based draws are independent and uniform",
+)
 
 
 class TieredState(Blocked[Tiered]):
@@ -122,8 +149,9 @@ class TieredState(Blocked[Tiered]):
     def __init__(self, method: Tiered, spec: Spec) -> None:
         slots = exact_slots(spec, _SLOTS, method.page, method.cold, method.folder, streamed=not method.epsilon)
         super().__init__(method, spec, slots, method.block, in_order=True)
-        recent = -(-method.recent // method.page) * method.page
-        store = HotStore(method.first, 0 if method.planes else method.extra, recent, method.planes, method.page)
+        recent, bits = -(-method.recent // method.page) * method.page, (method.keys, method.values)
+        extra = 0 if method.planes else method.extra
+        store = HotStore(method.first, extra, recent, method.planes, *bits, method.delta > 0, method.page)
         self.hot = Hot(spec, _SLOTS, store, method.page) if method.epsilon else None
         self.tally = Tally()
 
@@ -193,7 +221,10 @@ class TieredState(Blocked[Tiered]):
             q = q.masked_fill(~real[:, None, :, None], 0)  # padding may be anything, NaN too
         assert isinstance(self.slots, ExactSlots)
         planes = hot.coarse is not None
-        reader = (PlaneReader if planes else CertifiedReader)(self.spec, hot, self.slots, epsilon)
+        if planes:
+            reader = PlaneReader(self.spec, hot, self.slots, epsilon)
+        else:
+            reader = CertifiedReader(self.spec, hot, self.slots, epsilon, self.method.delta)
         piece = max(1, _NUMBERS // max(1, rows * width * max(g * (_MORE if planes else 1), d)))
         found, token_bytes = [], self.spec.token_bytes
         for start in range(0, max(1, m), piece):
@@ -306,4 +337,6 @@ def require_epsilon(epsilon: Any) -> float:
 def _joined(parts: list[Certified]) -> Certified:
     mean, mass = (torch.cat([getattr(x.partial, n) for x in parts], 2) for n in ("mean", "log_mass"))
     rest = (torch.cat([getattr(x, n) for x in parts], 2) for n in ("error", "spread", "largest"))
-    return Certified(Partial(mean, mass), *rest)
+    chances = [x.chance for x in parts if x.chance is not None]
+    chance = torch.cat(chances, 2) if len(chances) == len(parts) else None
+    return Certified(Partial(mean, mass), *rest, chance=chance, delta=parts[0].delta)
