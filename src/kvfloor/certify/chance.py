@@ -43,7 +43,7 @@ class Dither:
 
 
 @dataclass(frozen=True)
-class Sums:
+class WeighedTokens:
     """Hold what the answer from codes has summed over tokens, on which the bound rests.
 
     weight    (r, m, s) estimated weights, relative to the largest; 0 for tokens that a query does not see
@@ -148,7 +148,9 @@ def bias(square: Tensor, off: Tensor, share: Tensor) -> Tensor:
     return (most - b).abs() + (most - least) + off * (1 + most)
 
 
-def chance_bound(dither: Dither, delta: float, given: Sums, own: Tensor, loose: Tensor, told: Tensor) -> Tensor:
+def chance_bound(
+    dither: Dither, delta: float, given: WeighedTokens, own: Tensor, loose: Tensor, told: Tensor
+) -> Tensor:
     """Return a bound (r, m) on the norm of estimated minus true mean, which fails with probability delta at most.
 
     delta  above 0, at most 1/2

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvfloor.certify.certified import Certified
-from kvfloor.certify.chance import Dither, Sums, chance_bound
+from kvfloor.certify.chance import Dither, WeighedTokens, chance_bound
 from kvfloor.certify.rounding import LEAST, unit
 from kvfloor.core.partial import Partial
 
@@ -134,7 +134,7 @@ class Glimpse:
                 (weight * coded).square().sum(-1).sqrt() * self.operator.unsqueeze(1), (weight * coded * radius).sum(-1)
             )
             fetched = 0 if self.index is None else self.index.shape[-1]
-            sums = Sums(
+            sums = WeighedTokens(
                 *(weight, far + radius * coded, doubt, self.rounding, coded, self.length, low, share, floor, fetched),
                 *(self.v.shape[-1], eps),
             )
