@@ -57,7 +57,8 @@ def measures(report: VerifiedReport, said: torch.Tensor, exact: torch.Tensor) ->
     for i in range(DRAFT):
         pairs = [(float(yes[i]), of[i]) for yes, of in zip(report.accepted, report.reached, strict=True) if of[i]]
         yes, of = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0.0, 0)
-        interval = mean_interval(pairs)[1:] if len(pairs) >= MIN_BLOCKS else ("", "")
+        found = mean_interval(pairs)[1:] if len(pairs) >= MIN_BLOCKS else ()
+        interval = [min(max(end, 0.0), 1.0) for end in found] or ("", "")  # the ends of a share
         lines.append((f"accepted at {i + 1}", yes / of if of else "", *interval, of))
     return lines
 

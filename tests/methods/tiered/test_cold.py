@@ -207,6 +207,8 @@ def test_a_folder_is_no_part_of_the_method(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("tiered(cold=tape)", "cold must be one of device, ram, disk, got 'tape'"),
+        ("tiered(planes=True,keys=6)", "planes=True goes with keys=8, values=8 and delta=0, got keys=6"),
+        ("tiered(planes=True,delta=0.01)", "got keys=8, values=8, delta=0.01"),
         ("tiered(folder='/tmp')", "with cold=disk alone"),
         ("tiered(cold=ram,folder='/tmp')", "with cold=disk alone"),
         ("tiered(cold=disk,folder='')", "names a folder as text"),
