@@ -10,6 +10,7 @@ all.
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Arena(Memory):
 
     lists: int = 1
     fill: int = 0
-    _known_level: tuple[Tensor, int | None] | None = None  # the counts `held` that were compared last, and their level
+    _known_level: tuple[ref[Tensor], int | None] | None = None  # the counts `held` compared last, and their level
 
     def __init__(self, spec: Spec, capacity: Tensor) -> None:
         self.spec = spec
@@ -79,10 +80,12 @@ class Arena(Memory):
     def level(self) -> int | None:
         """Return the number of items per list if all rows have the same number and the same capacity, else None."""
         known = self._known_level
-        if known is None or known[0] is not self.held:  # counts never change in place: a change makes a new tensor
-            counts = self.held.tolist()
-            known = self._known_level = self.held, counts[0] if self.stride and min(counts) == max(counts) else None
-        return known[1]
+        if known is not None and known[0]() is self.held:  # counts never change in place: a change makes a new tensor
+            return known[1]
+        counts = self.held.tolist()
+        level = counts[0] if self.stride and min(counts) == max(counts) else None
+        self._known_level = ref(self.held), level
+        return level
 
     # ---- places ----------------------------------------------------------------------------------------------------
 

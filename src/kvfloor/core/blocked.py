@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Blocked(State[M]):
     """
 
     slots: Slots
-    _known_clock: tuple[Tensor, int | None] | None = None  # the clocks `seen` compared last, and what all of them show
+    _known_clock: tuple[ref[Tensor], int | None] | None = None  # the clocks `seen` compared last, and what all show
 
     def __init__(self, method: M, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
@@ -153,10 +154,12 @@ class Blocked(State[M]):
     def _clock(self) -> int | None:
         """Return the number of tokens that every row has seen; None if rows differ."""
         known = self._known_clock
-        if known is None or known[0] is not self.seen:  # clocks never change in place: a change makes a new tensor
-            seen = self.seen.tolist()
-            known = self._known_clock = self.seen, seen[0] if min(seen) == max(seen) else None
-        return known[1]
+        if known is not None and known[0]() is self.seen:  # clocks never change in place: a change makes a new tensor
+            return known[1]
+        seen = self.seen.tolist()
+        clock = seen[0] if min(seen) == max(seen) else None
+        self._known_clock = ref(self.seen), clock
+        return clock
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
         seen, asked, bare = self._clock, q, k
@@ -169,7 +172,7 @@ class Blocked(State[M]):
         out = self.slots.newest(asked)
         self._on_query(q, seen)
         self.seen = self.seen + 1
-        self._known_clock = self.seen, seen + 1
+        self._known_clock = ref(self.seen), seen + 1
         if (seen + 1) % self.block == 0:
             self._end(None)
         return out

@@ -23,10 +23,8 @@ from kvfloor.core.fields import Field
 # Not memory: values fixed before the stream, so known to any reader of a message; the record of past sizes; the
 # callback; the count of what was read; the name of the running call; what is kept outside of the memory, which
 # `State.cold_nbytes` counts; and what a step remembers of the tensors that it has looked at (`_known...`).
-PUBLIC = frozenset(
-    {"method", "spec", "shared", "peak", "on_evict", "tally", "cold", "_underway"}
-    | {"_known_level", "_known_tables", "_known_numbers", "_known_clock"}
-)
+_KNOWN = frozenset({"_known_level", "_known_tables", "_known_numbers", "_known_clock"})
+PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "tally", "cold", "_underway"}) | _KNOWN
 SCALAR_BYTES = 8
 
 
@@ -143,6 +141,10 @@ class Memory:
                 setattr(self, name, value.to(mine.device if isinstance(mine, Tensor) else vars(self)["spec"].device))
             else:
                 setattr(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes to copy or pickle: all but what a step remembers of tensors that it has looked at."""
+        return {name: value for name, value in vars(self).items() if name not in _KNOWN}
 
     def select_rows(self, index: Tensor) -> None:
         """Keep only the rows at `index` (r,), in this order, repeats allowed.

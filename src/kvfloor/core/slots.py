@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -265,7 +266,7 @@ class Slots(Arena):
             values.narrow(1, at, 1).copy_(v)
         self._number_from(at, position)
         self.held = self.held + 1
-        self._known_level = self.held, at + 1
+        self._known_level = ref(self.held), at + 1
 
     def _number_from(self, at: int, position: int) -> None:
         """Write `position` to slot `at` of every row, and to the slots behind it the positions of tokens still to come.
