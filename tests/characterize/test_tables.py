@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "characterize"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("__"))
 BUILTIN, BOTH = ("built-in 2k",), ("synthetic", "built-in 2k")
 RERUN = {
     "early_tokens": BOTH,
