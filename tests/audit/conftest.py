@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvfloor.audit import request as audit_request
 from kvfloor.audit.bounds import Bounds
 from kvfloor.audit.rows import Protocol, Row, measured_row
 from kvfloor.audit.setting import BudgetedMethod
@@ -58,3 +59,10 @@ def row() -> Maker:
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_facts_unless_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave hidden facts out of audits that do not ask for them: they cost seconds, and few tests are about them."""
+    if "facts" not in request.path.name:
+        monkeypatch.setattr(audit_request, "_USUAL_SHEETS", 0)
