@@ -33,16 +33,13 @@ def run(names: list[str]) -> list[str]:
 
 def main() -> int:
     asked = sys.argv[1:]
-    if not asked or unknown(asked):
+    unknown = [] if asked == ["all"] else [name for name in asked if name not in NAMES]
+    if not asked or unknown:
         print("\n".join(f"{name:22} {about(name)}" for name in NAMES))
-        return 0 if not asked else refuse(unknown(asked))
+        return refuse(unknown) if unknown else 0
     failed = run(NAMES if asked == ["all"] else asked)
     print("\n".join(f"failed: {name}" for name in failed), end="\n" if failed else "")
     return len(failed)
-
-
-def unknown(asked: list[str]) -> list[str]:
-    return [] if asked == ["all"] else [name for name in asked if name not in NAMES]
 
 
 def refuse(names: list[str]) -> int:

@@ -95,11 +95,7 @@ class Glimpse:
         """
         dtype, s = self.logits.dtype, self.logits.shape[-1]
         eps, least = unit(dtype), LEAST[dtype]
-        seen = self.logits > -torch.inf
-        top = self.logits.amax(-1) if s else self.logits.new_full(self.logits.shape[:-1], -torch.inf)
-        top = torch.where(top == -torch.inf, 0.0, top)
-        weight = (self.logits - top.unsqueeze(-1)).clamp_min(least).exp() * seen
-        mass = paged(weight).sum(-1).sum(-1)
+        seen, top, weight, mass = weighed(self.logits)
         share = mass.clamp_min(1.0)  # the largest weight is 1
         mean = self._sum_of_values(weight) / share.unsqueeze(-1)
         log_mass = top + mass.log()
@@ -163,6 +159,21 @@ class Glimpse:
         least = (self.length * (1 - eps * (4 * self.v.shape[-1] + 64)) - self.radius).clamp_min(0)
         seen_lengths = least.unsqueeze(1) * seen
         return seen_lengths.amax(-1) if seen.shape[-1] else seen_lengths.sum(-1)
+
+
+def weighed(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the weights of logits (..., s), relative to the largest: return (seen, top, weight, mass).
+
+    seen    (..., s), False where a logit is -inf
+    top     (...) the largest logit, 0 where there is none
+    weight  (..., s) exp(logit - top), 0 where nothing is seen
+    mass    (...) the sum of the weights
+    """
+    seen = logits > -torch.inf
+    top = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -torch.inf)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weight = (logits - top.unsqueeze(-1)).clamp_min(LEAST[logits.dtype]).exp() * seen
+    return seen, top, weight, paged(weight).sum(-1).sum(-1)
 
 
 def paged(weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvfloor.certify.certified import Certified
-from kvfloor.certify.glimpse import DOUBT, PAGE, deviation, paged
+from kvfloor.certify.glimpse import DOUBT, PAGE, deviation, paged, weighed
 from kvfloor.certify.rounding import LEAST, unit
 from kvfloor.core.partial import Partial
 
@@ -70,11 +70,7 @@ class PlaneGlimpse:
         """
         dtype, s = self.logits.dtype, self.logits.shape[-1]
         eps, least, dv = unit(dtype), LEAST[dtype], self.values.shape[-1]
-        seen = self.logits > -torch.inf
-        top = self.logits.amax(-1) if s else self.logits.new_full(self.logits.shape[:-1], -torch.inf)
-        top = torch.where(top == -torch.inf, 0.0, top)
-        weight = (self.logits - top.unsqueeze(-1)).clamp_min(least).exp() * seen
-        mass = paged(weight).sum(-1).sum(-1)
+        seen, top, weight, mass = weighed(self.logits)
         share = mass.clamp_min(1.0)  # the largest weight is 1
         as_known = [(self.value == way).unsqueeze(1) for way in range(EXACT_VALUE + 1)]
         mean = self._sum_of_values(weight, as_known) / share.unsqueeze(-1)

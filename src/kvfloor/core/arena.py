@@ -10,12 +10,11 @@ all.
 from __future__ import annotations
 
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 
-from kvfloor.core.memory import Memory
+from kvfloor.core.memory import Common, Memory, common
 from kvfloor.core.spec import Spec
 
 
@@ -39,7 +38,7 @@ class Arena(Memory):
 
     lists: int = 1
     fill: int = 0
-    _known_level: tuple[ref[Tensor], int | None] | None = None  # the counts `held` compared last, and their level
+    _known_level: Common | None = None  # of `held`
 
     def __init__(self, spec: Spec, capacity: Tensor) -> None:
         self.spec = spec
@@ -47,7 +46,6 @@ class Arena(Memory):
         self._lay_out(capacity.clone())
 
     def _lay_out(self, capacity: Tensor) -> None:
-        self._known_level = None
         self.capacity = capacity
         self.offset = (torch.cumsum(capacity, 0) - capacity) * self.lists  # the first place of each row's lists
         self.stride = int(capacity[0]) if bool((capacity == capacity[0]).all()) else 0  # 0: rows differ
@@ -79,13 +77,10 @@ class Arena(Memory):
     @property
     def level(self) -> int | None:
         """Return the number of items per list if all rows have the same number and the same capacity, else None."""
-        known = self._known_level
-        if known is not None and known[0]() is self.held:  # counts never change in place: a change makes a new tensor
-            return known[1]
-        counts = self.held.tolist()
-        level = counts[0] if self.stride and min(counts) == max(counts) else None
-        self._known_level = ref(self.held), level
-        return level
+        if not self.stride:
+            return None
+        self._known_level = common(self.held, self._known_level)
+        return self._known_level[1]
 
     # ---- places ----------------------------------------------------------------------------------------------------
 

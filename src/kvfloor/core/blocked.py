@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.attend import fused
+from kvfloor.core.memory import Common, common
 from kvfloor.core.partial import Partial
 from kvfloor.core.rotation import Circle
 from kvfloor.core.selector import Chosen, Everything, Indexed, Selector, SelectorState
@@ -48,7 +49,7 @@ class Blocked(State[M]):
     """
 
     slots: Slots
-    _known_clock: tuple[ref[Tensor], int | None] | None = None  # the clocks `seen` compared last, and what all show
+    _known_clock: Common | None = None  # of `seen`
 
     def __init__(self, method: M, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
@@ -153,13 +154,8 @@ class Blocked(State[M]):
     @property
     def _clock(self) -> int | None:
         """Return the number of tokens that every row has seen; None if rows differ."""
-        known = self._known_clock
-        if known is not None and known[0]() is self.seen:  # clocks never change in place: a change makes a new tensor
-            return known[1]
-        seen = self.seen.tolist()
-        clock = seen[0] if min(seen) == max(seen) else None
-        self._known_clock = ref(self.seen), clock
-        return clock
+        self._known_clock = common(self.seen, self._known_clock)
+        return self._known_clock[1]
 
     def _step_one(self, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
         seen, asked, bare = self._clock, q, k

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -169,6 +170,21 @@ class Memory:
         """
         keep = {id(getattr(self, name)): getattr(self, name) for name in PUBLIC if hasattr(self, name)}
         return copy.deepcopy(self, keep)
+
+
+Common = tuple[ref[Tensor], int | None]
+"""A tensor of counts, and the number that all of them are; None if they differ."""
+
+
+def common(counts: Tensor, known: Common | None) -> Common:
+    """Return the number that all counts (rows,) are, beside a reference to them; `known` if it is of these counts.
+
+    Counts never change in place: a change makes a new tensor.
+    """
+    if known is not None and known[0]() is counts:
+        return known
+    numbers = counts.tolist()
+    return ref(counts), numbers[0] if min(numbers) == max(numbers) else None
 
 
 def joined(parts: Sequence[Any], where: str = "") -> Any:

@@ -399,13 +399,12 @@ class GroupCodes(SharedCodes):
         return self._steps(*(x if rows is None else x[rows.to(x.device)] for x in shared))[1]
 
 
-class ChannelCodes(GroupCodes):
-    """Code the numbers of each channel of a group in equal steps between its least and largest one (after KIVI).
+class SteppedChannels(GroupCodes):
+    """Code each channel of a group in equal steps from the least to the largest of its numbers.
 
-    A code stands for the number low + (high - low) code / (2^bits - 1). Here low and high are the least and largest
-    number of the channel in the group, rounded to 8 bits: low downwards, high upwards.
+    Both ends are rounded to 8 bits, the least number downwards and the largest upwards.
 
-    low, high  (rows, groups, w) uint8, the codes of low and high
+    low, high  (rows, groups, w) uint8, the codes of the ends
     range      (rows, groups, 4) in the compute dtype: (offset of low, step of low, offset of high, step of high). A
                code of `low` stands for offset + step code, with the same offset and step for all channels of the group
     """
@@ -420,12 +419,25 @@ class ChannelCodes(GroupCodes):
         self.high = torch.zeros_like(self.low)
         self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
 
+    @property
+    def last(self) -> int:
+        """Return the largest code of a number, which stands for the upper end of its channel's range."""
+        return 2**self.bits - 1
+
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
         return ranged(low, high)
 
     def _steps(self, *shared: Tensor) -> tuple[Tensor, Tensor]:
         start, width = ranges(*shared)
-        return start, width / (2**self.bits - 1)
+        return start, width / self.last
+
+
+class ChannelCodes(SteppedChannels):
+    """Code the numbers of each channel of a group in equal steps between its least and largest one (after KIVI).
+
+    A code stands for the number low + (high - low) code / (2^bits - 1). Here low and high are the ends of the
+    channel's range (`SteppedChannels`).
+    """
 
 
 def ranged(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:

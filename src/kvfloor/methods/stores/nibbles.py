@@ -14,7 +14,7 @@ from torch import Tensor
 from kvfloor.core.fields import Field
 from kvfloor.core.rowwise import length, total
 from kvfloor.core.spec import Spec
-from kvfloor.methods.stores.codes import SCALE, GroupCodes, SharedCodes, TokenCodes, ranged, ranges, unpacked
+from kvfloor.methods.stores.codes import SCALE, SharedCodes, SteppedChannels, TokenCodes, unpacked
 from kvfloor.methods.stores.levels import levels
 from kvfloor.methods.stores.packing import looked_up, pack, unpack
 from kvfloor.methods.stores.turn import turned, turned_back
@@ -25,37 +25,30 @@ COARSER = 16
 """How many steps of the whole code a step of the upper plane has."""
 
 
-class NibbleChannels(GroupCodes):
+class NibbleChannels(SteppedChannels):
     """Code each channel of a group in 8 bits, as `ChannelCodes` does, in an upper and a lower plane.
 
     The upper plane alone stands for the middle of the 16 codes that share it, so it errs by at most eight steps.
 
     packed  (places, bytes) uint8, the upper four bits of each slot's numbers
     fine    (places, bytes) uint8, the lower four bits
-    low, high, range   as in `ChannelCodes`
+    low, high, range   as in `SteppedChannels`
     """
 
     own = ("packed", "fine")
     coarse = ("packed",)
-    shared = ("low", "high", "range")
 
     def __init__(self, spec: Spec, width: int, places: int, group: int) -> None:
         super().__init__(spec, width, _HALF, places, group)
         self.fine = torch.zeros_like(self.packed)
-        self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
-        self.high = torch.zeros_like(self.low)
-        self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
 
-    def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-        return ranged(low, high)
-
-    def _steps(self, *shared: Tensor) -> tuple[Tensor, Tensor]:
-        start, width = ranges(*shared)
-        return start, width / (_LEVELS**2 - 1)
+    @property
+    def last(self) -> int:
+        return _LEVELS**2 - 1
 
     def _packed(self, number: Tensor, shared: list[Tensor]) -> dict[str, Tensor]:
         del shared
-        return planes_of(number.clamp(0, _LEVELS**2 - 1).to(torch.uint8))
+        return planes_of(number.clamp(0, self.last).to(torch.uint8))
 
     def _steps_above(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
         del shared
