@@ -46,7 +46,7 @@ def residuals(made: Made, x: Tensor, seed: int = 0) -> Tensor:
     decoded = codes.decode(entries, None, group.unsqueeze(1).expand(-1, len(x)), True)
     decoded = decoded + codes.shift(entries, None, position, True)
     if isinstance(codes, DitheredTokens):
-        return (turned(given) - decoded) / codes.step(entries["scale"]).unsqueeze(-1)
+        return (turned(given) - decoded) / codes.step(entries["widest"]).unsqueeze(-1)
     return (given - decoded) / codes.steps(None)[:, 1:2]  # type: ignore[attr-defined]
 
 

@@ -5,28 +5,32 @@ A channel is one entry of a key. In shapes, r are rows, t tokens of one row, w t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kvfloor.core.fields import Field
 from kvfloor.core.spec import Spec
-from kvfloor.methods.stores.codes import GroupCodes, ranged, ranges, unpacked
+from kvfloor.methods.stores.codes import SteppedChannels, ranges, unpacked
 from kvfloor.methods.stores.packing import pack, size
 
 
-class LoudChannels(GroupCodes):
+class LoudChannels(SteppedChannels):
     """Code numbers as `ChannelCodes` does, in `bits` bits, and the half of the channels with the wider ranges in more.
 
-    The ranges of a group alone decide which channels these are, so nothing is stored for it. Of channels with equal
-    ranges, the first is taken for the wider one. An error of a logit is a sum over channels, and the wide ones cause
-    most of it: `extra` bits for half of the channels lessen it more than half as many for all.
+    Of channels with equal ranges, the first is taken for the wider one. An error of a logit is a sum over channels, and
+    the wide ones cause most of it: `extra` bits for half of the channels lessen it more than half as many for all.
 
     extra      bits that the wider half of the channels gets beyond `bits`, 1 to 8
-    fine       (places, bytes) uint8, these bits of each slot's key, the lowest ones, in the order of falling ranges
-    low, high, range   as in `ChannelCodes`
+    fine       (places, bytes) uint8, these bits of each slot's key, the lowest ones, in the order of `loud`
+    loud       (rows, groups, w // 2) the channels with further bits, by falling ranges: they follow from the ranges, but
+               to sort these again for every read would take longer than to read the codes
+    low, high, range   as in `SteppedChannels`
     """
 
     own = ("packed", "fine")
-    shared = ("low", "high", "range")
+    shared = ("low", "high", "range", "loud")
 
     def __init__(
         self, spec: Spec, width: int, bits: int, extra: int, places: int, group: int, dithered: bool = False
@@ -34,33 +38,27 @@ class LoudChannels(GroupCodes):
         super().__init__(spec, width, bits, places, group, dithered=dithered)
         self.extra = extra
         self.fine = torch.zeros(places, size(width // 2, extra), dtype=torch.uint8, device=spec.device)
-        self.low = torch.zeros(spec.rows, 0, width, dtype=torch.uint8, device=spec.device)
-        self.high = torch.zeros_like(self.low)
-        self.range = torch.zeros(spec.rows, 0, 4, dtype=spec.compute_dtype, device=spec.device)
-
-    def loud(self, width: Tensor) -> Tensor:
-        """Return the indices (..., w // 2) of the channels with further bits, from their ranges' widths (..., w)."""
-        return torch.sort(width, dim=-1, descending=True, stable=True).indices[..., : self.width // 2]
+        index = torch.uint8 if width <= 256 else torch.int16
+        self.loud = torch.zeros(spec.rows, 0, width // 2, dtype=index, device=spec.device)
 
     def _ranged(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-        return ranged(low, high)
+        ends = super()._ranged(low, high)
+        width = ranges(*ends)[1]
+        loud = torch.sort(width, dim=-1, descending=True, stable=True).indices[..., : self.width // 2]
+        return *ends, loud.to(self.loud.dtype)
 
     def _steps(self, *shared: Tensor) -> tuple[Tensor, Tensor]:
-        start, width = ranges(*shared)
-        return start, width / self._most(width)
-
-    def _most(self, width: Tensor) -> Tensor:
-        """Return the largest code (..., w) of each channel."""
-        most = torch.full_like(width, 2**self.bits - 1)
-        return most.scatter(-1, self.loud(width), 2.0 ** (self.bits + self.extra) - 1)
+        start, width = ranges(*shared[:3])
+        return start, width / self._largest([*shared])
 
     def _largest(self, shared: list[Tensor]) -> Tensor:
-        return self._most(ranges(*shared)[1])
+        low, _, range_, loud = shared
+        most = torch.full(low.shape, float(self.last), dtype=range_.dtype, device=low.device)
+        return most.scatter(-1, loud.long(), 2.0 ** (self.bits + self.extra) - 1)
 
     def _packed(self, number: Tensor, shared: list[Tensor]) -> dict[str, Tensor]:
-        _, width = ranges(*shared)
-        loud = self.loud(width).expand(-1, number.shape[1], -1)
-        code = number.clamp_min(0).minimum(self._most(width)).int()
+        loud = shared[-1].long().expand(-1, number.shape[1], -1)
+        code = number.clamp_min(0).minimum(self._largest(shared)).int()
         fine = code.gather(-1, loud)
         code = code.scatter(-1, loud, fine >> self.extra)
         fine = fine & (2**self.extra - 1)
@@ -70,5 +68,9 @@ class LoudChannels(GroupCodes):
         dtype = self.spec.compute_dtype
         number = unpacked(entries["packed"], self.width, self.bits, dtype)
         fine = unpacked(entries["fine"], self.width // 2, self.extra, dtype)
-        loud = self.loud(ranges(*shared)[1]).expand_as(fine)
+        loud = shared[-1].long().expand_as(fine)
         return number.scatter(-1, loud, torch.add(fine, number.gather(-1, loud), alpha=2**self.extra))
+
+    def fields(self) -> dict[str, Any]:
+        shape = (self.loud.shape[0], "groups", self.loud.shape[2])
+        return super().fields() | {"loud": Field(self.loud.dtype, shape, least=0, most=self.width - 1)}

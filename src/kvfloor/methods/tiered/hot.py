@@ -44,6 +44,7 @@ class Hot(Memory):
     operator      (rows,) bound on the operator norm of the matrix of the value residuals
     excess        (rows,) most that key residuals exceed half a step of their channel, as a norm over channels
     reach         (rows,) bound on the norm of any coded key, and of its range's ends
+    longest       (rows,) the largest norm of a coded value, up to the rounding of a sum of dv squares
     coarse        the same sums for coarser readings, where codes lie in planes; otherwise None
 
     The column `radius` of the codes' slots bounds the norm of each value's residual. Tokens that are dropped stay in
@@ -67,7 +68,7 @@ class Hot(Memory):
         how: dict[str, Any] = {"dtype": spec.compute_dtype, "device": spec.device}
         self.key_gram = torch.zeros(spec.rows, spec.d, spec.d, **how)
         self.value_gram = torch.zeros(spec.rows, spec.dv, spec.dv, **how)
-        self.operator, self.excess, self.reach = (torch.zeros(spec.rows, **how) for _ in range(3))
+        self.operator, self.excess, self.reach, self.longest = (torch.zeros(spec.rows, **how) for _ in range(4))
         kernel.serves(self)  # which loads the kernel where there is one: not later, when a step may be timed
 
     # ---- writing ---------------------------------------------------------------------------------------------------
@@ -104,6 +105,7 @@ class Hot(Memory):
         )
         if self.coarse is not None:
             self.coarse.settle(codes, here, codes.coded[at] // codes.group - 1, k, v, (place, row, from_page))
+        self.longest[here] = torch.maximum(self.longest[here], length(paged(v)).amax(1))
         radius = length(residual)[row, from_page] * (1 + 2.0**-7)  # bfloat16 rounds by at most 2^-8
         radius = torch.where(radius > 0, radius.clamp_min(torch.finfo(_RADIUS).tiny), radius)
         codes.columns.radius[place] = radius.to(_RADIUS)  # type: ignore[attr-defined]
@@ -205,7 +207,7 @@ class Hot(Memory):
         widest = by_token(torch.matmul(asked.abs(), half.transpose(1, 2)))
         values, step = codes.value_codes, None
         if isinstance(values, DitheredTokens):
-            step = values.step(codes.across(values.scale, rows, position.shape[1])) * coded
+            step = values.step(codes.across(values.widest, rows, position.shape[1])) * coded
         return Dither(square, widest, step)
 
     @property
@@ -243,7 +245,7 @@ class Hot(Memory):
             name: Field(dtype, (rows, width, width), finite=True)
             for name, width in (("key_gram", self.spec.d), ("value_gram", self.spec.dv))
         }
-        return grams | {n: Field(dtype, (rows,), least=0, finite=True) for n in ("operator", "excess", "reach")}
+        return grams | {n: Field(dtype, (rows,), least=0, finite=True) for n in ("operator", "excess", "reach", "longest")}
 
     def require_beside(self, fields: dict[str, Any], exact: dict[str, Any], seen: Tensor) -> None:
         """Raise ValueError unless the saved codes `fields["codes"]` are of the same tokens as the exact slots' fields.

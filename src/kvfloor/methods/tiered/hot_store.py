@@ -11,6 +11,9 @@ from kvfloor.methods.stores.codes import ChannelCodes, GroupCodes, SlotCodes, To
 from kvfloor.methods.stores.dithered_tokens import DitheredTokens
 from kvfloor.methods.stores.loud import LoudChannels
 from kvfloor.methods.stores.nibbles import NibbleChannels, NibbleTokens
+from kvfloor.methods.stores.stepped_tokens import SteppedTokens
+
+_STEPS_FROM = 4  # bits of a value's numbers: with fewer, equal steps err more than the levels of `TokenCodes`
 
 
 @dataclass(frozen=True)
@@ -60,4 +63,6 @@ class HotStore(Coding):
             return NibbleTokens(spec, spec.dv, places, self.page)
         if self.dither:
             return DitheredTokens(spec, spec.dv, self.values, places, self.page)
+        if self.values >= _STEPS_FROM:
+            return SteppedTokens(spec, spec.dv, self.values, places)
         return TokenCodes(spec, spec.dv, self.values, places, centred=False, unbiased=True)

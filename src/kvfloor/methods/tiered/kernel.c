@@ -33,6 +33,7 @@ enum {
     ROWS = 6,    /* most sums of values that are made at once */
 };
 
+static const float MIDDLE = 127.5f; /* of a value's codes: it stands for 0 */
 static const float HIDDEN = -1e30f; /* stands for the logit of a token that is not seen */
 static const double LEAST = -80.0;  /* least exponent of a weight relative to the largest one: smaller weights are 0 */
 static const double DOUBT = 30.0;   /* bound on a logit's error from which on nothing is bounded */
@@ -44,24 +45,24 @@ typedef uint32_t words __attribute__((vector_size(32)));
 typedef numbers loose __attribute__((aligned(4), may_alias));
 typedef uint16_t shorts __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(8), aligned(1), may_alias));
+typedef int8_t signed_bytes __attribute__((vector_size(8), aligned(1), may_alias));
 
 /* What `kernel.py` passes, in this order: numbers of 8 bytes, then addresses of arrays. */
 struct given {
     int64_t rows, m, d, dv, first, group, ring, extra, fine_words, slots, groups;
-    double scale, softcap, gram_rounding, level_bound, epsilon, share;
+    double scale, softcap, gram_rounding, epsilon, share;
     const float *q;                           /* (rows, m, d) */
     const int64_t *offset, *count, *coded;    /* (rows): first slot, slots that are read, tokens before those uncoded */
     const uint8_t *hide;                      /* (rows, m, slots) bool, True for slots a query does not see; or NULL */
     const uint8_t *key_packed;                /* (places, d) */
     const uint32_t *key_fine;                 /* (places, fine_words) */
-    const uint8_t *low, *high;                /* (rows, groups, d) */
+    const uint8_t *low, *high, *loud;         /* (rows, groups, d), and d / 2 for `loud`, or NULL */
     const float *span;                        /* (rows, groups, 4) */
     const uint8_t *value_packed;              /* (places, dv) */
-    const uint16_t *value_scale, *radius;     /* (places) the bits of bfloat16 */
-    const float *levels;                      /* (256) */
+    const uint16_t *value_widest, *radius;    /* (places) the bits of bfloat16 */
     const float *fresh_k, *fresh_v;           /* (rows, first + ring, d and dv) */
     const float *key_gram;                    /* (rows, d, d) */
-    const float *excess, *reach, *operator_;  /* (rows) */
+    const float *excess, *reach, *longest, *operator_; /* (rows) */
     const double *turn;                       /* (dv, dv) the rotation of values */
     float *mean;                              /* (rows, m, dv) */
     float *log_mass, *error, *spread, *largest, *unread; /* (rows, m) */
@@ -98,6 +99,15 @@ INLINE numbers larger(numbers x, numbers y) { return choose(x > y, x, y); }
 INLINE integers lanes_from(int32_t start) { return (integers){0, 1, 2, 3, 4, 5, 6, 7} + start; }
 INLINE numbers as_floats(integers x) { return __builtin_convertvector(x, numbers); }
 INLINE numbers absolute(numbers x) { return (numbers)((integers)x & 0x7fffffff); }
+
+/* Return eight signed bytes as numbers. */
+INLINE numbers from_signed(const int8_t *at) {
+#ifdef __AVX2__
+    return (numbers)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
+#else
+    return as_floats(__builtin_convertvector(*(const signed_bytes *)at, integers));
+#endif
+}
 
 /* Return eight bytes as numbers. */
 INLINE numbers from_bytes(const uint8_t *at) {
@@ -177,56 +187,48 @@ void exponentials(const float *x, float *out, int64_t n) { /* for tests */
 
 /* A page's channels, and the queries with its ranges folded in. */
 struct page {
+    const uint8_t *loud;        /* (d / 2) the channels that have further bits */
     float *begin, *wide, *step; /* (d) start and width of each channel's range, and its step */
     float *coarse_step;         /* (d) what one of the 8 bits of a code counts */
-    float *fine_step;           /* (d / 2) the steps of the channels of `order` */
-    int32_t *bits, *rank;       /* (d) the bits of the widths, and the channels' ranks by falling width */
-    int32_t *order;             /* (d) the channels by falling width; the first half have further bits */
+    float *fine_step;           /* (d / 2) the steps of the channels in `loud` */
     float *coarse, *fine;       /* (m, d) and (m, d / 2): these steps, times the queries */
     float *start;               /* (m) the queries' products with the starts of the ranges */
 };
 
-/* Write the start and the width of each channel's range, to the bit as `codes.ranges` computes them. */
-static void write_ranges(const struct given *g, int64_t at, struct page *page) {
+/* Return from + codes * step, each operation rounded, for eight codes. */
+INLINE numbers end_of(float from, const uint8_t *codes, float step) {
+#ifdef __AVX2__
+    numbers product = from_bytes(codes) * step;
+    __asm__("" : "+x"(product)); /* so that it is rounded before it is added */
+    return from + product;
+#else
+    numbers out;
+    for (int i = 0; i < LANES; i++) out[i] = from + (float)((double)codes[i] * (double)step); /* an exact product */
+    return out;
+#endif
+}
+
+/* Write the ranges and steps of a page's channels, to the bit as `codes.ranges` and `LoudChannels` compute them. */
+static void write_steps(const struct given *g, int64_t at, struct page *page) {
     const float *span = g->span + 4 * at;
     const uint8_t *low = g->low + at * g->d, *high = g->high + at * g->d;
-    for (int64_t c = 0; c < g->d; c++) { /* the products are exact in float64: none is rounded as one with its sum */
-        float begin = span[0] + (float)((double)low[c] * (double)span[1]);
-        float end = span[2] + (float)((double)high[c] * (double)span[3]);
-        page->begin[c] = begin;
-        page->wide[c] = end > begin ? end - begin : 0.0f;
-    }
-}
-
-/* Write, for each channel, how many are wider, or as wide and before it. Widths are ordered like their bits. */
-static void write_ranks(struct page *page, int64_t d) {
-    memcpy(page->bits, page->wide, (size_t)d * sizeof *page->bits);
-    for (int64_t start = 0; start < d; start += LANES) {
-        integers mine, found = {};
-        memcpy(&mine, page->bits + start, sizeof mine);
-        integers below = mine - 1; /* what is larger than this may be equal */
-        UNROLL for (int64_t c = 0; c < start; c++) found -= page->bits[c] > below;
-        UNROLL for (int32_t c = 0; c < LANES; c++) found -= page->bits[start + c] > mine + (lanes_from(0) > c);
-        UNROLL for (int64_t c = start + LANES; c < d; c++) found -= page->bits[c] > mine;
-        memcpy(page->rank + start, &found, sizeof found);
-    }
-}
-
-/* Write the steps of a page's channels, to the bit as `LoudChannels` has them. */
-static void write_steps(const struct given *g, struct page *page) {
     int64_t loud = g->extra ? g->d / 2 : 0;
-    numbers most = every((float)((256 << g->extra) - 1)), times = every((float)(1 << g->extra));
-    if (loud) write_ranks(page, g->d);
+    float most = (float)((256 << g->extra) - 1), times = (float)(1 << g->extra);
+    page->loud = g->loud + at * loud;
     for (int64_t c = 0; c < g->d; c += LANES) {
-        integers rank = {};
-        if (loud) memcpy(&rank, page->rank + c, sizeof rank);
-        integers has_more = rank < (int32_t)loud;
-        numbers step = load(page->wide + c) / choose(has_more, most, every(255.0f));
-        store(page->step + c, step);
-        store(page->coarse_step + c, step * choose(has_more, times, every(1.0f)));
+        numbers begin = end_of(span[0], low + c, span[1]), wide = end_of(span[2], high + c, span[3]) - begin;
+        wide = where(wide > 0, wide);
+        store(page->begin + c, begin);
+        store(page->wide + c, wide);
+        store(page->step + c, wide / 255.0f);
+        store(page->coarse_step + c, wide / 255.0f);
     }
-    for (int32_t c = 0; loud && c < g->d; c++) page->order[page->rank[c]] = c;
-    for (int64_t n = 0; n < loud; n++) page->fine_step[n] = page->step[page->order[n]];
+    for (int64_t n = 0; n < loud; n++) page->fine_step[n] = page->wide[page->loud[n]];
+    for (int64_t n = 0; n < loud; n += LANES) store(page->fine_step + n, load(page->fine_step + n) / most);
+    for (int64_t n = 0; n < loud; n++) {
+        page->step[page->loud[n]] = page->fine_step[n];
+        page->coarse_step[page->loud[n]] = page->fine_step[n] * times;
+    }
 }
 
 /* Fold a page's steps into query i, asked (d); return a bound on a logit's error from half a step of every channel. */
@@ -239,7 +241,7 @@ static double fold(const struct given *g, struct page *page, const float *asked,
         start += query * load(page->begin + c);
         error += absolute(query) * load(page->step + c);
     }
-    for (int64_t n = 0; g->extra && n < g->d / 2; n++) fine[n] = asked[page->order[n]] * page->fine_step[n];
+    for (int64_t n = 0; g->extra && n < g->d / 2; n++) fine[n] = asked[page->loud[n]] * page->fine_step[n];
     page->start[i] = sum(start);
     return sum(error) / 2;
 }
@@ -374,40 +376,57 @@ static float cut_of(const float *x, int64_t n, double most) {
 struct sums {
     int64_t place[BLOCK];
     int32_t token[BLOCK];
-    float scale[BLOCK], radius[BLOCK], size[BLOCK];
-    float *levels;                     /* (BLOCK, dv) the values, without their scales */
-    float *weight;                     /* (2 m, BLOCK) weights times scales; light ones' squares, times scales */
+    int8_t *codes;                     /* (BLOCK, dv) the values' codes less 128, half a step below what they stand for */
+    float step[BLOCK], radius[BLOCK], size[BLOCK];
+    float *weight;                     /* (2 m, BLOCK) weights times steps; light ones' squares, times steps */
     float *part;                       /* (2 m, dv) sums of at most CHUNK tokens */
     double *total;                     /* (2 m, dv) */
-    double (*of)[6];                   /* (m) what `add_block` says */
+    double (*of)[8];                   /* (m) what `add_block` says */
     int64_t (*heavy)[HEAVY], *heavies; /* (m) the heavy tokens, and how many there are: above HEAVY, not all are here */
 };
 
-/* Write the levels of a value's codes to out (dv); return eight sums of their squares. */
-INLINE numbers decode(const struct given *g, int64_t place, float *out) {
-    const uint8_t *codes = g->value_packed + place * g->dv;
-    numbers square = {};
-    for (int64_t c = 0; c < g->dv; c += LANES) {
-        numbers some;
-        UNROLL for (int i = 0; i < LANES; i++) some[i] = g->levels[codes[c + i]];
-        store(out + c, some);
-        square += some * some;
+/* Return the step of the value in a slot, as `SteppedTokens` computes it. */
+INLINE float step_of(const struct given *g, int64_t place) { return from_short(g->value_widest[place]) * (2.0f / 255); }
+
+/* Return eight sums of the squared numbers that a value's codes stand for, of half steps: exact.
+
+   less_128 (dv): is filled with the codes less 128 */
+INLINE integers square_of(const struct given *g, const uint8_t *codes, int8_t *less_128) {
+    integers total = {};
+    for (int64_t c = 0; c < g->dv; c += 2 * LANES) {
+#ifdef __AVX2__
+        __m128i code = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(codes + c)), _mm_set1_epi8(-128));
+        __m256i wide = _mm256_cvtepi8_epi16(code);
+        __m256i half_steps = _mm256_add_epi16(_mm256_add_epi16(wide, wide), _mm256_set1_epi16(1));
+        _mm_storeu_si128((__m128i *)(less_128 + c), code);
+        total += (integers)_mm256_madd_epi16(half_steps, half_steps);
+#else
+        for (int i = 0; i < 2 * LANES; i++) {
+            less_128[c + i] = (int8_t)(codes[c + i] ^ 128);
+            total[i / 2] += (2 * less_128[c + i] + 1) * (2 * less_128[c + i] + 1);
+        }
+#endif
     }
-    return square;
+    return total;
 }
 
-/* Add the levels of a block, weighted by `rows` rows from `first` on, to `part`, for a literal number of rows. */
+/* Return the norm of the value in a slot; scratch: (dv). */
+static float norm_of(const struct given *g, int64_t place, int8_t *scratch) {
+    return step_of(g, place) / 2 * sqrtf(sum(as_floats(square_of(g, g->value_packed + place * g->dv, scratch))));
+}
+
+/* Add the values of a block, weighted by `rows` rows from `first` on, to `part`, for a literal number of rows. */
 INLINE void add_rows(const struct given *g, struct sums *s, int64_t first, const int rows) {
     for (int64_t c = 0; c < g->dv; c += 2 * LANES) {
         numbers totals[ROWS][2];
         float *part = s->part + first * g->dv + c;
-        const float *levels = s->levels + c, *weight = s->weight + first * BLOCK;
+        const float *weight = s->weight + first * BLOCK;
         UNROLL for (int i = 0; i < rows; i++) {
             totals[i][0] = load(part + i * g->dv);
             totals[i][1] = load(part + i * g->dv + LANES);
         }
-        for (int t = 0; t < BLOCK; t++, levels += g->dv) {
-            numbers one = load(levels), two = load(levels + LANES);
+        for (int t = 0; t < BLOCK; t++) {
+            numbers one = from_signed(s->codes + t * g->dv + c), two = from_signed(s->codes + t * g->dv + c + LANES);
             UNROLL for (int i = 0; i < rows; i++) {
                 totals[i][0] += one * weight[i * BLOCK + t];
                 totals[i][1] += two * weight[i * BLOCK + t];
@@ -433,21 +452,23 @@ static void flush(struct sums *s, int64_t n) {
    grown       grown[i stride / BLOCK + token / BLOCK]: at least exp of the bound on the logit's error
 
    of[i] has sums over the tokens that are read: of weights, of weights times sizes, of grown weights times radii; over
-   those that are not heavy: of squared weights times squared sizes, of squared weights, of squared grown weights */
+   those that are not heavy: of squared weights times squared sizes, of squared weights, of squared grown weights; and
+   of what `weight` holds of this query, of all and of the light ones */
 static void add_block(const struct given *g, struct sums *s, int64_t many, const float *x, int64_t stride,
                       const float *cut, const float *limit, const float *grown) {
     for (int64_t t = many; t < BLOCK; t++) s->place[t] = s->place[0], s->token[t] = s->token[0]; /* with weight 0 */
     for (int64_t start = 0; start < BLOCK; start += 4) {
         numbers square[4];
-        UNROLL for (int t = 0; t < 4; t++)
-            square[t] = decode(g, s->place[start + t], s->levels + (start + t) * g->dv);
-        numbers size = sums_of_four(square[0], square[1], square[2], square[3]);
-        for (int64_t t = start; t < start + 4; t++) {
-            s->scale[t] = from_short(g->value_scale[s->place[t]]);
-            s->radius[t] = from_short(g->radius[s->place[t]]);
-            s->size[t] = s->scale[t] * sqrtf(size[t - start]);
+        UNROLL for (int64_t t = 0; t < 4; t++) {
+            int64_t place = s->place[start + t];
+            s->step[start + t] = step_of(g, place);
+            s->radius[start + t] = from_short(g->radius[place]);
+            square[t] = as_floats(square_of(g, g->value_packed + place * g->dv, s->codes + (start + t) * g->dv));
         }
+        numbers size = sums_of_four(square[0], square[1], square[2], square[3]);
+        memcpy(s->size + start, &size, 4 * sizeof *s->size);
     }
+    for (int64_t t = 0; t < BLOCK; t++) s->size[t] = s->step[t] / 2 * sqrtf(s->size[t]);
     for (int64_t i = 0; i < g->m; i++) {
         float copied[BLOCK], growth[BLOCK];
         const float *weight = x + i * stride + s->token[0];
@@ -456,14 +477,16 @@ static void add_block(const struct given *g, struct sums *s, int64_t many, const
             weight = copied;
         }
         for (int64_t t = 0; t < BLOCK; t++) growth[t] = grown[i * (stride / BLOCK) + s->token[t] / BLOCK];
-        numbers mass = {}, sizes = {}, radii = {}, far = {}, light = {}, wide = {};
+        numbers mass = {}, sizes = {}, radii = {}, far = {}, light = {}, wide = {}, steps = {}, light_steps = {};
         for (int64_t t = 0; t < BLOCK; t += LANES) {
-            numbers one = load(weight + t), scale = load(s->scale + t), size = load(s->size + t);
+            numbers one = load(weight + t), step = load(s->step + t), size = load(s->size + t);
             one = where(one > cut[i], one);
             integers heavy = one > limit[i];
             numbers more = one * load(growth + t), two = where(~heavy, one * one);
-            store(s->weight + i * BLOCK + t, one * scale);
-            store(s->weight + (g->m + i) * BLOCK + t, two * scale);
+            store(s->weight + i * BLOCK + t, one * step);
+            store(s->weight + (g->m + i) * BLOCK + t, two * step);
+            steps += one * step;
+            light_steps += two * step;
             mass += one;
             sizes += one * size;
             radii += more * load(s->radius + t);
@@ -475,9 +498,8 @@ static void add_block(const struct given *g, struct sums *s, int64_t many, const
                 s->heavies[i]++;
             }
         }
-        numbers one = sums_of_four(mass, sizes, radii, far), two = sums_of_four(light, wide, wide, wide);
-        for (int n = 0; n < 4; n++) s->of[i][n] += (double)one[n];
-        for (int n = 0; n < 2; n++) s->of[i][4 + n] += (double)two[n];
+        numbers one = sums_of_four(mass, sizes, radii, far), two = sums_of_four(light, wide, steps, light_steps);
+        for (int n = 0; n < 4; n++) s->of[i][n] += (double)one[n], s->of[i][4 + n] += (double)two[n];
     }
     for (int64_t left = 2 * g->m; left > 0;) {
         int64_t i = 2 * g->m - left;
@@ -541,40 +563,30 @@ INLINE int sees(const struct given *g, int64_t r, int64_t i, int64_t t) {
 /* What a query's bound takes from its row. */
 struct known {
     double largest, widest; /* at most the largest norm of a value that the query sees; at least that of all values */
-    double scale, radius;   /* means over the coded tokens */
+    double radius;          /* mean over the coded tokens */
     double fresh_rounding;  /* of logits of uncoded tokens */
     int wild;               /* true if nothing is bounded */
 };
 
 /* Write what is known of the coded values that query i sees.
 
-   scratch: (dv). A value is decoded only where its scale says that it may be longer than those before it. */
-static void read_lengths(const struct given *g, int64_t r, int64_t i, struct known *known, float *scratch) {
-    const float shrink = (float)(1 - UNIT * (4 * (double)g->dv + 64)), bound = (float)g->level_bound;
-    int64_t place = g->offset[r];
-    float least = 0.0f;
-    numbers high = {}, scales = {}, radii = {};
-    integers finite = high < 1;
-    for (int64_t start = 0; start < g->coded[r]; start += LANES) {
-        integers coded = lanes_from((int32_t)start) >= (int32_t)g->first;
-        numbers radius = from_shorts(g->radius + place + start);
-        numbers size = from_shorts(g->value_scale + place + start) * bound;
-        numbers above = where(coded, size + radius);
-        scales += size, radii += radius;
-        finite &= above < INFINITY;
-        high = larger(above, high);
-        for (unsigned bits = marked(coded & (size - radius > least)); bits; bits &= bits - 1) {
-            int64_t t = start + __builtin_ctz(bits);
-            if (!sees(g, r, i, t)) continue;
-            float length = sqrtf(sum(decode(g, place + t, scratch))) * shrink;
-            length = length * from_short(g->value_scale[place + t]) - from_short(g->radius[place + t]);
-            least = length > least ? length : least;
-        }
+   Where tokens are hidden, a value's norm is computed only if its widest entry says that it may be longer than those
+   before it; scratch: (dv). */
+static void read_lengths(const struct given *g, int64_t r, int64_t i, struct known *known, int8_t *scratch) {
+    const float shrink = (float)(1 - UNIT * (4 * (double)g->dv + 64)), root = (float)sqrt((double)g->dv);
+    int64_t place = g->offset[r], n = g->coded[r];
+    float least = g->coded[r] > g->first && !g->hide ? g->longest[r] * shrink : 0.0f;
+    numbers radii = {};
+    for (int64_t start = 0; start < n; start += LANES) radii += from_shorts(g->radius + place + start);
+    for (int64_t t = g->first; g->hide && t < n; t++) {
+        float radius = from_short(g->radius[place + t]), widest = from_short(g->value_widest[place + t]);
+        if (!sees(g, r, i, t) || !(widest * root - radius > least)) continue;
+        float length = norm_of(g, place + t, scratch) * shrink - radius;
+        least = length > least ? length : least;
     }
-    double n = (double)(g->coded[r] ? g->coded[r] : 1);
     known->largest = least;
-    known->widest = marked(finite) == 0xff ? (double)highest(high) * (1 + 4 * UNIT) : (double)INFINITY;
-    known->scale = (double)sum(scales) / n, known->radius = (double)sum(radii) / n;
+    known->widest = (double)g->longest[r] * (1 + UNIT * (4 * (double)g->dv + 64));
+    known->radius = (double)sum(radii) / (double)(n ? n : 1);
 }
 
 /* ---- tokens without codes ---------------------------------------------------------------------------------------- */
@@ -679,7 +691,7 @@ struct work {
     float *x;                                       /* (m, coded tokens) logits, then weights */
     float *doubt, *grown;                           /* (m, pages) and (m, tokens / BLOCK) errors of logits; their exp */
     int32_t *list;                                  /* (coded tokens) */
-    float *asked, *cut, *limit, *top, *scratch;     /* (m, d), (m), (m), (m), (dv) */
+    float *asked, *cut, *limit, *top;               /* (m, d), (m), (m), (m) */
     double *exact, *vector, *centre, *plain;        /* (m, d) the queries times the scale; (d), (dv), (dv) */
     double *left, *mass, *lighter, *gram, *rounding, *norm; /* (m) */
     double *rest;                                   /* (m) an answer's error without what unread values add to it */
@@ -713,9 +725,9 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     double read_mass = of[0] + fresh_mass, whole_mass = w->mass[i] + fresh_mass, square = 0, near = 0;
     turned(g->turn, plain, centre, dv, 0);
     for (int64_t c = 0; c < dv; c++) {
-        centre[c] = (total[c] + centre[c]) / read_mass;
+        centre[c] = (total[c] + of[6] / 2 + centre[c]) / read_mass;
         square += centre[c] * centre[c];
-        near += centre[c] * light[c];
+        near += centre[c] * (light[c] + of[7] / 2);
     }
     turned(g->turn, centre, plain, dv, 1);
     for (int64_t c = 0; c < dv; c++) mean[c] = (float)plain[c];
@@ -726,9 +738,9 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     for (int64_t h = 0; h < tokens; h++) {
         int64_t t = w->sums.heavy[i][h], k = h;
         const uint8_t *codes = g->value_packed + (g->offset[r] + t) * dv;
-        double scale = from_short(g->value_scale[g->offset[r] + t]), away = 0, size = 0, weight = x[t];
+        double step = step_of(g, g->offset[r] + t), away = 0, size = 0, weight = x[t];
         for (int64_t c = 0; c < dv; c++) {
-            double number = scale * (double)g->levels[codes[c]];
+            double number = step * ((double)codes[c] - (double)MIDDLE);
             away += (number - centre[c]) * (number - centre[c]);
             size += number * number;
         }
@@ -786,7 +798,7 @@ static void read_all_lengths(const struct given *g, struct work *w, int64_t r, i
         known[i].fresh_rounding = fresh_rounding, known[i].wild = wild;
         return;
     }
-    read_lengths(g, r, i, &known[i], w->scratch);
+    read_lengths(g, r, i, &known[i], w->sums.codes);
     for (int64_t f = 0; f < w->fresh.count; f++) {
         if (!sees(g, r, i, w->fresh.position[f])) continue;
         known[i].largest = most_of(known[i].largest, w->fresh.size[f] * (1 - rounding));
@@ -798,7 +810,7 @@ static void read_all_lengths(const struct given *g, struct work *w, int64_t r, i
 
    root: of the sum of squared weights; whole: the mass of all tokens */
 static double likely(const struct work *w, int64_t i, double root, double whole, const struct known *known) {
-    return (w->gram[i] * root * known->scale + w->mass[i] * known->radius) / (whole * most_of(known->largest, 1e-30));
+    return (w->gram[i] * root * known->widest + w->mass[i] * known->radius) / (whole * most_of(known->largest, 1e-30));
 }
 
 /* Answer the queries of row r. */
@@ -821,8 +833,7 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
     }
     MARK(-1);
     for (int64_t page = 0; page < pages; page++) {
-        write_ranges(g, r * g->groups + page, &w->page);
-        write_steps(g, &w->page);
+        write_steps(g, r * g->groups + page, &w->page);
         for (int64_t i = 0; i < m; i++) {
             double half = fold(g, &w->page, w->asked + i * d, i) + w->norm[i] * (double)g->excess[r];
             half = half * (1 + 4e-6) < w->gram[i] ? half * (1 + 4e-6) : w->gram[i];
@@ -889,13 +900,10 @@ static size_t arranged(const struct given *g, struct work *w, int64_t longest_ro
     ROOM(w->page.step, d);
     ROOM(w->page.coarse_step, d);
     ROOM(w->page.fine_step, d);
-    ROOM(w->page.bits, d);
-    ROOM(w->page.rank, d);
-    ROOM(w->page.order, d);
     ROOM(w->page.coarse, m * d);
     ROOM(w->page.fine, m * d);
     ROOM(w->page.start, m);
-    ROOM(w->sums.levels, BLOCK * dv);
+    ROOM(w->sums.codes, BLOCK * dv);
     ROOM(w->sums.weight, 2 * m * BLOCK);
     ROOM(w->sums.part, 2 * m * dv);
     ROOM(w->sums.total, 2 * m * dv);
@@ -914,7 +922,6 @@ static size_t arranged(const struct given *g, struct work *w, int64_t longest_ro
     ROOM(w->cut, m);
     ROOM(w->limit, m);
     ROOM(w->top, m);
-    ROOM(w->scratch, dv);
     ROOM(w->exact, m * d);
     ROOM(w->vector, d);
     ROOM(w->centre, dv);

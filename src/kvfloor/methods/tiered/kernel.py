@@ -21,9 +21,9 @@ from kvfloor.certify.certified import Certified
 from kvfloor.certify.rounding import unit
 from kvfloor.core.partial import Partial
 from kvfloor.methods.stores import fused
-from kvfloor.methods.stores.codes import ChannelCodes, TokenCodes
-from kvfloor.methods.stores.levels import levels
+from kvfloor.methods.stores.codes import ChannelCodes
 from kvfloor.methods.stores.loud import LoudChannels
+from kvfloor.methods.stores.stepped_tokens import SteppedTokens
 from kvfloor.methods.stores.turn import matrix
 from kvfloor.methods.tiered import kernel_library
 
@@ -40,12 +40,12 @@ _BITS = 8
 _TILE = 32  # the kernel reads so many tokens of a page at a time
 _WIDEST = 256
 _INTEGERS = ("rows", "m", "d", "dv", "first", "group", "ring", "extra", "fine_words", "slots", "groups")
-_NUMBERS = ("scale", "softcap", "gram_rounding", "level_bound", "epsilon", "share")
+_NUMBERS = ("scale", "softcap", "gram_rounding", "epsilon", "share")
 _ARRAYS = (
     *("q", "offset", "count", "coded", "hide"),
-    *("key_packed", "key_fine", "low", "high", "span"),
-    *("value_packed", "value_scale", "radius", "levels"),
-    *("fresh_k", "fresh_v", "key_gram", "excess", "reach", "operator", "turn"),
+    *("key_packed", "key_fine", "low", "high", "loud", "span"),
+    *("value_packed", "value_widest", "radius"),
+    *("fresh_k", "fresh_v", "key_gram", "excess", "reach", "longest", "operator", "turn"),
     *("mean", "log_mass", "error", "spread", "largest", "unread"),
 )
 
@@ -79,7 +79,7 @@ def serves(hot: Hot) -> bool:
     keys, values = codes.key_codes, codes.value_codes
     if spec.d % 32 or spec.d > _WIDEST or spec.dv % 64 or not codes.ordered:
         return False
-    if keys.bits != _BITS or not isinstance(values, TokenCodes) or values.bits != _BITS:
+    if keys.bits != _BITS or not isinstance(values, SteppedTokens) or values.bits != _BITS:
         return False
     if isinstance(keys, LoudChannels) and (keys.extra not in (1, 2, 4) or keys.fine.shape[1] % 4):
         return False
@@ -102,11 +102,11 @@ def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[
     """Return the entries of `struct given` of kernel.c by name, for `run`: numbers, and arrays; None: no array."""
     codes, spec = hot.codes, hot.spec
     keys, values = codes.key_codes, codes.value_codes
-    assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, TokenCodes)
-    (rows, m), extra, fine = q.shape[:2], 0, np.zeros((0, 0), np.uint8)
+    assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, SteppedTokens)
+    (rows, m), extra, fine, loud = q.shape[:2], 0, np.zeros((0, 0), np.uint8), None
     assert m <= MOST_QUERIES
     if isinstance(keys, LoudChannels):
-        extra, fine = keys.extra, keys.fine.numpy()
+        extra, fine, loud = keys.extra, keys.fine.numpy(), keys.loud.numpy()
     pages = int(codes.coded.max()) // codes.group if rows else 0
     radius: Tensor = codes.columns.radius  # type: ignore[attr-defined]
     return {
@@ -135,17 +135,17 @@ def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[
         "key_fine": fine,
         "low": keys.low.numpy(),
         "high": keys.high.numpy(),
+        "loud": loud,
         "span": keys.range.numpy(),
         "value_packed": values.packed.numpy(),
-        "value_scale": values.scale.view(torch.int16).numpy(),
+        "value_widest": values.widest.view(torch.int16).numpy(),
         "radius": radius.view(torch.int16).numpy(),
-        "levels": _table(spec.dv),
-        "level_bound": _level_bound(spec.dv),
         "fresh_k": codes.fresh_k.to(torch.float32).numpy(),
         "fresh_v": codes.fresh_v.to(torch.float32).numpy(),
         "key_gram": hot.key_gram.numpy(),
         "excess": hot.excess.numpy(),
         "reach": hot.reach.numpy(),
+        "longest": hot.longest.numpy(),
         "operator": hot.operator.numpy(),
         "turn": matrix(spec.dv, torch.float64, "cpu").numpy(),
         "mean": np.empty((rows, m, spec.dv), np.float32),
@@ -178,23 +178,3 @@ def found(given: dict[str, Any]) -> Certified:
         torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest")
     )
     return Certified(Partial(mean, log_mass), error, spread, largest)
-
-
-@lru_cache(maxsize=64)
-def _table(width: int) -> Any:
-    return levels(_BITS, width).numpy()
-
-
-@lru_cache(maxsize=64)
-def _level_bound(width: int) -> float:
-    """Return a bound on the norm of the levels that code a unit vector: no value is longer than its scale times this.
-
-    An entry is coded by the nearest level. So a level L of size above the smallest codes entries of at least the size e
-    where its cell begins, and the sum of L^2 is at most a times that of e^2, plus `width` times the most of L^2 - a e^2
-    over all levels, for each a.
-    """
-    level = levels(_BITS, width).double().numpy()
-    level = level[len(level) // 2 :]
-    begin = np.concatenate([[0.0], (level[1:] + level[:-1]) / 2])
-    bounds = [a + width * max(0.0, float((level**2 - a * begin**2).max())) for a in np.linspace(1, 2, 1001)]
-    return float(np.sqrt(min(bounds)) * (1 + 1e-4))
