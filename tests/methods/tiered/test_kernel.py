@@ -67,7 +67,7 @@ def alike(state: TieredState, q: Tensor, k: Tensor, v: Tensor) -> Certified:
     apart = (mine.partial.mean - wanted.partial.mean).norm(dim=-1)
     assert bool((apart <= 2e-5 * wanted.largest).all())
     torch.testing.assert_close(mine.partial.log_mass, wanted.partial.log_mass, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(mine.largest, wanted.largest, rtol=1e-4, atol=0)
+    assert bool((mine.largest >= wanted.largest * (1 - 1e-4)).all())  # which torch takes from the codes
     assert bool((mine.largest <= v.double().norm(dim=-1).amax(-1, keepdim=True)).all())
     for name in ("error", "spread"):
         size = wanted.largest if name == "error" else 1.0
@@ -201,8 +201,8 @@ def test_steps_answer_alike_with_and_without_the_kernel(monkeypatch: pytest.Monk
         answers.append(state.attend(q[:, :, at : at + 1]))
         return state, answers
 
-    calls, real = [], kernel.read
-    monkeypatch.setattr(kernel, "read", lambda *given: (calls.append(1), real(*given))[1])
+    calls, real = [], kernel.Reading
+    monkeypatch.setattr(kernel, "Reading", lambda *given: (calls.append(1), real(*given))[1])
     mine, answers = lived()
     count = len(calls)
     monkeypatch.setattr(kernel, "serves", lambda hot: False)
@@ -315,6 +315,110 @@ def test_an_answer_does_not_depend_on_other_queries_or_rows() -> None:
         torch.testing.assert_close(alone.error[:, 0], together.error[:, i], rtol=1e-3, atol=1e-6)
 
 
+# ---- tokens that are fetched -----------------------------------------------------------------------------------------
+
+
+def fetching(state: TieredState, q: Tensor, epsilon: float, hide: Tensor | None = None) -> tuple[Certified, int]:
+    """Return the kernel's answers to q (rows, m, d) once it has fetched, and how many tokens it fetched for them."""
+    reader = CertifiedReader(state.spec, hot(state), state.slots, epsilon)  # type: ignore[arg-type]
+    found, fetched = reader._kernel(q.unsqueeze(1), hide, None)
+    return found, int(fetched.sum())
+
+
+def fetched_rightly() -> None:
+    """Raise AssertionError if an answer errs too much once tokens are fetched for it, or if that makes few sure."""
+    sure = asked = 0
+    for seed, scale in ((31, 1.0), (32, 4.0), (33, 12.0), (34, 60.0)):
+        k, v, q = drawn(seed, 1500, rows=2)
+        state = filled(k, v, (None, 8.0)[seed % 2], page=64, recent=64)
+        exact = truth(q * scale, k, v, state.spec)
+        for epsilon in (3e-3, 1e-3, 3e-4):
+            found, many = fetching(state, q * scale, epsilon)
+            assert not wrong(found, exact)
+            before = kernel.read(hot(state), q * scale, None, epsilon).within(epsilon)
+            assert bool((found.within(epsilon) | ~before).all()) and (many > 0) == (not bool(before.all()))
+            sure, asked = sure + int((found.within(epsilon) & ~before).sum()), asked + int((~before).sum())
+    assert asked > 100 and sure > 40
+    bounded_as_by_torch()
+
+
+def bounded_as_by_torch() -> None:
+    """Raise AssertionError if a bound with fetched tokens is much less than torch's with the same tokens."""
+    k, v, q = drawn(38, 800, rows=1)
+    v = v + 2  # so that the light tokens' values have a mean
+    state, asked = filled(k, v, page=64, recent=64), q[:, :2, None] * 2  # a token heavy for one is light for the other
+    reader = CertifiedReader(state.spec, hot(state), state.slots, 1e-5)  # type: ignore[arg-type]
+    one, none = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with kernel.Reading(hot(state), asked.flatten(1, 2), None, 1e-5) as reading:
+        token, many = reading.wanted(one, none, 1)
+        place = state.slots.at(token.unsqueeze(1), one)
+        fetched = [x.squeeze(1) for x in state.slots.pair(place)]  # type: ignore[operator]
+        reading.refine(one, none, 1, (token, many, *fetched))
+        mine = reading.found().error.clone()
+    glimpse, decoded = hot(state).glimpse(asked.flatten(1, 2), None, None)
+    glimpse = reader._with(glimpse, asked, decoded, token.unsqueeze(1), place, torch.ones_like(place) > 0)
+    wanted = glimpse.answer(0.0)[0].error
+    assert bool((mine >= 0.97 * wanted).all() and (mine <= 1.2 * wanted).all())
+
+
+def test_fetched_tokens_make_queries_sure_and_no_bound_is_broken() -> None:
+    fetched_rightly()
+
+
+def test_a_mass_is_bounded_once_all_that_made_it_large_is_fetched() -> None:
+    """What was coded far too large leaves its rounding in the sums."""
+    draw = seeded(37)
+    k, v, q = (draw(1, *shape, dtype=torch.float32) for shape in ((192, 32), (192, 64), (1, 32)))
+    k, q = k * 0.1, q * 3
+    k[..., 0], k[..., 1], q[..., :2] = -9.9, 0.0, 4 * 32**0.5
+    k[:, 40:52, 0] = -4.0  # coded as 0
+    k[:, (60, 124), 0] = -2550.0
+    k[:, (61, 62, 125), :2] = torch.tensor([0.0, -15.0])
+    state = filled(k, v, page=64, recent=0, extra=0, first=0)
+    found, many = fetching(state, q, 0.3)
+    mass = ((q.double() @ k.double().transpose(1, 2)) * state.spec.scale).logsumexp(-1)
+    assert many >= 12 and bool(((mass - found.partial.log_mass).expm1().abs() <= found.spread).all())
+
+
+def test_what_is_fetched_is_seen_by_some_query() -> None:
+    k, v, q = drawn(35, 600, rows=2)
+    state = filled(k, v, page=64, recent=64)
+    hide = torch.rand(2, M, 600, generator=torch.Generator().manual_seed(1)) < 0.7
+    found, many = fetching(state, q * 6, 1e-3, hide)
+    weight = (q * 6).double() @ k.double().transpose(1, 2) * state.spec.scale
+    exact = weight.masked_fill(hide, -torch.inf).softmax(-1) @ v.double()
+    assert many > 0 and not wrong(found, exact)
+
+
+def test_memory_that_a_reading_holds_is_given_back_after_an_error() -> None:
+    k, v, q = drawn(36, 300, rows=2)
+    state = filled(k, v)
+    with pytest.raises(RuntimeError, match="stop"), kernel.Reading(hot(state), q * 6, None, 1e-3) as reading:
+        assert bool((reading._given["kept"] != 0).all())
+        raise RuntimeError("stop")
+    assert not bool((reading._given["kept"] != 0).any())
+
+
+FETCH_FAULTS = {
+    "fetched tokens count twice": ("                leave_out(g, w, r, i, fetch->token[at]);\n", ""),
+    "their values are those of the codes' middle": ("fetched->values[c] += weight * (double)value[c];", ""),
+    "they have no weight": ("fetched->mass += weight,", ""),
+    "their logits lack the softcap": (
+        "logit = g->softcap * tanh(logit / g->softcap);\n    double weight",
+        ";\n    double weight",
+    ),
+    "light sums keep them": ("light[c] -= two * steps;", "(void)light;"),
+    "few are wanted": ("w->needed[i] = taken;", "w->needed[i] = 0;"),
+}
+
+
+@pytest.mark.parametrize("name", FETCH_FAULTS)
+def test_a_fault_in_fetching_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_a_fault(*FETCH_FAULTS[name], monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        fetched_rightly()
+
+
 # ---- mutants ---------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +434,7 @@ FAULTS = {
     "a page has the range of another": ("low", lambda x: np.roll(x, 1, 1)),
     "a row has the ranges of another": ("span", lambda x: np.roll(x, 1, 0)),
     "the further bits are another token's": ("key_fine", lambda x: np.roll(x, 7, 0)),
-    "a value has another's scale": ("value_scale", lambda x: np.roll(x, 1)),
+    "a value has another's scale": ("value_widest", lambda x: np.roll(x, 1)),
     "the newest token is dropped": ("count", lambda x: x - 1),
     "the first tokens are read from codes": ("first", lambda x: x - 2),
     "slots begin one later": ("offset", lambda x: x + 1),
@@ -392,13 +496,13 @@ SOURCE_FAULTS = {
     ),
     "half of the unread weights are counted": ("sum(below);\n        }", "sum(below) / 2;\n        }"),
     "the mean is divided by the mass of all tokens": ("+ centre[c]) / read_mass", "+ centre[c]) / whole_mass"),
-    "further bits begin at the wrong channel": ("rank < (int32_t)loud", "rank <= (int32_t)loud"),
+    "further bits have the steps of the others": ("* times;", ";"),
     "the last tokens of a block are left out": ("t < many ? x[i * stride", "t + 3 < many ? x[i * stride"),
     "sums go on from row to row": ("memset(s->total, 0,", "if (0) memset(s->total, 0,"),
     "sums of a chunk are added twice": ("memset(s->part, 0, (size_t)n * sizeof *s->part);", "(void)0;"),
-    "channels of equal widths are in another order": ("mine + (lanes_from(0) > c)", "mine + (lanes_from(0) < c)"),
+    "further bits are taken for other channels'": ("asked[page->loud[n]] *", "asked[page->loud[n] ^ 1] *"),
     "a query's logits get another's start": ("+ page->start[first + i]", "+ page->start[first]"),
-    "heavy tokens have no part in the bound": ("each[k] = away * more, own[k] = away * away;", "each[k] = own[k] = 0;"),
+    "heavy tokens have no part in the bound": ("{t, away * more, away * away,", "{t, 0, 0,"),
     "the spread lacks the tokens that are not read": ("tokens, w->lighter[i], slope", "tokens, of[4], slope"),
 }
 
@@ -440,13 +544,17 @@ def test_processors_without_these_instructions_compute_the_same(
 
 @pytest.mark.parametrize("name", SOURCE_FAULTS)
 def test_a_fault_in_the_source_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_a_fault(*SOURCE_FAULTS[name], monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        searching()
+
+
+def with_a_fault(right: str, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Replace `right` in the kernel's source by `fault`, and use the kernel that is compiled from it."""
     text = kernel_library.SOURCE.read_text()
-    right, fault = SOURCE_FAULTS[name]
     assert text.count(right) == 1
     (tmp_path / "kernel.c").write_text(text.replace(right, fault))
     monkeypatch.setattr(kernel_library, "SOURCE", tmp_path / "kernel.c")
     monkeypatch.setattr(kernel_library, "OPTIONS", ("-O0", *kernel_library.OPTIONS[1:]))
     broken = kernel_library.loaded(tmp_path)
     monkeypatch.setattr(kernel_library, "library", lambda: broken)
-    with pytest.raises(AssertionError):
-        searching()

@@ -24,8 +24,8 @@ class LoudChannels(SteppedChannels):
 
     extra      bits that the wider half of the channels gets beyond `bits`, 1 to 8
     fine       (places, bytes) uint8, these bits of each slot's key, the lowest ones, in the order of `loud`
-    loud       (rows, groups, w // 2) the channels with further bits, by falling ranges: they follow from the ranges, but
-               to sort these again for every read would take longer than to read the codes
+    loud       (rows, groups, w // 2) the channels with further bits, by falling ranges: they follow from the ranges,
+               but sorting these again for every read would take longer than reading the codes
     low, high, range   as in `SteppedChannels`
     """
 

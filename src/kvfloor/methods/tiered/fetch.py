@@ -45,26 +45,45 @@ class CertifiedReader:
 
         hide  bool (r, m, s), True for tokens that the queries do not see; None: they see all that their row holds
         real  bool (r, m), False for padding, for which nothing is fetched; None: there is none
-        The queries of a group share what they fetch. Where `kernel.serves` says so, few queries are first answered by a
-        kernel, and then only the rows of those whose bounds are too large are read in torch.
+        The queries of a group share what they fetch. Where `kernel.serves` says so, a kernel answers few queries, and
+        torch only the rows of those that it leaves unsure.
         """
         rows, g, m, _ = q.shape
         if not 0 < g * m <= MOST_QUERIES or not kernel.serves(self.hot):
             found, fetched = self._read(q, hide, real, None)
             return shaped(found, rows, g, m), fetched
-        hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
-        found = kernel.read(self.hot, q.flatten(1, 2), hidden, self.epsilon)
-        fetched = torch.zeros(rows, m, dtype=torch.int64)
-        sure = found.within(self.epsilon)
-        if not bool(sure.all()):
-            unsure = ~sure.unflatten(1, (g, m)) if real is None else ~sure.unflatten(1, (g, m)) & real.unsqueeze(1)
-            at = unsure.any(1).any(1).nonzero().squeeze(1)
-            if len(at):
-                hide, real = (None if x is None else x[at] for x in (hide, real))
-                answer, some = self._read(q[at], hide, real, at)
-                found = replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
-                fetched[at] = some
+        found, fetched = self._kernel(q, hide, real)
+        unsure = self._unsure(found, g, real)
+        at = unsure.any(1).any(1).nonzero().squeeze(1)
+        if len(at):
+            hide, real = (None if x is None else x[at] for x in (hide, real))
+            answer, some = self._read(q[at], hide, real, at)
+            found = replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
+            fetched[at] += some
         return shaped(found, rows, g, m), fetched
+
+    def _kernel(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor]:
+        """Return the kernel's answers (r, g m), and the number of tokens fetched for them (r, m)."""
+        rows, g, m, _ = q.shape
+        hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
+        fetched, fruitful = torch.zeros(rows, m, dtype=torch.int64), torch.ones(rows, m, dtype=torch.bool)
+        with kernel.Reading(self.hot, q.flatten(1, 2), hidden, self.epsilon) as reading:
+            while True:
+                found = reading.found()
+                row, position = (self._unsure(found, g, real).any(1) & fruitful).nonzero(as_tuple=True)
+                if not len(row):
+                    return found, fetched
+                token, many = reading.wanted(row, position, m)
+                fruitful[row, position] = many > 0
+                place = self.exact.at(token.unsqueeze(1), row).squeeze(1)
+                k, v = self.exact.pair(place, torch.arange(token.shape[1]) < many.unsqueeze(1))
+                reading.refine(row, position, m, (token, many, k, v))
+                fetched[row, position] += many
+
+    def _unsure(self, found: Certified, g: int, real: Tensor | None) -> Tensor:
+        """Return a mask (r, g, m), True for queries that are not padding and whose bound is above epsilon."""
+        unsure = ~found.within(self.epsilon).unflatten(1, (g, -1))
+        return unsure if real is None else unsure & real.unsqueeze(1)
 
     def _read(
         self, q: Tensor, hide: Tensor | None, real: Tensor | None, asked: Tensor | None
@@ -83,7 +102,7 @@ class CertifiedReader:
         found, share = glimpse.answer(self.delta)
         fetched = torch.zeros(rows, m, dtype=torch.int64, device=q.device)
         known = (share >= 0).sum(-1).unflatten(1, (g, m)).amax(1)  # (r, m): the tokens that can be fetched
-        unsure = ~found.within(self.epsilon).unflatten(1, (g, m)) & real.unsqueeze(1) & (known > 0).unsqueeze(1)
+        unsure = self._unsure(found, g, real) & (known > 0).unsqueeze(1)
         count = FIRST
         while bool(unsure.any()):
             at = unsure.any(1).any(1).nonzero().squeeze(1)
@@ -93,7 +112,7 @@ class CertifiedReader:
             answer, _ = self._with(glimpse.rows(at), q[at], decoded[at], index, place, picked >= 0).answer(self.delta)
             found = replaced(found, answer, at, unsure[at].flatten(1, 2))
             fetched[at] = torch.where(unsure[at].any(1), (picked >= 0).sum(-1), fetched[at])
-            unsure = unsure & ~found.within(self.epsilon).unflatten(1, (g, m)) & (known > count).unsqueeze(1)
+            unsure = unsure & self._unsure(found, g, real) & (known > count).unsqueeze(1)
             count *= 2
         return self.hot.upright(found), fetched
 

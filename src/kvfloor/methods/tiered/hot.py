@@ -245,7 +245,9 @@ class Hot(Memory):
             name: Field(dtype, (rows, width, width), finite=True)
             for name, width in (("key_gram", self.spec.d), ("value_gram", self.spec.dv))
         }
-        return grams | {n: Field(dtype, (rows,), least=0, finite=True) for n in ("operator", "excess", "reach", "longest")}
+        return grams | {
+            n: Field(dtype, (rows,), least=0, finite=True) for n in ("operator", "excess", "reach", "longest")
+        }
 
     def require_beside(self, fields: dict[str, Any], exact: dict[str, Any], seen: Tensor) -> None:
         """Raise ValueError unless the saved codes `fields["codes"]` are of the same tokens as the exact slots' fields.

@@ -31,12 +31,14 @@ enum {
     CHUNK = 256, /* tokens that are summed in float32, before they are added to a sum in float64 */
     HEAVY = 64,  /* most tokens that are bounded one by one, for each query */
     ROWS = 6,    /* most sums of values that are made at once */
+    DEEPEST = 6, /* how often a query's heavy tokens are found anew, once all that there were are fetched */
 };
 
-static const float MIDDLE = 127.5f; /* of a value's codes: it stands for 0 */
+static const double MIDDLE = 127.5; /* of a value's codes: it stands for 0 */
 static const float HIDDEN = -1e30f; /* stands for the logit of a token that is not seen */
 static const double LEAST = -80.0;  /* least exponent of a weight relative to the largest one: smaller weights are 0 */
 static const double DOUBT = 30.0;   /* bound on a logit's error from which on nothing is bounded */
+#define TERMS (0x1p-23 * (256 + 64)) /* for a sum of CHUNK terms in float32, and for its factors */
 static const double UNIT = 0x1p-23; /* the allowance for one rounding in float32, twice the largest relative error */
 
 typedef float numbers __attribute__((vector_size(32)));
@@ -49,7 +51,7 @@ typedef int8_t signed_bytes __attribute__((vector_size(8), aligned(1), may_alias
 
 /* What `kernel.py` passes, in this order: numbers of 8 bytes, then addresses of arrays. */
 struct given {
-    int64_t rows, m, d, dv, first, group, ring, extra, fine_words, slots, groups;
+    int64_t rows, m, d, dv, first, group, ring, extra, fine_words, slots, groups, longest_row;
     double scale, softcap, gram_rounding, epsilon, share;
     const float *q;                           /* (rows, m, d) */
     const int64_t *offset, *count, *coded;    /* (rows): first slot, slots that are read, tokens before those uncoded */
@@ -66,6 +68,7 @@ struct given {
     const double *turn;                       /* (dv, dv) the rotation of values */
     float *mean;                              /* (rows, m, dv) */
     float *log_mass, *error, *spread, *largest, *unread; /* (rows, m) */
+    struct work **kept;                       /* (rows) what `refine` needs of the rows with an unsure query; or NULL */
 };
 
 int64_t size_of_given(void) { return sizeof(struct given); }
@@ -352,10 +355,11 @@ static float limit_of(const float *x, int64_t n, double *square) {
     return limit;
 }
 
-/* Return a weight such that the weights up to it, of n, add up to about `most`, by a sample of them, or to less. */
-static float cut_of(const float *x, int64_t n, double most) {
+/* Return a weight such that the weights up to it, of n, add up to about `most`, or to less.
+
+   stride: from one to the next of the LANES weights that are looked at */
+static float cut_of(const float *x, int64_t n, double most, int64_t stride) {
     if (!(most > 0) || !n) return 0.0f;
-    int64_t stride = n < 4096 ? LANES : 8 * LANES;
     double low = most / (double)n, high = most;
     for (int i = 0; i < 7; i++) {
         float middle = (float)sqrt(low * high);
@@ -563,7 +567,7 @@ INLINE int sees(const struct given *g, int64_t r, int64_t i, int64_t t) {
 /* What a query's bound takes from its row. */
 struct known {
     double largest, widest; /* at most the largest norm of a value that the query sees; at least that of all values */
-    double radius;          /* mean over the coded tokens */
+    double typical, radius; /* a guess of the values' mean norm; the mean radius */
     double fresh_rounding;  /* of logits of uncoded tokens */
     int wild;               /* true if nothing is bounded */
 };
@@ -576,8 +580,11 @@ static void read_lengths(const struct given *g, int64_t r, int64_t i, struct kno
     const float shrink = (float)(1 - UNIT * (4 * (double)g->dv + 64)), root = (float)sqrt((double)g->dv);
     int64_t place = g->offset[r], n = g->coded[r];
     float least = g->coded[r] > g->first && !g->hide ? g->longest[r] * shrink : 0.0f;
-    numbers radii = {};
-    for (int64_t start = 0; start < n; start += LANES) radii += from_shorts(g->radius + place + start);
+    numbers radii = {}, widest = {};
+    for (int64_t start = 0; start < n; start += LANES) {
+        radii += from_shorts(g->radius + place + start);
+        widest += from_shorts(g->value_widest + place + start);
+    }
     for (int64_t t = g->first; g->hide && t < n; t++) {
         float radius = from_short(g->radius[place + t]), widest = from_short(g->value_widest[place + t]);
         if (!sees(g, r, i, t) || !(widest * root - radius > least)) continue;
@@ -586,6 +593,7 @@ static void read_lengths(const struct given *g, int64_t r, int64_t i, struct kno
     }
     known->largest = least;
     known->widest = (double)g->longest[r] * (1 + UNIT * (4 * (double)g->dv + 64));
+    known->typical = (double)sum(widest) / (double)(n ? n : 1) * root / 2.5; /* as if entries were normal */
     known->radius = (double)sum(radii) / (double)(n ? n : 1);
 }
 
@@ -652,18 +660,26 @@ static double gram_bound(const struct given *g, int64_t r, const double *asked, 
     return sqrt(square + g->gram_rounding * norm * trace) * (1 + 1e-6);
 }
 
+/* A heavy token of a query: what it adds to the bounds on the answer's error, and on that of the mass. */
+struct heavy {
+    int64_t token;
+    double each, own, spread_each, spread_own; /* as `deviation` takes them */
+};
+
 /* Return the least bound on a sum of a_i |exp(eta_i) - 1| over `count` heavy tokens and others.
 
    each    (count) a_i (exp(B_i) - 1) of the heavy tokens; own: (count) a_i^2; rest: the sum of the others' a_i^2
+   stride  from one of `each`, or of `own`, to the next
    factor  what the root of a sum of a_i^2 is multiplied with for the Gram bound
    Token by token, from the first on, the heavy ones are bounded by themselves, and the rest by the Gram bound. */
-static double deviation(const double *each, const double *own, int64_t count, double rest, double factor) {
+static double deviation(const double *each, const double *own, int64_t stride, int64_t count, double rest,
+                        double factor) {
     double after[HEAVY + 1], first = 0;
     after[count] = rest;
-    for (int64_t n = count; n-- > 0;) after[n] = after[n + 1] + own[n];
+    for (int64_t n = count; n-- > 0;) after[n] = after[n + 1] + own[n * stride];
     double least = factor * sqrt(after[0]);
     for (int64_t n = 0; n < count; n++) {
-        first += each[n];
+        first += each[n * stride];
         double found = first + factor * sqrt(after[n + 1]);
         least = found < least ? found : least;
     }
@@ -683,6 +699,17 @@ static void turned(const double *turn, const double *vector, double *out, int64_
 static double most_of(double x, double y) { return x > y ? x : y; }
 static double least_of(double x, double y) { return x < y ? x : y; }
 
+/* Sums over a query's coded tokens before any of them was fetched: what float32 makes of sums is a share of these. */
+struct before {
+    double of[8], mass, lighter, left;
+};
+
+/* The tokens that were fetched for a query, together. */
+struct fetched {
+    double mass, size; /* their weights; these times the norms of their values */
+    double *values;    /* (dv) the weighted sum of their values */
+};
+
 /* All that answering rows needs beside what is given. */
 struct work {
     struct page page;
@@ -694,8 +721,19 @@ struct work {
     float *asked, *cut, *limit, *top;               /* (m, d), (m), (m), (m) */
     double *exact, *vector, *centre, *plain;        /* (m, d) the queries times the scale; (d), (dv), (dv) */
     double *left, *mass, *lighter, *gram, *rounding, *norm; /* (m) */
-    double *rest;                                   /* (m) an answer's error without what unread values add to it */
+    double *rest, *whole;                           /* (m) an answer's error without unread values; the mass of all */
+    struct known *known;                            /* (m) */
+    struct before *before;                          /* (m) */
+    struct fetched *fetched;                        /* (m) */
+    struct heavy (*worth)[HEAVY + 1];               /* (m) the heavy tokens, those of the largest `each` first */
+    int64_t *needed, *tries, *deeper;               /* (m) how many of them to fetch; how often a cut was lowered, and
+                                                       heavy tokens were found anew */
 };
+
+/* Return the largest error of answer `at`, of all rows' queries, that is within epsilon. */
+static double allowed(const struct given *g, int64_t at) {
+    return g->epsilon * (double)g->largest[at] * (1 - (double)g->spread[at]);
+}
 
 /* Answer query i of row r from the sums over its values. */
 static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, const struct known *known) {
@@ -712,9 +750,11 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
         return;
     }
     /* the mean */
+    const struct before *before = &w->before[i];
+    const struct fetched *fetched = &w->fetched[i];
     const double *of = w->sums.of[i], *total = w->sums.total + i * dv, *light = w->sums.total + (g->m + i) * dv;
-    double fresh_mass = 0, fresh_size = 0, *centre = w->centre, *plain = w->plain;
-    memset(plain, 0, (size_t)dv * sizeof *plain);
+    double fresh_mass = fetched->mass, fresh_size = fetched->size, *centre = w->centre, *plain = w->plain;
+    memcpy(plain, fetched->values, (size_t)dv * sizeof *plain);
     for (int64_t f = 0; f < w->fresh.count; f++) {
         double weight = w->fresh.logits[i * w->fresh.room + f];
         const float *value = g->fresh_v + (r * (g->first + g->ring) + w->fresh.slot[f]) * dv;
@@ -734,44 +774,43 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     double length = sqrt(square), rounding = w->rounding[i], apart = known->fresh_rounding, widest = rounding;
     /* the heavy tokens, each by itself; those of the largest parts first */
     const float *doubt = w->doubt + i * pages, *x = w->x + i * n;
-    double each[HEAVY], own[HEAVY], spread_each[HEAVY], spread_own[HEAVY], grown_square = of[5];
+    double grown_square = of[5];
+    struct heavy *worth = w->worth[i];
     for (int64_t h = 0; h < tokens; h++) {
         int64_t t = w->sums.heavy[i][h], k = h;
         const uint8_t *codes = g->value_packed + (g->offset[r] + t) * dv;
         double step = step_of(g, g->offset[r] + t), away = 0, size = 0, weight = x[t];
         for (int64_t c = 0; c < dv; c++) {
-            double number = step * ((double)codes[c] - (double)MIDDLE);
+            double number = step * ((double)codes[c] - MIDDLE);
             away += (number - centre[c]) * (number - centre[c]);
             size += number * number;
         }
         away = weight * (sqrt(away) + 4 * UNIT * (sqrt(size) + length));
         double more = expm1(least_of(doubt[t / g->group], DOUBT));
         grown_square += weight * (1 + more) * weight * (1 + more);
-        for (; k > 0 && each[k - 1] < away * more; k--) {
-            each[k] = each[k - 1], own[k] = own[k - 1];
-            spread_each[k] = spread_each[k - 1], spread_own[k] = spread_own[k - 1];
-        }
-        each[k] = away * more, own[k] = away * away;
-        spread_each[k] = weight * more, spread_own[k] = weight * weight;
+        for (; k > 0 && worth[k - 1].each < away * more; k--) worth[k] = worth[k - 1];
+        worth[k] = (struct heavy){t, away * more, away * away, weight * more, weight * weight};
     }
     /* all together */
     for (int64_t page = 0; page < pages; page++) widest = most_of(widest, doubt[page]);
     widest = least_of(most_of(widest, apart), DOUBT);
     double slope = expm1(widest) / most_of(widest, 1e-300), uncoded = expm1(least_of(apart, DOUBT));
-    double root = sqrt(of[3]) + length * sqrt(of[4]), rest = of[3] - 2 * near + square * of[4];
+    double root = sqrt(before->of[3]) + length * sqrt(before->of[4]), rest = of[3] - 2 * near + square * of[4];
     rest = (rest < 0 ? 0 : rest) + UNIT * ((double)dv / 2 + CHUNK / 2 + 64) * root * root;
-    double about = deviation(each, own, tokens, rest, slope * w->gram[i]);
-    about += slope * rounding * (of[1] + length * of[0]) + uncoded * (fresh_size + length * fresh_mass);
+    const int64_t stride = sizeof *worth / sizeof(double);
+    double by_tokens = deviation(&worth->each, &worth->own, stride, tokens, rest, slope * w->gram[i]);
+    double about = by_tokens + slope * rounding * (of[1] + length * of[0]) + uncoded * (fresh_size + length * fresh_mass);
     about += w->left[i] * (known->widest + length);
-    double over = deviation(spread_each, spread_own, tokens, w->lighter[i], slope * w->gram[i]);
+    double over = deviation(&worth->spread_each, &worth->spread_own, stride, tokens, w->lighter[i], slope * w->gram[i]);
     over += slope * rounding * w->mass[i] + uncoded * fresh_mass;
     double by_norm = sqrt(grown_square) * (double)g->operator_[r], by_radius = of[2];
-    double lengths = (of[1] + of[2] + fresh_size) / read_mass, count = (double)g->count[r];
+    double lengths = (before->of[1] + before->of[2] + fresh_size) / read_mass, count = (double)g->count[r];
     double floor = count * exp(LEAST + widest), log_mass = (double)w->top[i] + log(whole_mass);
-    double terms = UNIT * (CHUNK + 64), told = terms + 4 * UNIT * (fabs(log_mass) + 1);
+    double told = TERMS * (before->mass + fresh_mass) / whole_mass + 4 * UNIT * (fabs(log_mass) + 1);
     double slack = (1 + UNIT * (count / 64 + 4 * (double)dv + 256)) * (1 + told);
-    double off = (about + least_of(by_norm, by_radius) + floor * (known->widest + length)) / whole_mass;
-    off = (off + terms * lengths * exp(widest)) * slack;
+    double by_values = least_of(by_norm, by_radius), off = (about + by_values + floor * (known->widest + length)) / whole_mass;
+    off = (off + TERMS * lengths * exp(widest)) * slack;
+    w->whole[i] = whole_mass;
     w->rest[i] = off - w->left[i] * (known->widest + length) / whole_mass * slack;
     double wide_off = ((over + floor) / whole_mass + told) * slack;
     double checked = off + wide_off + by_norm + by_radius + length + known->widest;
@@ -780,13 +819,18 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     g->error[at] = (float)off, g->spread[at] = (float)wide_off;
     g->largest[at] = (float)(known->largest * (1 - UNIT));
     g->unread[at] = (float)(w->left[i] / whole_mass);
-}
-
-/* Return whether query i's bound is larger than epsilon allows, and may not be if all values are read. */
-static int cut_too_much(const struct given *g, const struct work *w, int64_t r, int64_t i) {
-    int64_t at = r * g->m + i;
-    double most = g->epsilon * (double)g->largest[at] * (1 - (double)g->spread[at]);
-    return !((double)g->error[at] <= most) && w->rest[i] <= most;
+    double most = 0.8 * allowed(g, at);
+    int64_t taken = w->needed[i] = 0;
+    while (off > most && taken < tokens) { /* about what fetching the first ones makes of it, four more at a time */
+        for (int64_t next = taken + 4 < tokens ? taken + 4 : tokens; taken < next; taken++) {
+            double grown = sqrt(worth[taken].spread_own) + worth[taken].spread_each;
+            grown_square -= grown * grown;
+        }
+        double fewer = deviation(&worth[taken].each, &worth[taken].own, stride, tokens - taken, rest, slope * w->gram[i]);
+        fewer += least_of(sqrt(most_of(grown_square, 0)) * (double)g->operator_[r], by_radius);
+        w->needed[i] = taken;
+        if (off - (by_tokens + by_values - fewer) / whole_mass * slack <= most) break;
+    }
 }
 
 /* Write what is known of all values that query i of row r sees. */
@@ -806,22 +850,55 @@ static void read_all_lengths(const struct given *g, struct work *w, int64_t r, i
     }
 }
 
-/* Return about the bound on query i's answer if all values are read, relative to `largest`: no bound, but a guess.
+/* Return about what the light tokens' codes make of query i's answer, relative to `largest`: no bound, but a guess.
 
-   root: of the sum of squared weights; whole: the mass of all tokens */
-static double likely(const struct work *w, int64_t i, double root, double whole, const struct known *known) {
-    return (w->gram[i] * root * known->widest + w->mass[i] * known->radius) / (whole * most_of(known->largest, 1e-30));
+   whole: the mass of all tokens. What the heavy tokens add is lessened by fetching them. */
+static double likely(const struct given *g, const struct work *w, int64_t r, int64_t i, double whole) {
+    const struct known *known = &w->known[i];
+    double root = sqrt(w->lighter[i]), by_norm = root * (double)g->operator_[r], by_radius = w->mass[i] * known->radius;
+    return (w->gram[i] * root * known->typical + least_of(by_norm, by_radius)) / (whole * most_of(known->largest, 1e-30));
+}
+
+/* Return whether the answer to query i of row r is within epsilon. */
+static int sure(const struct given *g, int64_t r, int64_t i) {
+    return (double)g->error[r * g->m + i] <= allowed(g, r * g->m + i);
+}
+
+/* Lower the cut of query i of row r if its answer is not within epsilon, but would be if more values were read.
+
+   Return whether it was lowered: at first to what seems enough, then to 0. */
+static int lowered(const struct given *g, struct work *w, int64_t r, int64_t i) {
+    if (!(w->cut[i] > 0) || sure(g, r, i) || !(w->rest[i] <= allowed(g, r * g->m + i))) return 0;
+    int64_t n = g->coded[r];
+    double unread = (double)g->error[r * g->m + i] - w->rest[i], most = allowed(g, r * g->m + i) - w->rest[i];
+    float cut = w->tries[i]++ ? 0.0f : cut_of(w->x + i * n, n, 0.8 * w->left[i] * most / unread, LANES);
+    w->cut[i] = cut < w->cut[i] ? cut : 0.0f;
+    return 1;
+}
+
+/* Sum over the values of all tokens above the queries' cuts. */
+static void read_values(const struct given *g, struct work *w, int64_t r) {
+    add_values(g, &w->sums, g->offset[r], g->coded[r], w->x, w->cut, w->limit, w->grown, w->list, w->left);
+    for (int64_t i = 0; i < g->m; i++) {
+        memcpy(w->before[i].of, w->sums.of[i], sizeof w->before[i].of);
+        w->before[i].left = w->left[i];
+    }
 }
 
 /* Answer the queries of row r. */
 static void answer_row(const struct given *g, struct work *w, int64_t r) {
     int64_t m = g->m, d = g->d, n = g->coded[r], pages = n / g->group, place = g->offset[r];
-    struct known known[8];
+    struct known *known = w->known;
     for (int64_t c = 0; c < m * d; c++) {
         w->exact[c] = (double)g->q[r * m * d + c] * g->scale;
         w->asked[c] = (float)w->exact[c];
     }
     double size = read_fresh(g, r, w->asked, &w->fresh), reach = g->reach[r];
+    for (int64_t i = 0; i < m; i++) {
+        w->fetched[i].mass = w->fetched[i].size = 0;
+        w->needed[i] = w->tries[i] = w->deeper[i] = 0;
+        memset(w->fetched[i].values, 0, (size_t)g->dv * sizeof(double));
+    }
     for (int64_t i = 0; i < m; i++) {
         double square = 0, fixed = UNIT * (16 - LEAST + 8 * g->softcap);
         for (int64_t c = 0; c < d; c++) square += w->exact[i * d + c] * w->exact[i * d + c];
@@ -867,17 +944,19 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
         weigh(fresh, w->fresh.room, w->top[i], &fresh_mass, &ignored);
         w->lighter[i] = square;
         w->limit[i] = limit_of(x, n, &w->lighter[i]);
-        double whole = w->mass[i] + fresh_mass, most = g->epsilon - likely(w, i, sqrt(square), whole, &known[i]);
-        float cut = cut_of(x, n, g->share * most * whole);
+        double whole = w->mass[i] + fresh_mass, most = g->epsilon - likely(g, w, r, i, whole);
+        most = most > 0 ? most : g->epsilon / 4; /* tokens are fetched, and then so much may be left */
+        float cut = cut_of(x, n, g->share * most * whole, n < 4096 ? LANES : 8 * LANES);
         w->cut[i] = cut < w->limit[i] ? cut : w->limit[i];
+        w->before[i].mass = w->mass[i], w->before[i].lighter = w->lighter[i];
     }
     MARK(1);
     for (int again = 1; again;) {
         again = 0;
-        add_values(g, &w->sums, place, n, w->x, w->cut, w->limit, w->grown, w->list, w->left);
+        read_values(g, w, r);
         for (int64_t i = 0; i < m; i++) {
             answer(g, w, r, i, &known[i]);
-            if (w->cut[i] > 0 && cut_too_much(g, w, r, i)) w->cut[i] = 0, again = 1; /* read all values */
+            again |= lowered(g, w, r, i);
         }
     }
     MARK(2);
@@ -885,10 +964,11 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
 
 /* ---- all rows ---------------------------------------------------------------------------------------------------- */
 
-/* Set the arrays of `work` to parts of the memory from `at` on, unless it is NULL; return how many bytes they take. */
-static size_t arranged(const struct given *g, struct work *w, int64_t longest_row, char *at) {
-    size_t taken = 0;
-    int64_t m = g->m, d = g->d, dv = g->dv, n = longest_row;
+/* Set the arrays of `work` to parts of the memory from `at` on, unless it is NULL; return how many bytes all take. */
+static size_t arranged(const struct given *g, struct work *w, char *at) {
+    size_t taken = (sizeof *w + 63) / 64 * 64;
+    int64_t m = g->m, d = g->d, dv = g->dv, n = g->longest_row;
+    double *values = 0;
     w->fresh.room = (g->first + g->ring + LANES - 1) / LANES * LANES;
 #define ROOM(array, count) \
     do { \
@@ -933,19 +1013,180 @@ static size_t arranged(const struct given *g, struct work *w, int64_t longest_ro
     ROOM(w->rounding, m);
     ROOM(w->norm, m);
     ROOM(w->rest, m);
+    ROOM(w->whole, m);
+    ROOM(w->known, m);
+    ROOM(w->before, m);
+    ROOM(w->fetched, m);
+    ROOM(w->worth, m);
+    ROOM(w->needed, m);
+    ROOM(w->tries, m);
+    ROOM(w->deeper, m);
+    ROOM(values, m * dv);
+    for (int64_t i = 0; at && i < m; i++) w->fetched[i].values = values + i * dv;
 #undef ROOM
     return taken;
 }
 
+/* Return memory for answering a row; NULL if there is none. */
+static struct work *opened(const struct given *g) {
+    struct work layout = {0};
+    char *memory = aligned_alloc(64, arranged(g, &layout, 0));
+    if (!memory) return 0;
+    struct work *w = (struct work *)memory;
+    memset(w, 0, sizeof *w);
+    arranged(g, w, memory);
+    return w;
+}
+
 /* Answer the queries of the rows begin .. stop - 1; return 0, or 1 if there is no memory. */
 int certify(int64_t begin, int64_t stop, const struct given *g) {
-    int64_t longest_row = 0;
-    for (int64_t r = begin; r < stop; r++) longest_row = g->coded[r] > longest_row ? g->coded[r] : longest_row;
-    struct work work = {0};
-    char *memory = aligned_alloc(64, arranged(g, &work, longest_row, 0));
-    if (!memory) return 1;
-    arranged(g, &work, longest_row, memory);
-    for (int64_t r = begin; r < stop; r++) answer_row(g, &work, r);
-    free(memory);
+    struct work *w = 0;
+    for (int64_t r = begin; r < stop; r++) {
+        if (!w) w = opened(g);
+        if (!w) return 1;
+        answer_row(g, w, r);
+        for (int64_t i = 0; g->kept && w && i < g->m; i++)
+            if (!sure(g, r, i)) g->kept[r] = w, w = 0;
+    }
+    free(w);
     return 0;
+}
+
+/* ---- fetching ---------------------------------------------------------------------------------------------------- */
+
+/* Some queries of a row, those i with i % positions == position, and the tokens that are fetched for them. */
+struct fetch {
+    int64_t count, positions, room; /* how many such sets; positions of a row; most tokens of a set */
+    const int64_t *row, *position;  /* (count) */
+    int64_t *token, *found;         /* (count, room) and (count) */
+    const float *k, *v;             /* (count, room, d and dv) the tokens as they were given */
+};
+
+/* Find the heavy tokens among those that are left, as all that there were are fetched; return whether there are any. */
+static int deepened(const struct given *g, struct work *w, int64_t r, int64_t i) {
+    if (w->sums.heavies[i] || sure(g, r, i) || w->known[i].wild || w->deeper[i] == DEEPEST) return 0;
+    w->deeper[i]++;
+    const float *x = w->x + i * g->coded[r];
+    int64_t count = 0, n = g->coded[r];
+    heavier(x, n, INFINITY, &w->lighter[i]);
+    w->limit[i] = limit_of(x, n, &w->lighter[i]); /* if none stand out, the heaviest ones do as well */
+    for (float lower = (float)sqrt(w->lighter[i] / HEAVY); lower > w->cut[i] && count < HEAVY / 2; lower /= 1.25f) {
+        double rest;
+        count = heavier(x, n, lower, &rest);
+        if (count > HEAVY) break;
+        w->limit[i] = lower, w->lighter[i] = rest;
+    }
+    w->before[i].lighter = w->lighter[i];
+    w->cut[i] = w->cut[i] < w->limit[i] ? w->cut[i] : w->limit[i];
+    return w->limit[i] < INFINITY;
+}
+
+/* Write the heavy tokens that widen the bounds of unsure queries most, about as many as are enough. */
+void want(const struct given *g, const struct fetch *fetch) {
+    for (int64_t a = 0; a < fetch->count; a++) {
+        struct work *w = g->kept[fetch->row[a]];
+        for (int changed = 1; changed;) {
+            int64_t again[8], many = 0;
+            for (int64_t i = fetch->position[a]; i < g->m; i += fetch->positions)
+                if (lowered(g, w, fetch->row[a], i) || deepened(g, w, fetch->row[a], i)) again[many++] = i;
+            if (many) read_values(g, w, fetch->row[a]);
+            for (int64_t n = 0; n < many; n++) answer(g, w, fetch->row[a], again[n], &w->known[again[n]]);
+            changed = many > 0;
+        }
+        int64_t *token = fetch->token + a * fetch->room, found = 0, at[8] = {0};
+        while (found < fetch->room) {
+            int64_t best = -1;
+            double most = 0;
+            for (int64_t i = fetch->position[a]; i < g->m; i += fetch->positions) {
+                if (sure(g, fetch->row[a], i) || w->known[i].wild || at[i] >= w->needed[i]) continue;
+                double worth = w->worth[i][at[i]].each / w->whole[i];
+                if (best < 0 || worth > most) best = i, most = worth;
+            }
+            if (best < 0) break;
+            int64_t t = w->worth[best][at[best]++].token, n = 0;
+            while (n < found && token[n] != t) n++;
+            if (n == found) token[found++] = t;
+        }
+        fetch->found[a] = found;
+    }
+}
+
+/* Take a coded token out of all sums of query i of row r. */
+static void leave_out(const struct given *g, struct work *w, int64_t r, int64_t i, int64_t t) {
+    int64_t n = g->coded[r], place = g->offset[r] + t, dv = g->dv, kept = 0;
+    struct sums *s = &w->sums;
+    const uint8_t *codes = g->value_packed + place * dv;
+    double weight = w->x[i * n + t], more = weight * (double)w->grown[(i * n + t) / BLOCK], step = step_of(g, place);
+    double size = norm_of(g, place, s->codes), two = w->x[i * n + t] > w->limit[i] ? 0 : weight * weight;
+    double *of = s->of[i], *total = s->total + i * dv, *light = s->total + (g->m + i) * dv;
+    w->mass[i] -= weight, w->lighter[i] -= two;
+    if (w->x[i * n + t] > w->cut[i]) {
+        of[0] -= weight, of[1] -= weight * size, of[2] -= more * (double)from_short(g->radius[place]);
+        of[3] -= two * size * size, of[4] -= two, of[5] -= two > 0 ? more * more : 0;
+        of[6] -= weight * step, of[7] -= two * step;
+        for (int64_t c = 0; c < dv; c++) {
+            double steps = step * ((double)codes[c] - 128);
+            total[c] -= weight * steps, light[c] -= two * steps;
+        }
+    } else w->left[i] -= more;
+    for (int64_t h = 0; h < s->heavies[i]; h++)
+        if (s->heavy[i][h] != t) s->heavy[i][kept++] = s->heavy[i][h];
+    s->heavies[i] = kept;
+    w->x[i * n + t] = 0;
+}
+
+/* Add a token as it was given, key (d) and value (dv), to what is fetched for query i. */
+static void take_in(const struct given *g, struct work *w, int64_t i, const float *key, const float *value) {
+    struct known *known = &w->known[i];
+    struct fetched *fetched = &w->fetched[i];
+    const float *asked = w->asked + i * g->d;
+    numbers total = {};
+    double key_square = 0, square = 0, rounding = UNIT * ((double)g->dv + 4);
+    for (int64_t c = 0; c < g->d; c += LANES) total += load(asked + c) * load(key + c);
+    for (int64_t c = 0; c < g->d; c++) key_square += (double)key[c] * (double)key[c];
+    double logit = sum(total), norm = w->norm[i] * sqrt(key_square), fixed = UNIT * (16 - LEAST + 8 * g->softcap);
+    if (g->softcap > 0) logit = g->softcap * tanh(logit / g->softcap);
+    double weight = exp(logit - (double)w->top[i]);
+    for (int64_t c = 0; c < g->dv; c++) {
+        square += (double)value[c] * (double)value[c];
+        fetched->values[c] += weight * (double)value[c];
+    }
+    double size = sqrt(square);
+    fetched->mass += weight, fetched->size += weight * size;
+    known->fresh_rounding = most_of(known->fresh_rounding, UNIT * ((double)g->d / 2 + 2) * norm + fixed);
+    known->largest = most_of(known->largest, size * (1 - rounding));
+    known->widest = most_of(known->widest, size * (1 + rounding));
+    known->wild |= !(norm < 1e6);
+}
+
+/* Allow a query's sums over coded tokens what float32 made of them before any token was left out. */
+static void widen(struct work *w, int64_t i) {
+    const struct before *before = &w->before[i];
+    for (int n = 1; n < 6; n++) w->sums.of[i][n] += 2 * TERMS * before->of[n];
+    w->lighter[i] += 2 * TERMS * before->lighter;
+    w->left[i] += 2 * TERMS * before->left;
+}
+
+/* Answer the unsure queries again, with the tokens of `fetch` read as they were given. */
+void refine(const struct given *g, const struct fetch *fetch) {
+    for (int64_t a = 0; a < fetch->count; a++) {
+        int64_t r = fetch->row[a];
+        struct work *w = g->kept[r];
+        for (int64_t i = fetch->position[a]; i < g->m; i += fetch->positions) {
+            if (sure(g, r, i) || w->known[i].wild || w->top[i] <= HIDDEN) continue;
+            if (!(w->fetched[i].mass > 0)) widen(w, i);
+            for (int64_t f = 0; f < fetch->found[a]; f++) {
+                int64_t at = a * fetch->room + f;
+                if (!sees(g, r, i, fetch->token[at])) continue;
+                leave_out(g, w, r, i, fetch->token[at]);
+                take_in(g, w, i, fetch->k + at * g->d, fetch->v + at * g->dv);
+            }
+            answer(g, w, r, i, &w->known[i]);
+        }
+    }
+}
+
+/* Free what `certify` kept. */
+void release(const struct given *g) {
+    for (int64_t r = 0; r < g->rows; r++) free(g->kept[r]), g->kept[r] = 0;
 }

@@ -2,9 +2,9 @@
 
 `Glimpse.answer` defines this attention in torch. The kernel's answers and bounds differ from it by rounding, in which
 tokens are bounded one by one, and in that the values of tokens of little weight are not read; its bounds hold by
-themselves (docs/certificates.md). It never fetches: queries whose bounds are too large are answered by torch. In
-shapes, r are rows, i.e. (batch item, kv head) streams, m queries, s slots of a row, d and dv the widths of a key and a
-value.
+themselves (docs/certificates.md). For queries whose bounds are too large it names the tokens that widen them most,
+and answers again once it is given these as they were. In shapes, r are rows, i.e. (batch item, kv head) streams, m
+queries, s slots of a row, d and dv the widths of a key and a value, a sets of queries, c fetched tokens of a set.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ if TYPE_CHECKING:
 MOST_QUERIES = 8
 """Most queries of a row for which the kernel is used."""
 
+MOST_FETCHED = 128
+"""Most tokens that a set of queries fetches at once."""
+
 SHARE = 0.5
 """How much of a query's mass is left unread, as a share of epsilon minus about what the codes take of it."""
 
 _BITS = 8
 _TILE = 32  # the kernel reads so many tokens of a page at a time
 _WIDEST = 256
-_INTEGERS = ("rows", "m", "d", "dv", "first", "group", "ring", "extra", "fine_words", "slots", "groups")
+_INTEGERS = ("rows", "m", "d", "dv", "first", "group", "ring", "extra", "fine_words", "slots", "groups", "longest_row")
 _NUMBERS = ("scale", "softcap", "gram_rounding", "epsilon", "share")
 _ARRAYS = (
     *("q", "offset", "count", "coded", "hide"),
     *("key_packed", "key_fine", "low", "high", "loud", "span"),
     *("value_packed", "value_widest", "radius"),
     *("fresh_k", "fresh_v", "key_gram", "excess", "reach", "longest", "operator", "turn"),
-    *("mean", "log_mass", "error", "spread", "largest", "unread"),
+    *("mean", "log_mass", "error", "spread", "largest", "unread", "kept"),
 )
 
 
@@ -57,6 +60,15 @@ class _Given(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _INTEGERS),
         *((name, ctypes.c_double) for name in _NUMBERS),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
+    ]
+
+
+class _Fetch(ctypes.Structure):
+    """Lay out sets of queries and their tokens, as `struct fetch` of kernel.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "positions", "room")),
+        *((name, ctypes.c_void_p) for name in ("row", "position", "token", "found", "k", "v")),
     ]
 
 
@@ -98,6 +110,57 @@ def read(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float = 0.0) -> Cert
     return found(given)
 
 
+class Reading:
+    """Answer queries as `read` does, then once more with tokens as they were given, as often as it helps.
+
+    Use it in a `with` statement: it holds what the kernel knows of the rows that have unsure queries.
+    """
+
+    def __init__(self, hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> None:
+        self._given = arguments(hot, q, hide, epsilon)
+        self._given["kept"] = np.zeros(len(q), np.int64)
+        self._slots = int(hot.codes.held.sum())
+        self._packed, self._arrays = packed(self._given)
+
+    def __enter__(self) -> Reading:
+        certify(self._packed, len(self._given["kept"]), self._slots)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _library().release(ctypes.byref(self._packed))
+
+    def found(self) -> Certified:
+        """Return the answers (r, m) of now: a later call of `refine` may change them."""
+        return found(self._given)
+
+    def wanted(self, row: Tensor, position: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens (a, c) that widen the bounds of unsure queries most, and how many there are (a,).
+
+        row, position  (a,) the sets: of the row's queries those whose index modulo `positions` is the position. At
+                       least one of them must be unsure
+        """
+        token, many = torch.zeros(len(row), MOST_FETCHED, dtype=torch.int64), torch.zeros(len(row), dtype=torch.int64)
+        self._call("want", positions, (row, position, token, many))
+        return token[:, : int(many.max())].contiguous(), many
+
+    def refine(self, row: Tensor, position: Tensor, positions: int, fetched: tuple[Tensor, ...]) -> None:
+        """Answer the sets' unsure queries again, with some tokens read as they were given.
+
+        fetched  what `wanted` returned, and these tokens' keys (a, c, d) and values (a, c, dv)
+        """
+        token, many, k, v = fetched
+        assert k.shape[:2] == v.shape[:2] == token.shape
+        self._call("refine", positions, (row, position, token, many, k.float().contiguous(), v.float().contiguous()))
+
+    def _call(self, name: str, positions: int, tensors: tuple[Tensor, ...]) -> None:
+        row, position, token, *rest = tensors
+        row, position = row.contiguous(), position.contiguous()
+        pointers = (x.data_ptr() for x in (row, position, token, *rest))
+        names = ("row", "position", "token", "found", "k", "v")
+        fetch = _Fetch(len(row), positions, token.shape[1], **dict(zip(names, pointers, strict=False)))
+        getattr(_library(), name)(ctypes.byref(self._packed), ctypes.byref(fetch))
+
+
 def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[str, Any]:
     """Return the entries of `struct given` of kernel.c by name, for `run`: numbers, and arrays; None: no array."""
     codes, spec = hot.codes, hot.spec
@@ -107,7 +170,7 @@ def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[
     assert m <= MOST_QUERIES
     if isinstance(keys, LoudChannels):
         extra, fine, loud = keys.extra, keys.fine.numpy(), keys.loud.numpy()
-    pages = int(codes.coded.max()) // codes.group if rows else 0
+    longest_row = int(codes.coded.max()) if rows else 0
     radius: Tensor = codes.columns.radius  # type: ignore[attr-defined]
     return {
         "rows": rows,
@@ -121,11 +184,12 @@ def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[
         "fine_words": fine.shape[1] // 4,
         "groups": keys.low.shape[1],
         "slots": 0 if hide is None else hide.shape[2],
+        "longest_row": longest_row,
         "scale": float(spec.scale),
         "softcap": float(spec.softcap or 0.0),
         "epsilon": float(epsilon),
         "share": SHARE,
-        "gram_rounding": unit(spec.compute_dtype) * (2 * spec.d + codes.group + pages + 32),
+        "gram_rounding": unit(spec.compute_dtype) * (2 * spec.d + codes.group + longest_row // codes.group + 32),
         "q": q.to(torch.float32).numpy(),
         "offset": codes.offset.numpy(),
         "count": codes.held.numpy(),
@@ -150,26 +214,42 @@ def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[
         "turn": matrix(spec.dv, torch.float64, "cpu").numpy(),
         "mean": np.empty((rows, m, spec.dv), np.float32),
         **{name: np.empty((rows, m), np.float32) for name in ("log_mass", "error", "spread", "largest", "unread")},
+        "kept": None,
     }
 
 
 def run(given: dict[str, Any], slots: int) -> None:
     """Let the kernel fill the arrays at the end of `given`; slots: how many it reads, for the number of threads."""
-    library = kernel_library.library()
-    assert library is not None
+    structure, arrays = packed(given)
+    certify(structure, given["rows"], slots)
+    del arrays
+
+
+def packed(given: dict[str, Any]) -> tuple[_Given, dict[str, Any]]:
+    """Return what the kernel takes, and the arrays whose addresses it has: they must outlive it."""
     arrays = {name: None if given[name] is None else np.ascontiguousarray(given[name]) for name in _ARRAYS}
     entries = {name: given[name] for name in _INTEGERS + _NUMBERS}
-    entries |= {name: None if x is None else x.ctypes.data for name, x in arrays.items()}
-    packed = _Given(**entries)
-    failed = []
+    addresses = {name: None if x is None else x.__array_interface__["data"][0] for name, x in arrays.items()}
+    return _Given(**entries, **addresses), arrays
 
-    def certify(begin: int, stop: int) -> None:
-        if library.certify(begin, stop, ctypes.byref(packed)):
+
+def certify(structure: _Given, rows: int, slots: int) -> None:
+    """Let the kernel answer all rows, on as many threads as `slots` are worth."""
+    failed, library = [], _library()
+
+    def answer(begin: int, stop: int) -> None:
+        if library.certify(begin, stop, ctypes.byref(structure)):
             failed.append(begin)
 
-    fused.shared(certify, given["rows"], slots, ())
+    fused.shared(answer, rows, slots, ())
     if failed:
         raise MemoryError("the kernel of certified reads found no memory for the logits of a row")
+
+
+def _library() -> ctypes.CDLL:
+    library = kernel_library.library()
+    assert library is not None
+    return library
 
 
 def found(given: dict[str, Any]) -> Certified:

@@ -67,6 +67,9 @@ def loaded(folder: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.size_of_given.restype = ctypes.c_int64
     found.certify.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    for name in ("want", "refine"):
+        getattr(found, name).argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    found.release.argtypes = (ctypes.c_void_p,)
     found.exponentials.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     return found
 
