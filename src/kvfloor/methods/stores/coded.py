@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.arena import Arena
+from kvfloor.core.attend import MOST_SPLIT, has_triton
 from kvfloor.core.device import sent
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
@@ -38,6 +39,11 @@ GROUP = 32
 """Least number of tokens in a group."""
 
 _TEXT = re.compile(r"k([0-9]+)v([0-9]+)")
+
+
+def on_gpu(q: Tensor) -> bool:
+    """Return True if the queries q are on a GPU where triton's kernels run."""
+    return q.device.type == "cuda" and has_triton()
 
 
 class Coding(Store):
@@ -184,6 +190,11 @@ class CodedView:
         """
         if q.shape[1] <= fused.MOST_QUERIES and fused.serves(self.owner):
             return fused.attention(self, q, spec, hide)
+        if hide is None and self.rows is None and q.shape[1] <= MOST_SPLIT and on_gpu(q):
+            from kvfloor.methods.stores import fused_triton
+
+            if fused_triton.serves(self.owner):
+                return fused_triton.attention(self, q, spec)
         return self.unpacked(q, spec, hide)
 
     def unpacked(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
@@ -498,7 +509,7 @@ class CodedSlots(Slots):
         del bare
         at = self.held.tolist()[0]
         if not self.ordered:
-            self.position[at :: self.stride] = position
+            self.position[at :: self.stride].fill_(position)
         first = self.first
         index = position if position < first else first + position % self.ring
         self.fresh_k[:, index] = k.squeeze(1)
