@@ -54,9 +54,22 @@ def attention(view: CodedView, q: Tensor, spec: Spec, parts: int | None = None) 
 
     parts: number of parts that the slots are split into; None: as many as keep a GPU busy
     """
-    slots, q = view.owner, q.to(torch.float32)
-    held, coded = (sent(x, q.device) for x in (slots.held.clamp_max(view.width), slots.coded))
-    part = over_codes(slots, q, spec, view.width, held, coded, parts)
+    return over_all(view, q.to(torch.float32), spec, clocks(view), parts)
+
+
+def clocks(view: CodedView) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, on the device, each row's first place, held tokens of the view, and tokens before those without codes."""
+    slots = view.owner
+    offset, held, coded = (sent(x, slots.fresh_k.device) for x in (slots.offset, slots.held, slots.coded))
+    return offset, held.clamp_max(view.width), coded
+
+
+def over_all(
+    view: CodedView, q: Tensor, spec: Spec, clocks: tuple[Tensor, Tensor, Tensor], parts: int | None = None
+) -> Partial:
+    """Do the work of `attention`, on the device alone, for q in float32 and the view's `clocks`."""
+    slots, (_offset, held, coded) = view.owner, clocks
+    part = over_codes(slots, q, spec, view.width, clocks, parts)
     part = Partial(part.mean @ matrix(spec.dv, q.dtype, str(q.device)), part.log_mass)
     hide = ~_uncoded(slots, view.width, held, coded).unsqueeze(1)
     return part.merge(Partial.over(q, slots.fresh_k.to(q.dtype), slots.fresh_v.to(q.dtype), spec, hide=hide))
@@ -75,15 +88,21 @@ def _uncoded(slots: CodedSlots, width: int, held: Tensor, coded: Tensor) -> Tens
 
 
 def over_codes(
-    slots: CodedSlots, q: Tensor, spec: Spec, width: int, held: Tensor, coded: Tensor, parts: int | None = None
+    slots: CodedSlots,
+    q: Tensor,
+    spec: Spec,
+    width: int,
+    clocks: tuple[Tensor, Tensor, Tensor],
+    parts: int | None = None,
 ) -> Partial:
     """Compute attention of q (r, m, d), float32, over the coded tokens alone, whose values stay rotated.
 
-    width  number of slots of each row that are read
-    held   (r,) tokens that each row holds; coded: (r,) tokens before those without codes; both on the device
-    parts  number of parts that the slots are split into; None: as many as keep a GPU busy
+    width   number of slots of each row that are read
+    clocks  what `clocks` returns
+    parts   number of parts that the slots are split into; None: as many as keep a GPU busy
     """
     keys, values, (r, m, d), device = slots.key_codes, slots.value_codes, q.shape, q.device
+    offset, held, coded = clocks
     assert isinstance(values, TokenCodes)
     if isinstance(keys, ChannelCodes) and not keys.low.shape[1]:  # no group of tokens is whole yet
         return Partial.empty(r, m, dv=spec.dv, dtype=q.dtype, device=device)
@@ -100,7 +119,7 @@ def over_codes(
     value_level, value_scale = _numbers(values, device)
     shared = (keys.low, keys.high, keys.range) if isinstance(keys, ChannelCodes) else (unused, unused, unused)
     attend_codes[(r, parts)](  # pyright: ignore[reportIndexIssue]
-        *(asked.contiguous(), bias.contiguous(), sent(slots.offset, device), held, coded),
+        *(asked.contiguous(), bias.contiguous(), offset, held, coded),
         *(unused if slots.ordered else slots.position, keys.packed, key_scale, key_level, *shared),
         *(values.packed, value_scale, value_level, part_mean, part_mass),
         *(width, -(-tiles // parts) * TILE, shared[0].shape[1], float(spec.softcap or 0.0)),
