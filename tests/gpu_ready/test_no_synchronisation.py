@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from kvfloor import parse
+from kvfloor.core.rotation import Rotation
 from kvfloor.core.slots import Slots
+from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from tests.check.test_conformance import METHODS, OPTIONS, SELECTING, STORED, SUMMARISING
 from tests.gpu_ready.fake_device import DEVICE, FakeDevice, HostWaits, moved
-from tests.gpu_ready.streams import D, G, decoded, filled, once, past_a_block_end, stepped
+from tests.gpu_ready.streams import PROMPT, D, G, decoded, filled, once, past_a_block_end, stepped, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -110,6 +112,25 @@ def test_a_wait_that_is_planted_in_a_block_end_is_found(monkeypatch: pytest.Monk
     evict = Slots.evict
     monkeypatch.setattr(Slots, "evict", lambda self, leaving, count=None: evict(self, leaving))  # counts on the device
     assert "copies to the host" in decoded("sinks@32").waits
+
+
+@pytest.mark.parametrize("text", ["sinks(4)@48", "h2o@48", "tova+value_sum@48"])
+def test_rows_of_different_length_wait_for_nothing(text: str) -> None:
+    state = parse(text).open(Spec(2, D, D))
+    present = torch.arange(PROMPT) >= torch.tensor([[9], [0]])
+    state.step(*tokens(2, PROMPT), present)
+    state.seal()
+    for i in range(5):
+        state.step(*tokens(2, seed=i))
+    device = FakeDevice()
+    stepped(moved(state, device), device, 2 * 32)
+
+
+@pytest.mark.parametrize("text", ["sinks(4)@48", "h2o@48"])
+def test_keys_that_are_rotated_to_ranks_wait_for_nothing(text: str) -> None:
+    device = FakeDevice()
+    state = moved(filled(text, rotation=Rotation(tuple(10.0**-i for i in range(D // 2)))), device)
+    stepped(state, device, past_a_block_end(state))
 
 
 def test_every_operation_of_a_step_is_on_the_device() -> None:

@@ -101,8 +101,9 @@ class Watching(Blocked["Bounded"]):
         queries = self._open_queries(g)
         row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
         place = (self.seen % self.block)[row] + j
-        queries[row, :, place] = q[row, :, j]
         self.asked[row, place] = True
+        row, j, place = (sent(x, q.device) for x in (row, j, place))
+        queries[row, :, place] = q[row, :, j]
 
     def _on_query(self, q: Tensor, seen: int) -> None:
         if self.learns_from_queries:
