@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvfloor import parse
 from kvfloor.core.attend import attend
-from kvfloor.core.attend_triton import attend_split
 from kvfloor.core.graphs import StepGraphs, capture_cuda
 from kvfloor.core.spec import Spec
-from kvfloor.methods.stores import fused_triton
+
+if find_spec("triton"):
+    from kvfloor.core.attend_triton import attend_split
+    from kvfloor.methods.stores import fused_triton
+else:
+    attend_split = fused_triton = None
 
 MINUTES = 9.0
 """After this many minutes no further measurement starts, so that ten are enough for all."""
@@ -368,6 +373,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
     parser.add_argument("--dry", action="store_true", help="run on a CPU, on tiny shapes")
     given = parser.parse_args()
+    if attend_split is None:
+        print("no triton here: pip install 'kvfloor[triton]'", file=sys.stderr)
+        return 2
     if not given.dry and not torch.cuda.is_available():
         print("no GPU here: --dry runs everything on a CPU, on tiny shapes", file=sys.stderr)
         return 2
