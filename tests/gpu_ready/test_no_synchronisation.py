@@ -133,6 +133,16 @@ def test_keys_that_are_rotated_to_ranks_wait_for_nothing(text: str) -> None:
     stepped(state, device, past_a_block_end(state))
 
 
+@pytest.mark.parametrize("text", ["sinks(4)@48", "window+value_sum@48"])
+def test_tokens_without_queries_wait_for_nothing(text: str) -> None:
+    device = FakeDevice()
+    state = moved(filled(text), device)
+    with device:
+        k, v = (torch.empty(2, 1, D, device=DEVICE) for _ in range(2))
+        for _ in range(past_a_block_end(state)):
+            state.append(k, v)
+
+
 def test_every_operation_of_a_step_is_on_the_device() -> None:
     device = FakeDevice()
     state = moved(filled("h2o@32"), device)

@@ -27,15 +27,13 @@ def sent_index(mask: Tensor, device: torch.device | str) -> Tensor:
 
 
 def first_marked(mask: Tensor, most: int) -> Tensor:
-    """Return the indices (r, most), ascending, of the first `most` entries that are True in each row of mask (r, s).
+    """Return the indices (r, most), ascending, of the first `most` <= s True entries in each row of mask (r, s).
 
     Where a row has fewer True entries, the rest of its indices is s. The shape does not depend on the mask's entries.
     """
-    rank = mask.cumsum(1) - 1
-    place = torch.where(mask & (rank < most), rank, most)
-    index = torch.full((len(mask), most + 1), mask.shape[1], dtype=torch.int64, device=mask.device)
-    slot = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return index.scatter_(1, place, slot)[:, :most]
+    width = mask.shape[1]
+    from_the_end = torch.where(mask, torch.arange(width, 0, -1, device=mask.device), 0)
+    return width - from_the_end.topk(most, dim=1).values
 
 
 class FiniteWatch:
