@@ -154,7 +154,7 @@ def test_a_setting_at_the_limit_is_seldom_called_safe_at_any_look(shape: float) 
     for seed in range(runs):
         rng = np.random.default_rng(seed)
         blocks = np.repeat(rng.gamma(shape * 4, 0.01 / (shape * 4), 16 * 6), 64)
-        made = [text_row("h2o@64", str(i), scored=SCORED, kl=tuple(blocks[1024 * i :][:1024])) for i in range(6)]
+        made = [text_row("h2o@64", str(i), scored=SCORED, kl=tuple(blocks[1024 * i :][:1024].tolist())) for i in range(6)]
         wrong += any(standard.judge_texts(made[: n + 1])[1] != "open" for n in range(6))
     assert wrong <= 0.05 * runs
 
