@@ -12,6 +12,9 @@ ifdef ATEN_CPU_CAPABILITY
 export ONEDNN_MAX_CPU_ISA ?= AVX2
 endif
 
+# The tests start many processes, each of which would compile the package anew where Python is told to write no bytecode.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 
