@@ -12,6 +12,9 @@ ifdef ATEN_CPU_CAPABILITY
 export ONEDNN_MAX_CPU_ISA ?= AVX2
 endif
 
+# The tests start many processes, each of which would compile the package anew where Python is told to write no bytecode.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 
@@ -23,8 +26,9 @@ PEERS  := .venv-peers
 VLLM   := .venv-vllm
 DOCS   := .venv-docs
 FAST   := .venv-fast
+TRITON := .venv-triton
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier mixed-bits evidence evidence-certify clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-triton test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier mixed-bits evidence evidence-certify clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -56,6 +60,11 @@ test-oldest: $(OLDEST)/.development
 test-fast: $(FAST)/.development
 	OMP_NUM_THREADS=1 $(FAST)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/methods/stores tests/methods/tiered \
 		tests/methods/test_tiered.py tests/certify
+
+# The kernels of GPUs, by triton's interpreter on a CPU, and compiled for a GPU that need not be there. No GPU is used.
+test-triton: $(TRITON)/.development
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest -m "not slow" tests/triton \
+		tests/vllm/test_attend_blocks_triton.py
 
 test-eval: $(EVAL)/.development
 	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/hf/test_lm_eval.py
@@ -134,7 +143,7 @@ evidence-certify: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m characterize.certified_reads
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) $(FAST) out site
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(PEERS) $(VLLM) $(DOCS) $(FAST) $(TRITON) out site
 
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -163,6 +172,13 @@ $(FAST)/.development: requirements.lock requirements-dev.lock requirements-fast.
 	$(FAST)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
 		-r requirements.lock -r requirements-dev.lock -r requirements-fast.lock
 	$(FAST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(TRITON)/.development: requirements.lock requirements-dev.lock requirements-triton.lock pyproject.toml
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX)) \
+		-r requirements.lock -r requirements-dev.lock -r requirements-triton.lock
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 $(EVAL)/.development: requirements.lock requirements-eval.lock pyproject.toml

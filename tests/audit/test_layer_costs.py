@@ -60,8 +60,11 @@ def with_a_window_in(model: nn.Module, layers: range, ids: torch.Tensor) -> torc
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_a_window_in_one_unit_costs_what_hiding_tokens_there_does(loaded: tuple[Any, Any], together: int) -> None:
-    found = measure_layers(*loaded, [WINDOW], texts=GENERATED[:1], context=CONTEXT, scored=SCORED, together=together)
+def test_a_window_in_one_unit_costs_what_hiding_tokens_there_does(
+    loaded: tuple[Any, Any], table: CostTable, together: int
+) -> None:
+    texts = {"texts": GENERATED[:1], "context": CONTEXT, "scored": SCORED}
+    found = table if together == 1 else measure_layers(*loaded, [WINDOW], **texts, together=together)
     plain, _ = load()
     (excerpt,) = excerpts(GENERATED[:1], [CONTEXT], SCORED, loaded[1])
     ids = torch.tensor([excerpt.context + excerpt.continuation])

@@ -14,7 +14,20 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ASKED = ("--texts", "mixture-0", "--continuation", "512", "--contexts", "512", "--tasks", "recall", "--n", "32")
+ASKED = (
+    "--texts",
+    "mixture-0",
+    "--continuation",
+    "512",
+    "--contexts",
+    "512",
+    "--tasks",
+    "recall",
+    "--n",
+    "32",
+    "--facts",
+    "0",
+)
 FAULTY = """
 import os
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from kvfloor.audit.run import run
 from kvfloor.audit.worker import Worker, in_turns
 from kvfloor.models.load import find
 from tests.audit.made_up import task_row, text_row
-from tests.audit.replaying import without_times
+from tests.audit.replaying import Replaying, without_times
 
 KV, RECALL = Cell("kv", 512, "after"), Cell("recall", 512, "after")
 SIZES = {EXACT: 10_000, "quant": 5000, "h2o@128": 3000, "h2o@64": 2000, "window@64": 2000, "random@64": 2000}
@@ -232,10 +233,10 @@ ENOUGH = 1e9
 def small(out: Path) -> AuditRequest:
     return AuditRequest(
         methods=("quant",),
-        budgets=("64",),
+        budgets=("48",),
         texts=(),
         tasks=("kv",),
-        contexts=(160,),
+        contexts=(112,),
         n=32,
         minutes=ENOUGH,
         out=out,
@@ -246,32 +247,30 @@ class Stopped(BaseException):
     """Stand for the end of the process."""
 
 
-KEPT: dict[Pair, Measured] = {}
+class Kept(Replaying):
+    """Replay measurements with the times that they had, so that whole rows can be compared."""
+
+    def measure(self, place: Place, setting: str, exact: AnyRow | None) -> Measured:
+        super().measure(place, setting, exact)
+        return Replaying.kept[self._key, place, setting]
 
 
 @pytest.fixture
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measured]:
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make each measurement of `small` once per test session, and replay it afterwards."""
-    real = Worker.measure
-
-    def measure(worker: Worker, place: Place, setting: str, exact: AnyRow | None) -> Measured:
-        if (place, setting) not in KEPT:
-            KEPT[place, setting] = real(worker, place, setting, exact)
-        return KEPT[place, setting]
-
-    monkeypatch.setattr(engine.Worker, "measure", measure)
-    return measure
+    monkeypatch.setattr(engine, "Worker", Kept)
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_a_close_call_has_a_second_round_and_a_stopped_audit_goes_on_to_the_same_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured_once: Callable[..., Measured]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 4 methods, 32 samples cannot exclude a loss of 15 points, so 8 and 4 bits need further ones."""
     whole = run(small(tmp_path / "whole"), lambda total, text: None)
     raw = [json.loads(line) for line in (tmp_path / "whole" / ROWS).read_text().splitlines()]
     counts = {row["method"]: row["n"] for row in whole.as_dict()["rows"]}
     rounds = {one: max(row["round"] for row in raw if row["method"] == one) for one in counts}
-    assert rounds["quant(bits=4)"] == 2 and rounds["window@64"] == 1
+    assert rounds["quant(bits=4)"] == 2 and rounds["window@48"] == 1
     assert all(counts[one] == 32 * rounds[one] for one in counts) and counts["quant(bits=4)"] == 64
     assert {row["n"] for row in raw} == {32} and "quant(bits=4) (2)" in whole.meta.notes[-1]
     joined_row = next(row for row in whole.rows if row.method == "quant(bits=4)")
@@ -281,16 +280,16 @@ def test_a_close_call_has_a_second_round_and_a_stopped_audit_goes_on_to_the_same
     for count in (len(raw) - 1, len(raw) - 2, 3):
         left = count
 
-        def stop(worker: Worker, place: Place, setting: str, exact: AnyRow | None) -> Measured:
+        def stop(worker: Kept, place: Place, setting: str, exact: AnyRow | None, measure: Any = Kept.measure) -> Any:
             nonlocal left
             left -= 1
             if left < 0:
                 raise Stopped
-            return measured_once(worker, place, setting, exact)
+            return measure(worker, place, setting, exact)
 
         out = tmp_path / str(count)
         with monkeypatch.context() as patch:
-            patch.setattr(engine.Worker, "measure", stop)
+            patch.setattr(Kept, "measure", stop)
             with pytest.raises(Stopped):
                 run(small(out), lambda total, text: None)
         again = run(small(out), lambda total, text: None)
@@ -299,17 +298,17 @@ def test_a_close_call_has_a_second_round_and_a_stopped_audit_goes_on_to_the_same
 
 def test_the_samples_of_a_round_are_the_next_ones_and_are_drawn_for_by_their_own_numbers(tmp_path: Path) -> None:
     """Both settings' answers in two rounds of 32 samples are those to 64 samples at once; `random` draws per sample."""
-    request, folder = replace(small(tmp_path), contexts=(112,)), find("builtin", False, lambda text: None)
+    request, folder = replace(small(tmp_path), contexts=(80,)), find("builtin", False, lambda text: None)
     worker, wide = (Worker(replace(request, n=n), folder, lambda text: None) for n in (32, 64))
     first = worker.grid.places[0]
     assert isinstance(first, Cell)
     second = first._replace(round=2)
     assert worker.grid.further == tuple(first._replace(round=i) for i in range(2, MOST_ROUNDS + 1))
-    assert worker.tokens(second) == worker.tokens(first) == 112 * 32
+    assert worker.tokens(second) == worker.tokens(first) == 80 * 32
 
     def measured(by: Worker, place: Cell) -> tuple[Measured, Row, Row]:
         exact = by.measure(place, EXACT, None)
-        other = by.measure(place, "random@64", exact.row).row
+        other = by.measure(place, "random@48", exact.row).row
         assert isinstance(exact.row, Row) and isinstance(other, Row)
         return exact, exact.row, other
 

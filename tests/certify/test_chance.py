@@ -141,6 +141,7 @@ CASES: dict[str, Callable[[], Case]] = {
     made.__name__: made for made in (many_equal_weights, halfway, of_values, by_their_weight, one_heavy_token)
 }
 DELTAS = (0.1, 0.01, 0.001)
+TRIALS = 2000
 
 
 def require_covered(wrong: int, trials: int, delta: float) -> None:
@@ -153,8 +154,8 @@ def require_covered(wrong: int, trials: int, delta: float) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_bounds_fail_no_more_often_than_delta(name: str) -> None:
-    for wrong, delta in zip(CASES[name]().failures(4000, *DELTAS), DELTAS, strict=True):
-        require_covered(wrong, 4000, delta)
+    for wrong, delta in zip(CASES[name]().failures(TRIALS, *DELTAS), DELTAS, strict=True):
+        require_covered(wrong, TRIALS, delta)
 
 
 def test_bounds_of_what_errs_by_bias_fail_no_more_often_than_delta() -> None:
@@ -232,10 +233,10 @@ def no_bias(patch: Patch) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[[], Case], float, int]] = {
     "keys have half the variance": (half_the_variance, many_equal_weights, 0.0001, 20_000),
-    "values have half the variance": (half_the_variance, of_values, 0.001, 4000),
-    "the dither is not subtracted": (never_subtracted, halfway, 0.001, 4000),
+    "values have half the variance": (half_the_variance, of_values, 0.001, TRIALS),
+    "the dither is not subtracted": (never_subtracted, halfway, 0.001, TRIALS),
     "all tokens have the same dither": (alike(lambda at, w: (at * 0, w)), by_their_weight, 0.1, 1000),
-    "all entries have the same dither": (alike(lambda at, w: (at, 1)), halfway, 0.001, 4000),
+    "all entries have the same dither": (alike(lambda at, w: (at, 1)), halfway, 0.001, TRIALS),
     "the bias is forgotten": (no_bias, half_of_the_tokens, 0.1, 60),
 }
 

@@ -37,7 +37,9 @@ def test_the_mutant_breaks_no_other_law(mutant: Mutant) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [Small(), SmallObserving(), SmallCoded(), DenseCoded()], ids=lambda method: type(method).__name__
+    "method",
+    [Small(), SmallObserving(), SmallCoded(), pytest.param(DenseCoded(), marks=pytest.mark.slow)],
+    ids=lambda method: type(method).__name__,
 )
 def test_what_mutants_derive_from_keeps_every_law(method: Method) -> None:
     assert run_checks(method, dtypes=(torch.float32,), groups=(2,)).failed == []

@@ -217,7 +217,8 @@ def test_tasks_lists_every_group_and_task() -> None:
 
 
 def test_audit_json_report_and_require(tmp_path: Path) -> None:
-    arguments = ("--tasks", "kv", "--contexts", "96", "--budgets", "24", "--methods", "h2o", "--n", "32", "--json")
+    arguments = ("--tasks", "kv", "--texts", "mixture-0", "--facts", "0", "--contexts", "96", "--n", "32", "--json")
+    arguments += ("--budgets", "24", "--methods", "h2o")
     run = kvfloor("audit", *arguments, "--require", "h2o:state_bytes<=1 and score>=0", cwd=tmp_path)
     assert run.returncode == 1, run.stderr
     assert "not met" in run.stderr

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfloor import Bounded, Spec, parse
+from kvfloor.core.bounded import _lowest
 from kvfloor.core.policy import Policy
 from kvfloor.core.randomness import row_keys, uniform
 from kvfloor.methods.policies.heavy_hitters import HeavyHitters
@@ -374,3 +375,15 @@ def test_an_answer_is_spared_from_an_empty_prompt_on(draw: Draw) -> None:
     state.seal()
     state.append(draw(1, 80, 4), draw(1, 80, 4))
     assert kept(state) == [list(range(80))]
+
+
+@pytest.mark.parametrize("values", [2, 5, 1000])
+def test_the_lowest_priorities_leave_and_of_equal_ones_the_oldest(values: int) -> None:
+    draw = torch.Generator().manual_seed(values)
+    priority = torch.randint(0, values, (6, 40), generator=draw).double()
+    position = torch.stack([torch.randperm(900, generator=draw)[:40] for _ in range(6)])
+    count = torch.tensor([1, 7, 40, 3, 12, 39])
+    lowest = _lowest(priority, position, count)
+    for row in range(6):
+        order = sorted(range(40), key=lambda i: (float(priority[row, i]), int(position[row, i])))
+        assert set(lowest[row].nonzero().flatten().tolist()) == set(order[: int(count[row])])

@@ -64,14 +64,14 @@ def test_every_token_keeps_its_position(text: str) -> None:
 
 def test_numbers_that_are_never_written_anew_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: what was written for tokens to come is taken to hold after an eviction too."""
-    original = Slots._number_from
+    original = Slots.number_from
 
     def careless(self: Slots, at: int, position: int) -> None:
         known = self._known_numbers
         if known is None or at >= known[1]:
             original(self, at, position)
 
-    monkeypatch.setattr(Slots, "_number_from", careless)
+    monkeypatch.setattr(Slots, "number_from", careless)
     state = parse("window(block=4)@9").open(Spec(1, 3, 3))
     for i in range(30):
         key = torch.full((1, 1, 3), float(i))

@@ -28,7 +28,7 @@ PLACES = ("ram", "disk")
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return prepare(tiny())
+    return prepare(tiny(num_hidden_layers=2))
 
 
 def text(cold: str, epsilon: float = 0.001) -> str:
@@ -96,7 +96,7 @@ def test_reset_closes_the_files(model: Any) -> None:
     before = len(os.listdir("/proc/self/fd"))
     cache = cache_of(model, "disk")
     fed(model, cache)
-    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert len(os.listdir("/proc/self/fd")) == before + 2
     cache.reset()
     assert len(os.listdir("/proc/self/fd")) == before
     fed(model, cache)
@@ -199,10 +199,10 @@ def test_raise_names_the_layer_and_the_cache_refuses_until_reset(model: Any) -> 
 
 
 def test_layers_that_are_exact_promise_too(model: Any) -> None:
-    cache = CompressedCache(model, f"layers(exact,{text('ram', 0.5)},exact)", max_error=0.01)
-    assert str(cache.method) == f"layers(exact,{text('ram', 0.01)},exact)"
+    cache = CompressedCache(model, f"layers(exact,{text('ram', 0.5)})", max_error=0.01)
+    assert str(cache.method) == f"layers(exact,{text('ram', 0.01)})"
     fed(model, cache)
-    assert [entry["certified"] is None for entry in cache.report()] == [True, False, True]
+    assert [entry["certified"] is None for entry in cache.report()] == [True, False]
 
 
 @pytest.mark.parametrize(

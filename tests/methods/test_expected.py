@@ -76,7 +76,7 @@ WRONG = {
         lambda held: replace(held, fetch=lambda name: torch.ones_like(held.v) if name == "v" else held.k)
     ),
     "slots that hold no token take their share": looking_at(
-        lambda held: replace(held, count=torch.full_like(held.count, held.position.shape[1]))
+        lambda held: replace(held, filled=[held.position.shape[1]] * len(held.filled))
     ),
 }
 

@@ -52,8 +52,8 @@ def plain_mean(self: KeyDifference, held: Held) -> Tensor:
 
 
 def dead_keys_count(self: KeyDifference, held: Held) -> Tensor:
-    whole = torch.full_like(held.count, held.position.shape[1])
-    return KeyDifference.priority(self, replace(held, count=whole))
+    whole = [held.position.shape[1]] * len(held.filled)
+    return KeyDifference.priority(self, replace(held, filled=whole))
 
 
 WRONG = {

@@ -232,7 +232,7 @@ def test_the_last_queries_are_the_last_that_were_asked(data: st.DataObject) -> N
         made = torch.tensor([data.draw(flags) for _ in index])
         memory.take(
             None if len(index) == rows else torch.tensor(index),
-            Queries(position[:, None, :, None] + 0.0, made, position),
+            Queries(position[:, None, :, None] + 0.0, made, position, given=made),
         )
         for row, flags_ in zip(index, made.tolist(), strict=True):
             asked[row] += [start + j for j, flag in enumerate(flags_) if flag]

@@ -330,15 +330,18 @@ print(json.dumps([__debug__, found]))
 """
 
 
-def test_errors_are_the_same_without_assertions() -> None:
+def test_errors_are_the_same_without_assertions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import json
 
     texts = json.dumps([text for text, _ in BAD])
-    answers = []
-    for flags in ([], ["-O"]):
-        command = [sys.executable, *flags, "-c", PROGRAM, texts]
-        answers.append(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
-    (debug, plain), (no_debug, optimised) = answers
+    monkeypatch.setattr(sys, "argv", ["-c", texts])
+    exec(compile(PROGRAM, "PROGRAM", "exec"), {})
+    debug, plain = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-O", "-c", PROGRAM, texts]
+    told = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    no_debug, optimised = json.loads(told)
     assert debug and not no_debug
     assert plain == optimised
     assert "accepted" not in plain

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.device import sent
 from kvfloor.core.memory import Common, Memory, common
 from kvfloor.core.spec import Spec
 
@@ -90,10 +91,14 @@ class Arena(Memory):
         The indices are into the flat tensors. If `width` exceeds the length of a list's stretch, the list's indices run
         on into the next stretch. Indices beyond the arena's last place are replaced by that place.
         """
+        return sent(self._places_here(rows, width), self.spec.device)
+
+    def _places_here(self, rows: Tensor | None, width: int) -> Tensor:
+        """Return what `places` does, on the host."""
         offset, capacity = (x if rows is None else x[rows] for x in (self.offset, self.capacity))
         start = offset.unsqueeze(1) + torch.arange(self.lists) * capacity.unsqueeze(1)
         place = start.unsqueeze(2) + torch.arange(width)
-        return place.clamp_max(max(0, self._places - 1)).to(self.spec.device)
+        return place.clamp_max(max(0, self._places - 1))
 
     def live(self, rows: Tensor | None = None) -> Tensor:
         """Return the places of all items, row by row and list by list, as 1-d indices into the flat tensors.
@@ -103,7 +108,7 @@ class Arena(Memory):
         held = self.held if rows is None else self.held[rows]
         width = int(held.max()) if held.numel() else 0
         inside = (torch.arange(width) < held.unsqueeze(1)).unsqueeze(1).expand(-1, self.lists, -1)
-        return self.places(rows, width)[inside.to(self.spec.device)]
+        return sent(self._places_here(rows, width)[inside], self.spec.device)
 
     def _table(self, x: Tensor, start: int, stop: int, stride: int | None = None) -> Tensor:
         """View places start .. stop - 1 of every list in the flat tensor x: (rows * lists, stop - start, ...).

@@ -7,6 +7,9 @@ is the log-sum-exp of its logits. The compute dtype is float64 for float64 input
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -16,6 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvfloor.logits import capped
 
 Backend = Literal["auto", "eager", "flash"]
+
+MOST_SPLIT = 64
+"""Most queries of a row for which the Triton kernel is used: with more, other kernels have enough work to share."""
 
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -43,9 +49,13 @@ def attend(
     softcap     c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
     log_weight  (rows, s), added to the logits; None: nothing is added
     hide        bool (rows or 1, m or 1, s), True where a query does not see a key; None: all keys are seen
-    backend     "auto": torch's fused CPU kernel wherever it applies (`fused`); "flash": the kernel, or ValueError where
-                it does not apply; "eager": never the kernel
+    backend     "auto": torch's fused CPU kernel wherever it applies (`fused`), and on a GPU the Triton kernel
+                (`split_applies`); "flash": the CPU kernel, or ValueError where it does not apply; "eager": no kernel
     """
+    if backend == "auto" and hide is None and split_applies(q, k, v):
+        from kvfloor.core import attend_triton
+
+        return attend_triton.attend_split(q, k, v, scale, softcap, log_weight)
     applies = fused(q, k, v, softcap)
     if backend == "flash" and not applies:
         raise ValueError(f"the fused path needs CPU tensors, d == dv and no softcap; got {q.device}, {k.shape}")
@@ -143,6 +153,46 @@ def fused(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
         and min(q.shape) > 0
         and min(k.shape) > 0
     )
+
+
+def split_applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return True if the Triton kernel, which splits the keys among programs, applies to these tensors.
+
+    It needs CUDA tensors of one dtype of at most 32 bits, keys and values whose entries lie together, at most
+    `MOST_SPLIT` queries per row, and an installed triton.
+    """
+    return (
+        q.device.type == "cuda"
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and 0 < q.shape[1] <= MOST_SPLIT
+        and min(k.shape) > 0
+        and k.stride(-1) == v.stride(-1) == 1
+        and has_triton()
+    )
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Return True if triton is installed, and a first kernel run on this machine's GPU agrees with torch.
+
+    If it does not run there or does not agree, a warning says so once.
+    """
+    if find_spec("triton") is None:
+        return False
+    from kvfloor.core import attend_triton
+
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 64, generator=draw) for n in (4, 300, 300))
+    try:
+        there = attend_triton.attend_split(*(x.cuda() for x in (q, k, v)), scale=0.125, parts=3)
+        worst = max(float((a.cpu() - b).abs().max()) for a, b in zip(there, weigh(q, k, v, 0.125)[:2], strict=True))
+    except Exception as failure:  # of a compiler, a driver or a device, which have no common class
+        warnings.warn(f"triton's kernels do not run here, so torch computes attention: {failure}", stacklevel=2)
+        return False
+    if not worst < 1e-4:
+        warnings.warn(f"triton's kernels err by {worst:.1e} here, so torch computes attention", stacklevel=2)
+    return worst < 1e-4
 
 
 def _flash(

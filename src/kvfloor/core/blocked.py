@@ -17,20 +17,24 @@ what follows them in the row is padding, whose answers have no meaning: the publ
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from kvfloor.core.attend import fused
+from kvfloor.core.device import sent
 from kvfloor.core.memory import Common, common
 from kvfloor.core.partial import Partial
 from kvfloor.core.rotation import Circle
 from kvfloor.core.selector import Chosen, Everything, Indexed, Selector, SelectorState
 from kvfloor.core.slots import Slots, require_positions
 from kvfloor.core.spec import Spec
-from kvfloor.core.state import M, State
+from kvfloor.core.state import M, State, whole
+
+if TYPE_CHECKING:
+    from kvfloor.core.graphs import StepGraphs
 
 
 class Blocked(State[M]):
@@ -50,6 +54,7 @@ class Blocked(State[M]):
 
     slots: Slots
     _known_clock: Common | None = None  # of `seen`
+    _known_graphs: StepGraphs | None = None  # which replay the device's work of decode steps
 
     def __init__(self, method: M, spec: Spec, slots: Slots, block: int, in_order: bool = False) -> None:
         super().__init__(method, spec)
@@ -109,8 +114,11 @@ class Blocked(State[M]):
         """Record the queries q (rows, g, 1, d) of a decode step that just gave every row one token.
 
         The default does nothing. A variant overrides it if its evictions or error bound depend on queries. seen: number
-        of tokens that every row saw before the step.
+        of tokens that every row saw before the step. The host counts nothing here, but in `_count_query`.
         """
+
+    def _count_query(self, seen: int) -> None:
+        """Note on the host that `_on_query` recorded queries; the default does nothing."""
 
     # ---- written once --------------------------------------------------------------------------------------
 
@@ -164,13 +172,40 @@ class Blocked(State[M]):
             at = self.slots.held.tolist()[0]
             circle = self._circle(torch.full((1, 1), at, device=k.device), below=at + 1)
             k, asked = self.spec.rotation.turned(k, circle), self.spec.rotation.turned(q, circle)
-        self.slots.put(k, v, seen, bare)
-        out = self.slots.newest(asked)
-        self._on_query(q, seen)
+        if self._known_graphs is not None and self._graphable:
+            out = self._known_graphs.step(self, k, v, q, seen)
+        else:
+            self.slots.put(k, v, seen, bare)
+            out = self.slots.newest(asked)
+            self._on_query(q, seen)
+            self._count_query(seen)
         self.seen = self.seen + 1
         self._known_clock = ref(self.seen), seen + 1
         if (seen + 1) % self.block == 0:
             self._end(None)
+        return out
+
+    @property
+    def _graphable(self) -> bool:
+        """Return True if a step of one token in every row is the same work at the same addresses in every block."""
+        return self.slots.plain and self.spec.rotation is None
+
+    @whole
+    def replay_steps(self, graphs: StepGraphs | None) -> None:
+        """From now on, capture and replay the device's work of decode steps by `graphs`; None: no longer.
+
+        Steps that `_steps_alone` or `_graphable` rule out run as before, and so does what comes at the end of a block.
+        """
+        self._known_graphs = graphs
+
+    def _work_one(self, at: int, seen: int, k: Tensor, v: Tensor, q: Tensor) -> Tensor:
+        """Do the device's work of `_step_one` for a token that goes to slot `at`, and return its outputs.
+
+        Nothing is counted on the host, and positions are not written. seen: tokens that every row saw before.
+        """
+        self.slots.write(at, k, v)
+        out = self.slots.newest(q, at + 1)
+        self._on_query(q, seen)
         return out
 
     def _feed(self, k: Tensor, v: Tensor, q: Tensor | None, count: Tensor) -> Partial | None:
@@ -190,9 +225,9 @@ class Blocked(State[M]):
         while bool((done < count).any()):
             take = torch.minimum(count - done, self.block - self.seen % self.block)
             a = int(take.max())
-            index = (done.unsqueeze(1) + torch.arange(a)).to(k.device)
+            index = sent(done.unsqueeze(1) + torch.arange(a), k.device)
             # Padding beyond a row's own tokens may be anything, NaN too.
-            beyond = (torch.arange(a) >= take.unsqueeze(1)).unsqueeze(-1).to(k.device)
+            beyond = sent((torch.arange(a) >= take.unsqueeze(1)).unsqueeze(-1), k.device)
             new_k, new_v = (_cut(x, index).masked_fill(beyond, 0) for x in (k, v))
             part = self._take(new_k, new_v, None if q is None else _cut(q, index), take)
             if part is not None and out is not None:
@@ -245,7 +280,7 @@ class Blocked(State[M]):
         before, asked, bare = self.slots.held, q, k
         if self.spec.rotation is not None:
             place = before.unsqueeze(1) + torch.arange(k.shape[1])
-            circle = self._circle(place.to(k.device), below=int(before.max()) + k.shape[1])
+            circle = self._circle(sent(place, k.device), below=int(before.max()) + k.shape[1])
             k = self.spec.rotation.turned(k, circle)
             asked = None if q is None else self._turned(q, place, below=int(before.max()) + k.shape[1])
         self._push(k, v, take, bare)
@@ -271,7 +306,7 @@ class Blocked(State[M]):
         """
         if self.spec.rotation is None:
             return q
-        return self.spec.rotation.turned(q, self._circle(place.unsqueeze(1).to(q.device), below))
+        return self.spec.rotation.turned(q, self._circle(sent(place.unsqueeze(1), q.device), below))
 
     def _push(self, k: Tensor, v: Tensor, take: Tensor, bare: Tensor | None = None) -> Tensor:
         """Append the first take[r] tokens of row r to the slots; return the number of tokens held before, (rows,).
@@ -283,7 +318,7 @@ class Blocked(State[M]):
         position = self.seen.unsqueeze(1)
         if k.shape[1] > 1:
             position = position + torch.arange(k.shape[1])
-        self.slots.push(k, v, position.to(k.device), take, bare)
+        self.slots.push(k, v, sent(position, k.device), take, bare)
         if self.selection is not None:
             self.selection.append(self.slots, before)
         return before
@@ -336,7 +371,7 @@ class Blocked(State[M]):
             return part
         view = self.slots.view(width=past)
         gone = torch.arange(past) >= before.unsqueeze(1)  # slots of a row's own new tokens, or empty
-        hide = gone.unsqueeze(1).to(q.device) if bool(gone.any()) else None
+        hide = sent(gone.unsqueeze(1), q.device) if bool(gone.any()) else None
         return view.over(q.flatten(1, 2), self.spec, hide).shaped(*shape).merge(part)
 
     def _among_all(self, flat: Tensor, g: int, before: Tensor) -> Partial:
@@ -354,7 +389,7 @@ class Blocked(State[M]):
             limit = before.unsqueeze(1) + torch.arange(a)  # the last slot each query sees, by row
             if bool((before == before[0]).all()):
                 limit = limit[:1]
-            hide = (torch.arange(width) > limit.unsqueeze(-1)).to(flat.device)
+            hide = sent(torch.arange(width) > limit.unsqueeze(-1), flat.device)
             hide = hide.unsqueeze(1).expand(-1, g, -1, -1).reshape(hide.shape[0], m, width)
         hide = self._selector.hide(flat, view, self.spec, hide)
         return view.over(flat, self.spec, hide)
@@ -371,9 +406,9 @@ class Blocked(State[M]):
         real = visible <= self.slots.held.unsqueeze(1)
         position = (self.seen.unsqueeze(1) + arrived).masked_fill(~real, -1)
         if not bool(real.all()):  # padding may be anything, NaN too
-            q = q.masked_fill(~real.to(q.device)[:, None, :, None], 0)
+            q = q.masked_fill(~sent(real, q.device)[:, None, :, None], 0)
         visible = torch.minimum(visible, self.slots.held.unsqueeze(1))
-        chosen = self.selection.follow(q, self.slots, visible.to(q.device), position.to(q.device))
+        chosen = self.selection.follow(q, self.slots, sent(visible, q.device), sent(position, q.device))
         return self._over(q.flatten(1, 2), chosen)
 
     def _over(self, q: Tensor, chosen: Chosen) -> Partial:
@@ -426,7 +461,7 @@ class Blocked(State[M]):
             nothing = torch.zeros(*q.shape[:2], 0, dtype=torch.int64, device=q.device)
             return Chosen(nothing, nothing.bool())
         visible = self.slots.held.unsqueeze(1).expand(-1, q.shape[1])
-        return self.selection.choose(q, self.slots, visible.to(q.device))
+        return self.selection.choose(q, self.slots, sent(visible, q.device))
 
     @property
     def slot_bytes_read(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.budget import Budget, size_bytes, tokens
+from kvfloor.core.device import sent
 from kvfloor.core.fields import MOST, Field, require_equal
 from kvfloor.core.method import Guarantee, Method, Parts, Traits, budget_text, lossy, part_text
 from kvfloor.core.policy import Held, Policy
@@ -327,51 +328,57 @@ class BoundedState(Watching):
 
         The summary, if there is one, absorbs the evicted tokens.
         """
-        excess = (self.slots.held[rows] - self._limit()[rows]).clamp_min(0)
-        due = rows[excess > 0]
+        excess = (self.slots.held - self._limit()).clamp_min(0)
+        count = torch.zeros_like(excess).index_copy_(0, rows, excess[rows])
+        due = rows[count[rows] > 0]
         if not len(due):
             return
         width, everyone = int(self.slots.capacity.max()), len(due) == self.spec.rows
         held = self._held(None if everyone else due, width)
         priority = self.method.policy.priority(held).to(torch.float64)
         priority = priority.masked_fill(self._protected(held) | ~held.live, torch.inf)
-        lowest = _lowest(priority, held.position, excess[excess > 0].unsqueeze(1).to(priority.device)).cpu()
-        leaving = lowest if everyone else torch.zeros(self.spec.rows, width, dtype=torch.bool)
+        leaving = _lowest(priority, held.position, count[due])
         if not everyone:
-            leaving[due] = lowest
+            some = leaving
+            leaving = torch.zeros(self.spec.rows, width, dtype=torch.bool, device=some.device)
+            leaving[sent(due, some.device)] = some
         if self.summary is not None or self.on_evict is not None:
-            row, k, v, position = self.slots.flat(leaving)
+            row, k, v, position = self.slots.flat(leaving, count)
             if self.summary is not None:
                 self.summary.absorb(row, k, v, position)
             if self.on_evict is not None:
                 self.on_evict(row, position)
-        self.slots.evict(leaving)
+        self.slots.evict(leaving, count)
         if self.selection is not None:
-            self.selection.evict(self.slots, leaving)
+            self.selection.evict(self.slots, leaving.cpu())
 
     def _protected(self, held: Held) -> Tensor:
         policy, position, rows = self.method.policy, held.position, held.rows
         budgets, pins = (x if rows is None else x[rows] for x in (self.budget, self.pins))
         last = torch.tensor([policy.protected_last(budget) for budget in budgets.tolist()]).unsqueeze(1)
-        safe = policy.protected(held, last.to(position.device))
+        safe = policy.protected(held, sent(last, position.device))
         if policy.spares == "prompt" and held.prompt is not None:
             safe = safe | (position < held.prompt)
-        for span in pins.to(position.device).unbind(1):
+        for span in sent(pins, position.device).unbind(1):
             safe = safe | ((position >= span[:, :1]) & (position < span[:, 1:]))
         return safe
 
 
-def _lowest(priority: Tensor, position: Tensor, n: Tensor) -> Tensor:
+def _lowest(priority: Tensor, position: Tensor, count: Tensor) -> Tensor:
     """Return a bool mask (r, s) of the slots of lowest priority in each of r rows of s slots.
 
-    priority (r, s) and position (r, s), the arrival index, are those of each slot's token; n (r, 1) is the number of
-    slots to mark in each row, at least 1. Of slots with equal priority, the one with the older token is marked first.
+    priority (r, s) and position (r, s), the arrival index, are those of each slot's token; count (r,), on the CPU, is
+    the number of slots to mark in each row, at least 1. Of slots with equal priority, the one with the older token is
+    marked first.
     """
-    last = priority.topk(int(n.max()), dim=1, largest=False).values.gather(1, n - 1)
-    lowest = priority <= last
-    if bool((lowest.sum(1, keepdim=True) == n).all()):
-        return lowest
-    by_age = torch.argsort(position, dim=1, stable=True)
-    order = by_age.gather(1, torch.argsort(priority.gather(1, by_age), dim=1, stable=True))
-    among = torch.arange(priority.shape[1], device=n.device) < n
-    return torch.zeros_like(lowest).scatter(1, order, among)
+    most, n = int(count.max()), sent(count, priority.device).unsqueeze(1)
+    last = priority.topk(most, dim=1, largest=False).values.gather(1, n - 1)
+    if priority.device.type == "cpu":  # where it costs nothing to look whether any are equal
+        lowest = priority <= last
+        if bool((lowest.sum(1) == count).all()):
+            return lowest
+    below, tied = priority < last, priority == last
+    n = n - below.sum(1, keepdim=True)
+    age = position.masked_fill(~tied, torch.iinfo(torch.int64).max)
+    youngest = age.topk(most, dim=1, largest=False).values.gather(1, n - 1)
+    return below | (tied & (position <= youngest))

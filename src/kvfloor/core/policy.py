@@ -15,13 +15,14 @@ widths of a key and a value.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from kvfloor.core.device import sent
 from kvfloor.core.memory import Memory
 from kvfloor.core.spec import Spec
 from kvfloor.validation import count
@@ -42,6 +43,7 @@ class Held:
     spec              sizes, dtype and constants of the state
     count     (r, 1)  slots 0 .. count - 1 hold a token
     budget    (r, 1)  tokens per row
+    filled            r numbers: `count` on the host, where reading it never waits for a device
     fetch             function of "k" or "v" that returns the keys or values of all slots, (r, s, ...)
     rows      (r,)    indices of the rows in the state; None: all rows
     prompt    (r, 1)  tokens before the seal (end of the prompt), -1 until then; None unless the policy spares the
@@ -57,6 +59,7 @@ class Held:
     spec: Spec
     count: Tensor
     budget: Tensor
+    filled: Sequence[int]
     fetch: Callable[[str], Tensor] = field(repr=False)
     rows: Tensor | None = None
     prompt: Tensor | None = None
@@ -104,6 +107,7 @@ class Held:
             position=self.position[:, at],
             columns={name: column[:, at] for name, column in self.columns.items()},
             count=(self.count - at.start).clamp(0, at.stop - at.start),
+            filled=[min(max(n - at.start, 0), at.stop - at.start) for n in self.filled],
             fetch=lambda name: self.fetch(name)[:, at],
         )
 
@@ -116,12 +120,14 @@ class Queries:
     made      (r, b)        True where a query was given; the other entries of q are arbitrary
     position  (r, b)        position of the token that each query came with
     bare      (r, g, b, d)  the queries before the rotation; None if the spec has no rotation
+    given     (r, b)        `made` on the host, where reading it never waits for a device
     """
 
     q: Tensor
     made: Tensor
     position: Tensor
     bare: Tensor | None = None
+    given: Tensor = field(kw_only=True)
 
     @property
     def as_they_came(self) -> Tensor:
@@ -134,14 +140,15 @@ class Queries:
     def last(self) -> tuple[Queries, Tensor]:
         """Return the last given query of each row, as `Queries` with b = 1, and that query's index (r, 1) in the block.
 
-        Every row must have at least one given query.
+        The index is on the host. Every row must have at least one given query.
         """
-        order = torch.arange(1, self.made.shape[1] + 1, device=self.made.device)
-        place = (self.made * order).amax(1, keepdim=True) - 1
+        index = (self.given * torch.arange(1, self.given.shape[1] + 1)).amax(1, keepdim=True) - 1
+        place = sent(index, self.q.device)
         r, g, _, d = self.q.shape
         q = self.q.gather(2, place.view(r, 1, 1, 1).expand(r, g, 1, d))
         bare = None if self.bare is None else self.bare.gather(2, place.view(r, 1, 1, 1).expand(r, g, 1, d))
-        return Queries(q, self.made.gather(1, place), self.position.gather(1, place), bare), place
+        made, given = self.made.gather(1, place), self.given.gather(1, index)
+        return Queries(q, made, self.position.gather(1, place), bare, given=given), index
 
 
 class PolicyMemory(Memory, ABC):

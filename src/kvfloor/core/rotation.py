@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfloor.core.device import sent
+
 _TABLE_PLACES = 1 << 15  # places whose cosines are kept; those of later places are computed at each call
 _FIRST_PLACES = 1024
 
@@ -69,7 +71,7 @@ class Rotation:
         They are computed in float64, so that the bits of the result do not depend on how torch vectorises the
         computation.
         """
-        frequency = torch.tensor(self.frequencies, dtype=torch.float32, device=place.device)
+        frequency = sent(torch.tensor(self.frequencies, dtype=torch.float32), place.device)
         angle = (place.to(torch.float32).unsqueeze(-1) * frequency).to(torch.float64)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

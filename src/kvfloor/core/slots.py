@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvfloor.core.arena import Arena, grown
 from kvfloor.core.attend import attend_newest
+from kvfloor.core.device import first_marked, sent, sent_index
 from kvfloor.core.fields import MOST, Field, require_room
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee
@@ -140,15 +141,16 @@ class Slots(Arena):
         live = None
         if min(counts, default=width) < width:
             live = torch.arange(width) < held.unsqueeze(1)
-            live = live.to(self.position.device)
+            live = sent(live, self.position.device)
         return self._viewed(rows, width, live)
 
-    def newest(self, q: Tensor) -> Tensor:
+    def newest(self, q: Tensor, held: int | None = None) -> Tensor:
         """Return attention outputs (rows, g, 1, dv) of one token's queries q (rows, g, 1, d), which see all tokens.
 
-        All rows must hold equally many tokens and have the same capacity.
+        All rows must hold equally many tokens and have the same capacity. held: this number of tokens, for slots that
+        are `plain`; None: as counted.
         """
-        held = self.level
+        held = self.level if held is None else held
         if not self.plain or held is None:
             return self.view().newest(q, self.spec)
         k, v = (table.narrow(1, 0, held) for table in self._tables())
@@ -210,7 +212,7 @@ class Slots(Arena):
         """
         if self.stride:
             table = self._table(x, 0, min(width, self.stride))
-            return table if rows is None else table[rows.to(x.device)]
+            return table if rows is None else table[sent(rows, x.device)]
         return x[self._index(rows, width)]
 
     def at(self, slot: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -219,7 +221,7 @@ class Slots(Arena):
         rows  (r,) rows of the slots; None: all
         slot  (r, m, c), int64; a slot beyond the arena is replaced by the arena's last place
         """
-        offset = (self.offset if rows is None else self.offset[rows]).to(slot.device).view(-1, 1, 1)
+        offset = sent(self.offset if rows is None else self.offset[rows], slot.device).view(-1, 1, 1)
         return (offset + slot).clamp_max(self._places - 1)
 
     def column(self, name: str, rows: Tensor | None, width: int) -> Tensor:
@@ -245,9 +247,9 @@ class Slots(Arena):
         else:
             wanted = torch.arange(a) < take.unsqueeze(1)
             slot = (self.offset + self.held).unsqueeze(1) + torch.arange(a)
-            slot, wanted = slot[wanted].to(self.position.device), wanted.to(self.position.device)
+            slot, index = sent(slot[wanted], self.position.device), sent_index(wanted, self.position.device)
             for name in self._own:
-                getattr(self, name)[slot] = given[name][wanted]
+                getattr(self, name)[slot] = given[name].flatten(0, 1)[index]
         self.held = self.held + take
 
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
@@ -258,17 +260,27 @@ class Slots(Arena):
         """
         at = self.level
         assert at is not None
+        self.write(at, k, v, bare)
+        self.number_from(at, position)
+        self.count_one()
+
+    def write(self, at: int, k: Tensor, v: Tensor, bare: Tensor | None = None) -> None:
+        """Write one token's key and value to slot `at` of every row, as `put` does; count nothing."""
         keys, values = self._tables()
         keys.narrow(1, at, 1).copy_(k)
         if self.bare is not None:
             self._table(self.bare, at, at + 1).copy_(k if bare is None else bare)
         if not self.spec.tied:
             values.narrow(1, at, 1).copy_(v)
-        self._number_from(at, position)
+
+    def count_one(self) -> None:
+        """Count one token more in every row, whose key, value and position are written already."""
+        at = self.level
+        assert at is not None
         self.held = self.held + 1
         self._known_level = ref(self.held), at + 1
 
-    def _number_from(self, at: int, position: int) -> None:
+    def number_from(self, at: int, position: int) -> None:
         """Write `position` to slot `at` of every row, and to the slots behind it the positions of tokens still to come.
 
         So most tokens find theirs written. A slot without a token may hold any number. Slots keep what was written
@@ -280,7 +292,8 @@ class Slots(Arena):
         if known is not None and known[0] == ahead and at < known[1]:
             return
         stop = min(at + _NUMBERED, self.stride)
-        self._table(self.position, at, stop).copy_(torch.arange(at + ahead, stop + ahead))
+        arrived = torch.arange(at + ahead, stop + ahead, device=self.position.device)
+        self._table(self.position, at, stop).copy_(arrived)
         self._known_numbers = ahead, stop
 
     def _lay_out(self, capacity: Tensor) -> None:
@@ -305,31 +318,48 @@ class Slots(Arena):
             self.across(store, None, level).copy_(values[:, :level])
             return
         held = self.held if rows is None else self.held[rows]
-        live = (torch.arange(values.shape[1]) < held.unsqueeze(1)).to(store.device)
-        store[self._index(rows, values.shape[1])[live]] = values[live].to(store.dtype)
+        live = sent_index(torch.arange(values.shape[1]) < held.unsqueeze(1), store.device)
+        store[self._index(rows, values.shape[1]).flatten()[live]] = values.flatten()[live].to(store.dtype)
 
-    def evict(self, leaving: Tensor) -> None:
+    def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         """Drop the tokens in the slots marked by the bool mask `leaving` (rows, width); marked slots must hold tokens.
 
         Remaining tokens from the end of a row move into the freed slots further front, so a row stays packed. The
         number of moved tokens is at most the number of dropped tokens.
+        count: (rows,) number of slots that are marked in each row, on the CPU. None: it is read from the mask
         """
-        leaving = leaving.cpu()
-        slot = torch.arange(leaving.shape[1])
-        held = self.held - leaving.sum(1)
-        ends = (slot >= held.unsqueeze(1)) & (slot < self.held.unsqueeze(1))  # each row's slots to free
-        source, target, freed = (
-            (self.offset[row] + at).to(self.position.device)
-            for row, at in (x.nonzero(as_tuple=True) for x in (ends & ~leaving, leaving & ~ends, ends))
-        )
-        for _, _, store in self._arrays():
-            store.index_copy_(0, target, store.index_select(0, source))
+        count = leaving.sum(1).cpu() if count is None else count
+        most = int(count.max())
+        if not most:
+            return
+        before, held = self.held, self.held - count
+        self._pack(leaving, held, most)
+        span = torch.arange(leaving.shape[1])
+        row, slot = ((span >= held.unsqueeze(1)) & (span < before.unsqueeze(1))).nonzero(as_tuple=True)
+        freed = sent(self.offset[row] + slot, self.position.device)
         for store in self._columns().values():
             store.index_fill_(0, freed, 0)
-        fewer = held < self.held
         self.held = held
         if self.bare is not None:
+            fewer = held < before
             self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
+
+    def _pack(self, leaving: Tensor, held: Tensor, most: int) -> None:
+        """Move tokens that stay, from the end of their row, into the slots marked by `leaving` (rows, width).
+
+        held: (rows,) tokens of each row that stay, on the CPU. most: largest number of marked slots in a row.
+        """
+        device = self.position.device
+        leaving = sent(leaving, device)
+        end, before, offset = (sent(x, device).unsqueeze(1) for x in (held, self.held, self.offset))
+        slot = torch.arange(leaving.shape[1], device=device)
+        beyond = slot >= end
+        target = first_marked(leaving & ~beyond, most)
+        source = first_marked(~leaving & beyond & (slot < before), most)
+        last = (before - 1).clamp_min(0)  # it moves to itself where fewer tokens move: it is free, or the row keeps all
+        target, source = ((offset + torch.where(x < len(slot), x, last)).flatten() for x in (target, source))
+        for _, _, store in self._arrays():
+            store.index_copy_(0, target, store.index_select(0, source))
 
     def _turn(self, rows: Tensor | None) -> None:
         """Rotate the unrotated keys of `rows` (None: all) to the present ranks of their tokens; store them in `k`.
@@ -342,7 +372,7 @@ class Slots(Arena):
         if bare is None or rotation is None or width == 0:
             return
         live = torch.arange(width) < held.unsqueeze(1)
-        position = self.positions(rows, width).masked_fill(~live.to(bare.device), 1 << 62)
+        position = self.positions(rows, width).masked_fill(~sent(live, bare.device), 1 << 62)
         rank = torch.empty_like(position).scatter_(
             1, position.argsort(1), torch.arange(width, device=bare.device).expand_as(position)
         )
@@ -351,8 +381,8 @@ class Slots(Arena):
         if rows is None and self.level is not None:
             self._table(self.k, 0, width).copy_(turned)
         else:
-            live = live.to(bare.device)
-            self.k[self._index(rows, width)[live]] = turned[live]
+            index = sent_index(live, bare.device)
+            self.k[self._index(rows, width).flatten()[index]] = turned.flatten(0, 1)[index]
 
     def settle(self, seen: Tensor, rows: Tensor | None) -> None:
         """Handle the end of a block of tokens in these rows (None: all), after its evictions.
@@ -379,15 +409,26 @@ class Slots(Arena):
         found = wanted.gather(1, view.position.cpu().clamp_max(wanted.shape[1] - 1))
         return found if view.live is None else found & view.live.cpu()
 
-    def flat(self, marked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def flat(self, marked: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (row, k, v, position) of the tokens in the marked slots: (e,), (e, d), (e, dv), (e,).
 
         `marked` (rows, width) is a bool mask. The tokens come row by row, in the order of their slots.
+        count: (rows,) number of slots that are marked in each row, on the CPU. None: it is read from the mask
         """
-        row, slot = marked.cpu().nonzero(as_tuple=True)
-        index = (self.offset[row] + slot).to(self.position.device)
+        row, index = self._marked(marked, count)
         k, v = self.keys(index).to(self.spec.dtype), self.values(index).to(self.spec.dtype)
-        return row.to(self.position.device), k, v, self.arrived(index)
+        return row, k, v, self.arrived(index)
+
+    def _marked(self, marked: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the row and the place of each marked slot, (e,) and (e,), as `flat` orders them."""
+        device = self.position.device
+        count = marked.sum(1).cpu() if count is None else count
+        most = int(count.max())
+        row, j = (torch.arange(most) < count.unsqueeze(1)).nonzero(as_tuple=True)
+        slot = first_marked(sent(marked, device), most).flatten()
+        if len(row) < slot.numel():
+            slot = slot[sent(row * most + j, device)]
+        return sent(row, device), sent(self.offset[row], device) + slot
 
     # ---- size ----------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.attend import compute_dtype
+from kvfloor.core.device import sent
 from kvfloor.core.rotation import Rotation
 
 DTYPES = {
@@ -115,7 +116,7 @@ class Spec:
 
     def ids(self) -> Tensor:
         """Return the row ids as an int64 tensor (rows,) on the spec's device."""
-        return torch.tensor(self.row_ids, dtype=torch.int64, device=self.device)
+        return sent(torch.tensor(self.row_ids, dtype=torch.int64), self.device)
 
     def select(self, index: Tensor) -> Spec:
         """Return the spec for the rows at `index` (r,), repeats allowed; these rows keep their row ids and places."""

@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from kvfloor.core import message
 from kvfloor.core.broken import broken_state
+from kvfloor.core.device import FiniteWatch, sent
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee, Method
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="State")
 M = TypeVar("M", bound=Method)  # the class of the method that opens a state
 Call = TypeVar("Call", bound=Callable[..., Any])
+DECODING = ("step", "step_partial", "append")
+"""Public calls that do not wait for a device to learn whether earlier tokens were finite."""
 ANEW = (
     "start again with an empty state and without these tokens, or use a method that keeps whole tokens and no summary"
 )
@@ -71,6 +74,8 @@ def whole(call: Call) -> Call:
     def inside(self: State, *args: Any, **kwargs: Any) -> Any:
         if self._underway is not None:
             raise broken_state(self._underway)
+        if self._known_finite is not None:
+            self._require_finite_so_far(wait=call.__name__ not in DECODING)
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 out = call(self, *args, **kwargs)
@@ -102,10 +107,14 @@ class State(Memory, Generic[M], metaclass=_Plain):
     All public calls raise TypeError or ValueError on bad input and leave the state as it was. After any other exception
     the state is either unchanged, or every further call raises the exception BrokenState. A state that keeps whole
     tokens (each with its own key and value) holds them in `slots`.
+    On a device other than the CPU, calls with one token do not wait to learn whether it is finite. The device keeps
+    record. A later call raises ValueError and leaves the state broken: the first one after the device's report, which
+    it sends every `SENT_EVERY` tokens, or the first call that is no such step.
     """
 
     slots: Slots | None = None
     _underway: str | None = None  # the call that is changing this state, or that broke off while it did
+    _known_finite: FiniteWatch | None = None  # of the tokens that a device got one by one
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -505,9 +514,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
         """
         spec, dense = self.spec, torch.strided
         for x in (k, v, q):
-            if type(x) is not Tensor or x.dtype != spec.dtype or x.layout != dense or x.device.type != spec.device_type:
+            if not isinstance(x, Tensor) or x.dtype != spec.dtype or x.layout != dense:
                 return False
-            if x.is_nested:
+            if x.device.type != spec.device_type or x.is_nested or is_lazy(x):
                 return False
         if k.shape != (spec.rows, 1, self.key_width) or v.shape != (spec.rows, 1, self.value_width):
             return False
@@ -515,8 +524,35 @@ class State(Memory, Generic[M], metaclass=_Plain):
             return False
         if q.ndim != 4 or q.shape != (spec.rows, q.shape[1] or 1, 1, spec.d):
             return False
+        if self._defers:
+            self._watch(k, v, q)
+            return True
         finite = math.isfinite
         return finite(k.sum().item()) and finite(v.sum().item()) and finite(q.sum().item())
+
+    @property
+    def _defers(self) -> bool:
+        """Return True if a device records whether single tokens are finite, and the host does not wait to learn it."""
+        return self.spec.device_type != "cpu"
+
+    def _watch(self, *tensors: Tensor) -> None:
+        """Let the device record whether these tensors are finite."""
+        if self._known_finite is None:
+            self._known_finite = FiniteWatch(tensors[0].device)
+        self._known_finite.add(*tensors)
+
+    def _require_finite_so_far(self, wait: bool) -> None:
+        """Raise ValueError, and leave the state broken, if the device has recorded a NaN or an infinity.
+
+        wait: False: look only at the reports that have arrived.
+        """
+        watch = self._known_finite
+        assert watch is not None
+        if not (watch.finite() if wait else watch.told_finite()):
+            self._underway = "step"
+            raise ValueError(
+                "q, k or v of an earlier token had NaN or infinite entries: the state has taken them in, and is broken"
+            )
 
     def _packed(
         self, k: Tensor, v: Tensor, q: Tensor, present: Tensor | None
@@ -556,6 +592,9 @@ class State(Memory, Generic[M], metaclass=_Plain):
                 raise ValueError(f"present must be a bool tensor (rows={rows}, t={t}), got {got}")
             if bool(present.all()):
                 present = None
+        if t == 1 and present is None and self._defers:
+            self._watch(*(x for x in (k, v, q) if x is not None))
+            return torch.ones(rows, dtype=torch.int64), None
         for name, x in (("k", k), ("v", v), ("q", q)):
             if x is not None and not _all_finite(x):
                 bad = ~torch.isfinite(x).all(-1)
@@ -614,7 +653,7 @@ def _unpack(out: Tensor, take: Tensor, order: Tensor | None, empty: float) -> Te
     """
     if order is None:
         return out
-    real = (torch.arange(out.shape[2]) < take.unsqueeze(1)).to(out.device)
+    real = sent(torch.arange(out.shape[2]) < take.unsqueeze(1), out.device)
     out = out.masked_fill(~real[:, None, :, None], empty)  # not a product: a pad's answer may be NaN
     place = order.unsqueeze(1).unsqueeze(-1).expand(-1, out.shape[1], -1, out.shape[-1])
     return torch.zeros_like(out).scatter(2, place, out)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.blocked import Blocked
+from kvfloor.core.device import sent
 from kvfloor.core.partial import Partial
 from kvfloor.core.policy import Held, Queries
 from kvfloor.core.selector import Everything, Selector
@@ -86,28 +87,32 @@ class Watching(Blocked["Bounded"]):
     def _on_queries(self, q: Tensor, before: Tensor, take: Tensor) -> None:
         _rows, g, a, _d = q.shape
         if self.summary is not None:
-            real = (torch.arange(a) < take.unsqueeze(1)).to(q.device)[:, None, :, None]
-            self.summary.on_queries(q if bool(real.all()) else q.masked_fill(~real, 0))  # padding may be NaN
+            real = (torch.arange(a) < take.unsqueeze(1))[:, None, :, None]
+            padded = not bool(real.all())
+            self.summary.on_queries(q.masked_fill(~sent(real, q.device), 0) if padded else q)  # padding may be NaN
         if not self.learns_from_queries or a > self.block:  # taken at once: the policy needs newer queries only
             return
         seen, taken = self.seen.tolist(), take.tolist()
         if min(seen) == max(seen) and min(taken) == max(taken) == a:
-            self._buffer(q, seen[0] % self.block)
+            start = seen[0] % self.block
+            self._open_queries(g)[:, :, start : start + a] = q
+            self.asked.narrow(1, start, a).fill_(True)
             return
         queries = self._open_queries(g)
         row, j = (torch.arange(a) < take.unsqueeze(1)).nonzero(as_tuple=True)
         place = (self.seen % self.block)[row] + j
-        queries[row, :, place] = q[row, :, j]
         self.asked[row, place] = True
+        row, j, place = (sent(x, q.device) for x in (row, j, place))
+        queries[row, :, place] = q[row, :, j]
 
     def _on_query(self, q: Tensor, seen: int) -> None:
         if self.learns_from_queries:
-            self._buffer(q, seen % self.block)
+            start = seen % self.block
+            self._open_queries(q.shape[1])[:, :, start : start + 1] = q
 
-    def _buffer(self, q: Tensor, start: int) -> None:
-        """Store all rows' queries q (rows, g, a, d) in the buffer of the open block, from index `start` on."""
-        self._open_queries(q.shape[1])[:, :, start : start + q.shape[2]] = q
-        self.asked.narrow(1, start, q.shape[2]).fill_(True)
+    def _count_query(self, seen: int) -> None:
+        if self.learns_from_queries:
+            self.asked.narrow(1, seen % self.block, 1).fill_(True)
 
     def _open_queries(self, g: int) -> Tensor:
         """Return the buffer (rows, g, block, d) of the queries since the last block end; allocate it at first use."""
@@ -139,9 +144,9 @@ class Watching(Blocked["Bounded"]):
         if self.learns_from_queries and m > 0:
             if self.memory is not None:
                 self._open_queries(g)
-            made = torch.ones(rows, m, dtype=torch.bool, device=q.device)
+            made = torch.ones(rows, m, dtype=torch.bool)
             newest = (self.seen - 1).unsqueeze(1).expand(-1, m)
-            asked = Queries(q, made, newest.to(q.device))
+            asked = Queries(q, sent(made, q.device), sent(newest, q.device), given=made)
             self._show_queries(torch.arange(rows), asked, self.slots.held.unsqueeze(1).expand(-1, m))
         return self._read(flat)
 
@@ -190,8 +195,8 @@ class Watching(Blocked["Bounded"]):
         if self.memory is None or not self.method.policy.wants_keys:
             return
         slot = self.slots.held[rows].unsqueeze(1) - self.block + torch.arange(self.block)
-        index = (self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0)).to(self.slots.position.device)
-        live = (slot >= 0).to(index.device)
+        index = sent(self.slots.offset[rows].unsqueeze(1) + slot.clamp_min(0), self.slots.position.device)
+        live = sent(slot >= 0, index.device)
         self.memory.on_keys(rows, self.slots.keys(index).to(self.spec.dtype), self.slots.position[index].long(), live)
 
     def _show_block(self, rows: Tensor, fill: int) -> None:
@@ -204,11 +209,13 @@ class Watching(Blocked["Bounded"]):
         if self.queries is None or not len(rows):
             return
         everyone = len(rows) == self.spec.rows
-        queries = self.queries if everyone else self.queries[rows.to(self.queries.device)]
+        queries = self.queries if everyone else self.queries[sent(rows, self.queries.device)]
         place, device = torch.arange(self.block), queries.device
         position = (self.seen[rows] - fill).unsqueeze(1) + place
         visible = (self.slots.held[rows] - fill).unsqueeze(1) + place + 1
-        self._show_queries(rows, Queries(queries, self.asked[rows].to(device), position.to(device)), visible)
+        made = self.asked[rows]
+        asked = Queries(queries, sent(made, device), sent(position, device), given=made)
+        self._show_queries(rows, asked, visible)
         if everyone:
             self.asked.zero_()
         else:
@@ -230,7 +237,7 @@ class Watching(Blocked["Bounded"]):
         if policy.wants_weights:
             if policy.weights_of == "last":
                 asked, place = asked.last()
-                visible = visible.gather(1, place.cpu())
+                visible = visible.gather(1, place)
             learnt = learnt | self._observed(every, asked, visible, width)
         for name, values in learnt.items():
             self.slots.put_column(name, every, values)
@@ -245,12 +252,12 @@ class Watching(Blocked["Bounded"]):
         """
         r, g, b, d = asked.q.shape
         flat, held = asked.q.reshape(r, g * b, d), self._held(rows, width)
-        unread = self._unread(rows, flat, visible.repeat(1, g).to(flat.device), width)
+        unread = self._unread(rows, flat, sent(visible.repeat(1, g), flat.device), width)
         clear = int(visible.min()) if isinstance(self._selector, Everything) else 0
-        made = None if bool(asked.made.all()) else asked.made.view(r, 1, b, 1)
+        made = None if bool(asked.given.all()) else asked.made.view(r, 1, b, 1)
         law = (self.spec.scale, self.spec.softcap)
         parts: list[dict[str, Tensor]] = []
-        fill = held.count.flatten().tolist()
+        fill = held.filled
         for at, weights in weights_by_tile(flat, held.k, *law, unread, clear, fill):
             weights = weights.view(r, g, b, -1)
             weights = weights if made is None else weights * made
@@ -268,7 +275,7 @@ class Watching(Blocked["Bounded"]):
             slot = torch.arange(width, device=q.device)
             return lambda at: slot[at] >= visible.unsqueeze(-1)
         if self.selection is not None:
-            held = (self.slots.held if rows is None else self.slots.held[rows]).unsqueeze(1).to(q.device)
+            held = sent((self.slots.held if rows is None else self.slots.held[rows]).unsqueeze(1), q.device)
             hide = self.selection.choose(q, self.slots, torch.minimum(visible, held), rows).unread(width)
         else:
             beyond = torch.arange(width, device=q.device) >= visible.unsqueeze(-1)
@@ -280,16 +287,17 @@ class Watching(Blocked["Bounded"]):
         policy, slots, ids = self.method.policy, self.slots, self.spec.ids()
 
         def clock(x: Tensor) -> Tensor:
-            return (x if rows is None else x[rows]).unsqueeze(1).to(ids.device)
+            return sent((x if rows is None else x[rows]).unsqueeze(1), ids.device)
 
         return Held(
             position=slots.positions(rows, width),
             columns={name: slots.column(name, rows, width) for name in policy.columns},
             seen=clock(self.seen),
-            row_ids=ids if rows is None else ids[rows.to(ids.device)],
+            row_ids=ids if rows is None else ids[sent(rows, ids.device)],
             spec=self.spec,
             count=clock(slots.held),
             budget=clock(self.budget),
+            filled=(slots.held if rows is None else slots.held[rows]).tolist(),
             fetch=lambda name: slots.numbers(name, rows, width),
             rows=rows,
             prompt=None if self.prompt is None else clock(self.prompt),

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.core.device import sent
 from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded, Held, PolicyMemory, Queries
 from kvfloor.core.rotation import Rotation
@@ -123,7 +124,7 @@ class Expected(Guarded):
                 whole = whole + torch.softmax(scale * (turned * k).sum(-1), -1) / mean.shape[1]
             return whole
 
-        expected = row_by_row(share, held.k.to(dtype), beside=self.future(held), held=held.count.flatten().tolist())
+        expected = row_by_row(share, held.k.to(dtype), beside=self.future(held), held=held.filled)
         return (expected + self.epsilon) * length(held.v.to(dtype))
 
 
@@ -169,7 +170,7 @@ class QueryMoments(PolicyMemory):
 
         wanted (r, b) is True for the tokens whose queries are included.
         """
-        mine = slice(None) if rows is None else rows.to(self.count.device)
+        mine = slice(None) if rows is None else sent(rows, self.count.device)
         x, mark = q.to(self.mean.dtype), wanted[:, None, :, None]
         if self.pooled:
             x, mark = x.flatten(1, 2).unsqueeze(1), mark.repeat(1, 1, q.shape[1], 1)
@@ -189,6 +190,6 @@ class QueryMoments(PolicyMemory):
 
         rows (r,): indices of these rows, None: all. Mean and covariance are zero before the first query.
         """
-        mine = slice(None) if rows is None else rows.to(self.count.device)
+        mine = slice(None) if rows is None else sent(rows, self.count.device)
         count = self.count[mine].clamp_min(1).view(-1, 1, 1, 1).to(self.mean.dtype)
         return self.mean[mine], self.spread[mine] / count

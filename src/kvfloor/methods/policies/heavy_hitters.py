@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.core.device import sent
 from kvfloor.core.policy import Held, Policy, Queries
 from kvfloor.core.rowwise import total
 from kvfloor.validation import count, literals
@@ -74,7 +75,8 @@ class HeavyHitters(Policy):
         if self.score == "decay":
             made = queries.made.to(torch.int64)  # positions of the block without a query cause no decay
             later = made.sum(1, keepdim=True) - made.cumsum(1)
-            fade = joined.new_tensor([self.decay**i for i in range(made.shape[1] + 1)])
+            fade = torch.tensor([self.decay**i for i in range(made.shape[1] + 1)], dtype=joined.dtype)
+            fade = sent(fade, joined.device)
             joined = joined * fade[later].unsqueeze(2)
             score = score * fade[made.sum(1, keepdim=True)]
         return {"score": score + total(joined, 1).to(torch.float32)}

@@ -29,7 +29,7 @@ class KeyDifference(Guarded):
 
     def priority(self, held: Held) -> Tensor:
         k = held.k.to(held.spec.compute_dtype)
-        return row_by_row(_against_the_mean, k, held=held.count.flatten().tolist())
+        return row_by_row(_against_the_mean, k, held=held.filled)
 
 
 def _against_the_mean(k: Tensor) -> Tensor:

@@ -41,5 +41,5 @@ class LastQuery(Guarded):
     def on_weights(self, held: Held, weights: Tensor, queries: Queries) -> dict[str, Tensor]:
         judged = held.position <= queries.position
         mean = total(weights.flatten(1, 2), 1) / (weights.shape[1] * weights.shape[2])
-        log_weight = row_by_row(torch.log, mean, held=held.count.flatten().tolist()).to(torch.float32)
+        log_weight = row_by_row(torch.log, mean, held=held.filled).to(torch.float32)
         return {"log_weight": torch.where(judged, log_weight, held.columns["log_weight"])}

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.core.device import sent
 from kvfloor.core.fields import Field
 from kvfloor.core.policy import Guarded, Held, PolicyMemory
 from kvfloor.core.randomness import normal, row_keys, uniform
@@ -85,12 +86,12 @@ class RidgeLeverage(Guarded):
         keys = row_keys(spec.seed, torch.zeros(1, dtype=torch.int64), f"leverage sketch {self.kind}")
         if self.kind == "gaussian":
             at = torch.arange(spec.d * self.sketch).view(spec.d, self.sketch)
-            return (normal(keys, at) * self.sketch**-0.5).to(spec.device)
+            return sent(normal(keys, at) * self.sketch**-0.5, spec.device)
         channel = torch.arange(spec.d)
         sign = 1.0 - 2.0 * (uniform(keys, 2 * channel) < 0.5).to(torch.float64)
         place = (uniform(keys, 2 * channel + 1) * self.sketch).to(torch.int64)
         sketch = torch.zeros(spec.d, self.sketch, dtype=torch.float64)
-        return sketch.scatter(1, place.unsqueeze(1), sign.unsqueeze(1)).to(spec.device)
+        return sent(sketch.scatter(1, place.unsqueeze(1), sign.unsqueeze(1)), spec.device)
 
     def open(self, spec: Spec, shared: dict[str, Tensor]) -> KeyGram | None:
         if self.over != "seen":
@@ -114,7 +115,7 @@ class RidgeLeverage(Guarded):
 
         seen = () if self.over == "held" else held.memory.moments(held.rows)
         k = unrotated(held.k, held.position, held.spec) if self.keys == "unrotated" else held.k
-        return row_by_row(scores, k, beside=seen, held=held.count.flatten().tolist())
+        return row_by_row(scores, k, beside=seen, held=held.filled)
 
 
 def unrotated(k: Tensor, position: Tensor, spec: Spec) -> Tensor:
@@ -169,7 +170,7 @@ class KeyGram(PolicyMemory):
         self.met = torch.zeros(spec.rows, dtype=torch.int64, device=spec.device)
 
     def on_keys(self, rows: Tensor, k: Tensor, position: Tensor, live: Tensor) -> None:
-        rows = rows.to(self.met.device)
+        rows = sent(rows, self.met.device)
         fresh = live & (position >= self.met[rows].unsqueeze(1))
         x = row_by_row(lambda k: sketched(k, self.shared), k).masked_fill(~fresh.unsqueeze(-1), 0.0)
         self.gram[rows] += row_by_row(lambda x: torch.matmul(x.transpose(1, 2), x), x).to(self.gram.dtype)
@@ -201,7 +202,7 @@ class KeyGram(PolicyMemory):
         Matrix and sum are float64. The sum is (r, 0) unless keys are centred. rows (r,): indices of the rows, None:
         all.
         """
-        mine = slice(None) if rows is None else rows.to(self.met.device)
+        mine = slice(None) if rows is None else sent(rows, self.met.device)
         return self.gram[mine].double(), self.total[mine].double(), self.met[mine].unsqueeze(1)
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvfloor.core.device import sent
 from kvfloor.core.fields import MOST, Field
 from kvfloor.core.policy import Held, Policy, PolicyMemory, Queries
 from kvfloor.core.rowwise import total
@@ -97,7 +98,7 @@ class Observation(Policy):
         memory: LastQueries = held.memory
         if memory.q is None:
             return torch.zeros(held.position.shape, device=held.position.device)
-        rows = slice(None) if held.rows is None else held.rows.to(memory.q.device)
+        rows = slice(None) if held.rows is None else sent(held.rows, memory.q.device)
         window = (held.budget // 2).clamp_max(self.window)
         q, position = memory.q[rows], memory.position[rows]
         place = torch.arange(self.window, 0, -1, device=position.device)
@@ -114,7 +115,7 @@ class Observation(Policy):
         k, hide = held.k, self._later(position, g, held)
         votes = torch.zeros(r, g, k.shape[1], dtype=held.spec.compute_dtype, device=k.device)
         law = (held.spec.scale, held.spec.softcap)
-        fill = held.count.flatten().tolist()
+        fill = held.filled
         for at, weights in weights_by_tile(q.reshape(r, g * w, d), k, *law, hide, held=fill):
             votes[:, :, at] = total(weights.view(r, g, w, -1), 2)
         return votes
@@ -178,7 +179,7 @@ class LastQueries(PolicyMemory):
 
     def take(self, rows: Tensor | None, queries: Queries) -> None:
         assert self.q is not None
-        mine = slice(None) if rows is None else rows.to(self.q.device)
+        mine = slice(None) if rows is None else sent(rows, self.q.device)
         q = torch.cat([self.q[mine], queries.as_they_came], 2)
         position = torch.cat([self.position[mine], queries.position.masked_fill(~queries.made, -1)], 1)
         newest = torch.argsort((position >= 0).to(torch.int8), dim=1, stable=True)[:, -self.window :]

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.arena import Arena
+from kvfloor.core.attend import MOST_SPLIT, has_triton
+from kvfloor.core.device import sent
 from kvfloor.core.fields import Field, require_equal
 from kvfloor.core.memory import Memory
 from kvfloor.core.method import Guarantee, part_text
@@ -37,6 +39,11 @@ GROUP = 32
 """Least number of tokens in a group."""
 
 _TEXT = re.compile(r"k([0-9]+)v([0-9]+)")
+
+
+def on_gpu(q: Tensor) -> bool:
+    """Return True if the queries q are on a GPU where triton's kernels run."""
+    return q.device.type == "cuda" and has_triton()
 
 
 class Coding(Store):
@@ -183,6 +190,11 @@ class CodedView:
         """
         if q.shape[1] <= fused.MOST_QUERIES and fused.serves(self.owner):
             return fused.attention(self, q, spec, hide)
+        if hide is None and self.rows is None and q.shape[1] <= MOST_SPLIT and on_gpu(q):
+            from kvfloor.methods.stores import fused_triton
+
+            if fused_triton.serves(self.owner):
+                return fused_triton.attention(self, q, spec)
         return self.unpacked(q, spec, hide)
 
     def unpacked(self, q: Tensor, spec: Spec, hide: Tensor | None = None) -> Partial:
@@ -497,7 +509,7 @@ class CodedSlots(Slots):
         del bare
         at = self.held.tolist()[0]
         if not self.ordered:
-            self.position[at :: self.stride] = position
+            self.position[at :: self.stride].fill_(position)
         first = self.first
         index = position if position < first else first + position % self.ring
         self.fresh_k[:, index] = k.squeeze(1)
@@ -505,16 +517,20 @@ class CodedSlots(Slots):
             self.fresh_v[:, index] = v.squeeze(1)
         self.held = self.held + 1
 
-    def evict(self, leaving: Tensor) -> None:
-        row, slot = leaving.cpu().nonzero(as_tuple=True)
-        place = (self.offset[row] + slot).to(self.position.device)
+    def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
+        count = leaving.sum(1).cpu() if count is None else count
         self._number()
-        position, row = self.arrived(place), row.to(place.device)
-        gone = self._uncoded(position, self.coded.to(place.device)[row])
-        at = self._fresh_index(position[gone])
-        self.fresh_k[row[gone], at] = 0
-        self.fresh_v[row[gone], at] = 0
-        super().evict(leaving)
+        row, place = self._marked(leaving, count)
+        position = self.arrived(place)
+        gone = self._uncoded(position, sent(self.coded, row.device)[row])
+        rows, width = self.fresh_k.shape[:2]
+        nowhere = rows * width
+        index = torch.where(gone, row * width + self._fresh_index(position), nowhere)
+        freed = torch.zeros(nowhere + 1, dtype=torch.bool, device=row.device).index_fill_(0, index, True)
+        freed = freed[:nowhere].view(rows, width, 1)
+        self.fresh_k.masked_fill_(freed, 0)
+        self.fresh_v.masked_fill_(freed, 0)
+        super().evict(leaving, count)
 
     def _number(self) -> None:
         """Keep each token's arrival index from now on, as its slot will no longer tell it."""

@@ -64,8 +64,8 @@ class ValueSumState(SummaryState):
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
         del k, position
-        self.total = self.total.index_add(0, row, v.to(torch.float64))
-        self.count = self.count.index_add(0, row, torch.ones_like(row))
+        self.total.index_add_(0, row, v.to(torch.float64))
+        self.count.index_add_(0, row, torch.ones_like(row))
 
     def read(self, q: Tensor) -> Partial:
         mean = self.total / self.count.clamp_min(1).unsqueeze(1)
