@@ -796,7 +796,7 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     widest = least_of(most_of(widest, apart), DOUBT);
     double slope = expm1(widest) / most_of(widest, 1e-300), uncoded = expm1(least_of(apart, DOUBT));
     double root = sqrt(before->of[3]) + length * sqrt(before->of[4]), rest = of[3] - 2 * near + square * of[4];
-    rest = (rest < 0 ? 0 : rest) + UNIT * ((double)dv / 2 + CHUNK / 2 + 64) * root * root;
+    rest = (rest < 0 ? 0 : rest) + UNIT * ((double)dv / 2 + CHUNK + 144) * root * root;
     const int64_t stride = sizeof *worth / sizeof(double);
     double by_tokens = deviation(&worth->each, &worth->own, stride, tokens, rest, slope * w->gram[i]);
     double about = by_tokens + slope * rounding * (of[1] + length * of[0]) + uncoded * (fresh_size + length * fresh_mass);
@@ -809,7 +809,7 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     double told = TERMS * (before->mass + fresh_mass) / whole_mass + 4 * UNIT * (fabs(log_mass) + 1);
     double slack = (1 + UNIT * (count / 64 + 4 * (double)dv + 256)) * (1 + told);
     double by_values = least_of(by_norm, by_radius), off = (about + by_values + floor * (known->widest + length)) / whole_mass;
-    off = (off + TERMS * lengths * exp(widest)) * slack;
+    off = (off + 2 * TERMS * lengths * exp(widest)) * slack; /* 2: codes and half steps are summed apart */
     w->whole[i] = whole_mass;
     w->rest[i] = off - w->left[i] * (known->widest + length) / whole_mass * slack;
     double wide_off = ((over + floor) / whole_mass + told) * slack;
