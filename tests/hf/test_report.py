@@ -75,7 +75,7 @@ def test_a_copy_of_a_state_tells_no_one(prepared: PreTrainedModel, prompt: Promp
 
 
 def test_the_guarantee_is_evaluated_on_what_was_seen(prepared: PreTrainedModel, prompt: Prompt) -> None:
-    cache = CompressedCache(prepared.config, "subgen_sketch(delta=0.01,radius=0.001,s=100000,t=4)")
+    cache = CompressedCache(prepared.config, "subgen_sketch(delta=0.01,radius=0.001,s=5000,t=4)")
     prepared(**prompt, past_key_values=cache)
     stated = cache.report()[0]["guarantee"]
     assert stated["holds"] is False and "was asked" in stated["why"] and 0 < stated["epsilon"] < 1

@@ -106,8 +106,8 @@ class CodedInMessage(CodedSlots):
 class LeftBehind(CodedSlots):
     """Break evictions: move the position of a token that fills a freed slot, but leave its codes where they were."""
 
-    def evict(self, leaving: Tensor) -> None:
+    def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         codes = [(getattr(part, name), getattr(part, name).clone()) for part in self.parts for name in part.own]
-        super().evict(leaving)
+        super().evict(leaving, count)
         for moved, before in codes:
             moved.copy_(before)

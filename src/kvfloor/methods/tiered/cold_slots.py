@@ -253,12 +253,12 @@ class ColdSlots(Slots):
         table[row, page] = again
         self.cold, self.table = fresh, table
 
-    def evict(self, leaving: Tensor) -> None:
+    def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         if self.ordered:
             at = torch.arange(self._places, device=self.position.device)
             self.move("position", self.arrived(at))
             self.ordered = False
-        super().evict(leaving)
+        super().evict(leaving, count)
 
     def select_rows(self, index: Tensor) -> None:
         super().select_rows(index)

@@ -67,7 +67,7 @@ class CertifiedReader:
         rows, g, m, _ = q.shape
         hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
         fetched, fruitful = torch.zeros(rows, m, dtype=torch.int64), torch.ones(rows, m, dtype=torch.bool)
-        with kernel.Reading(self.hot, q.flatten(1, 2), hidden, self.epsilon) as reading:
+        with kernel.RefinedReading(self.hot, q.flatten(1, 2), hidden, self.epsilon) as reading:
             while True:
                 found = reading.found()
                 row, position = (self._unsure(found, g, real).any(1) & fruitful).nonzero(as_tuple=True)

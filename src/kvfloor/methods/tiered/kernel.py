@@ -110,7 +110,7 @@ def read(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float = 0.0) -> Cert
     return found(given)
 
 
-class Reading:
+class RefinedReading:
     """Answer queries as `read` does, then once more with tokens as they were given, as often as it helps.
 
     Use it in a `with` statement: it holds what the kernel knows of the rows that have unsure queries.
@@ -122,7 +122,7 @@ class Reading:
         self._slots = int(hot.codes.held.sum())
         self._packed, self._arrays = packed(self._given)
 
-    def __enter__(self) -> Reading:
+    def __enter__(self) -> RefinedReading:
         certify(self._packed, len(self._given["kept"]), self._slots)
         return self
 
