@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton  # pyright: ignore[reportMissingImports]
 from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
 from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-import triton  # pyright: ignore[reportMissingImports]
 from kvfloor import parse
 from kvfloor.core.attend_triton import attend_part, constants, merge_parts
 from kvfloor.core.spec import Spec

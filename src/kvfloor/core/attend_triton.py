@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
-
-import triton  # pyright: ignore[reportMissingImports]
 
 TILE_BYTES = 16384
 """Most bytes of keys, or of values, in float32 that a program loads at a time, unless 16 slots take more."""

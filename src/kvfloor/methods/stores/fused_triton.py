@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-import triton  # pyright: ignore[reportMissingImports]
 from kvfloor.core.attend_triton import PROGRAMS, cap, merged, room
 from kvfloor.core.device import sent
 from kvfloor.core.partial import Partial
