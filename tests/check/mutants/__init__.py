@@ -72,10 +72,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "selector_subset",
         "window(block=4)|mutants.answers:ReadsGhosts(k=6)@16",
         "chunking",
+        "input_forms",
         "message_round_trip",
         "pads",
     ),
-    _mutant("selector_subset", "window(block=4)|mutants.answers:ReadsNothing(k=6)@16"),
+    _mutant("selector_subset", "window(block=4)|mutants.answers:ReadsNothing(k=6)@16", "input_forms"),
     _mutant(
         "selector_subset",
         "window(block=4)|mutants.answers:ReadsAhead(pages=1,page=2)@16",

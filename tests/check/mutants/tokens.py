@@ -54,7 +54,7 @@ class LazySlots(Slots):
     def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         values = self.v.clone()
         super().evict(leaving, count)
-        self.v = values
+        self.v.copy_(values)
 
 
 @small
