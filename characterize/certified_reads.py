@@ -19,7 +19,7 @@ one epsilon:
   hot            bytes of codes, sums and ranges over the bytes of the tokens in 16 bits
 `certified_heads.tsv` has the streams of each layer and head by themselves: certified, fetched and read at 1 %, and
 whether anything is saved, i.e. fewer bytes are read than there are in 16 bits. The chart, docs/images/certified.svg,
-has the bytes read at each epsilon. Half an hour on one core, once recorded; recordings at 8,192 tokens take 4 GB.
+has the bytes read at each epsilon. Ten minutes on one core, once recorded; recordings at 8,192 tokens take 4 GB.
 """
 
 from __future__ import annotations
