@@ -390,13 +390,24 @@ def test_what_is_fetched_is_seen_by_some_query() -> None:
     assert many > 0 and not wrong(found, exact)
 
 
-def test_memory_that_a_reading_holds_is_given_back_after_an_error() -> None:
+def test_memory_that_a_reading_holds_is_given_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     k, v, q = drawn(36, 300, rows=2)
     state = filled(k, v)
     with pytest.raises(RuntimeError, match="stop"), kernel.RefinedReading(hot(state), q * 6, None, 1e-3) as reading:
         assert bool((reading._given["kept"] != 0).all())
         raise RuntimeError("stop")
     assert not bool((reading._given["kept"] != 0).any())
+    failing = kernel.RefinedReading(hot(state), q * 6, None, 1e-3)
+
+    def interrupted(*given: Any) -> None:
+        certify(*given)
+        raise KeyboardInterrupt
+
+    certify = kernel.certify
+    monkeypatch.setattr(kernel, "certify", interrupted)
+    with pytest.raises(KeyboardInterrupt), failing:
+        pass
+    assert not bool((failing._given["kept"] != 0).any())
 
 
 FETCH_FAULTS = {

@@ -123,7 +123,11 @@ class RefinedReading:
         self._packed, self._arrays = packed(self._given)
 
     def __enter__(self) -> RefinedReading:
-        certify(self._packed, len(self._given["kept"]), self._slots)
+        try:
+            certify(self._packed, len(self._given["kept"]), self._slots)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
