@@ -238,6 +238,8 @@ def test_where_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         filled(k[..., :40], v),
         filled(k, v[..., :48]),
         filled(k, v, page=16),
+        filled(k, v, delta=1e-3),
+        filled(k, v, planes=True),
     ):
         assert other.hot is not None and not kernel.serves(other.hot)
     tied = Tiered(page=32).open(Spec(2, 64, 64, tied=True))
@@ -245,7 +247,9 @@ def test_where_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     state.forget(torch.tensor([0]), torch.tensor([9]))
     assert state.hot is not None and not kernel.serves(state.hot)
     state = filled(k, v)
-    monkeypatch.setattr(kernel, "read", lambda *given: pytest.fail("the kernel was asked"))
+    monkeypatch.setattr(kernel, "RefinedReading", lambda *given: pytest.fail("the kernel was asked"))
+    with pytest.raises(pytest.fail.Exception):
+        state.read_certified(q)
     state.read_certified(torch.cat((q, q), 1))
     monkeypatch.setattr(kernel, "installed", lambda: False)
     state.read_certified(q)

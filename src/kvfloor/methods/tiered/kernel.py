@@ -80,7 +80,7 @@ def installed() -> bool:
 
 
 def serves(hot: Hot) -> bool:
-    """Return True if the kernel can read this tier: on a CPU, in float32, and if no token was dropped.
+    """Return True if the kernel can read this tier: on a CPU, in float32, without dither, and if no token was dropped.
 
     Pages must be whole tiles; keys at most 256 numbers, and a multiple of 32, as the bits beyond 8 of a key must be;
     values a multiple of 64.
@@ -92,6 +92,8 @@ def serves(hot: Hot) -> bool:
     if spec.d % 32 or spec.d > _WIDEST or spec.dv % 64 or not codes.ordered:
         return False
     if keys.bits != _BITS or not isinstance(values, SteppedTokens) or values.bits != _BITS:
+        return False
+    if keys.dithered or values.dithered:
         return False
     if isinstance(keys, LoudChannels) and (keys.extra not in (1, 2, 4) or keys.fine.shape[1] % 4):
         return False
