@@ -419,8 +419,8 @@ FETCH_FAULTS = {
     "their values are those of the codes' middle": ("fetched->values[c] += weight * (double)value[c];", ""),
     "they have no weight": ("fetched->mass += weight,", ""),
     "their logits lack the softcap": (
-        "logit = g->softcap * tanh(logit / g->softcap);\n    double weight",
-        ";\n    double weight",
+        "return g->softcap > 0 ? g->softcap * tanh(logit / g->softcap) : logit;",
+        "return logit;",
     ),
     "light sums keep them": ("light[c] -= two * steps;", "(void)light;"),
     "few are wanted": ("w->needed[i] = taken;", "w->needed[i] = 0;"),

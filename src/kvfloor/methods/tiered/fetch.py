@@ -65,7 +65,7 @@ class CertifiedReader:
     def _kernel(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor]:
         """Return the kernel's answers (r, g m), and the number of tokens fetched for them (r, m)."""
         rows, g, m, _ = q.shape
-        hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
+        hidden = None if hide is None else for_heads(hide, g)
         fetched, fruitful = torch.zeros(rows, m, dtype=torch.int64), torch.ones(rows, m, dtype=torch.bool)
         with kernel.RefinedReading(self.hot, q.flatten(1, 2), hidden, self.epsilon) as reading:
             while True:
@@ -97,7 +97,7 @@ class CertifiedReader:
         if live is not None:
             gone = ~live.unsqueeze(1)
             hide = gone.expand(-1, m, -1) if hide is None else hide | gone
-        hidden = None if hide is None else hide.unsqueeze(1).expand(-1, g, -1, -1).flatten(1, 2)
+        hidden = None if hide is None else for_heads(hide, g)
         glimpse, decoded = self.hot.glimpse(q.flatten(1, 2), hidden, asked)
         found, share = glimpse.answer(self.delta)
         fetched = torch.zeros(rows, m, dtype=torch.int64, device=q.device)
@@ -127,11 +127,13 @@ class CertifiedReader:
         def times(x: Tensor) -> Tensor:
             return products(asked, x).transpose(1, 2).flatten(1, 2)
 
-        def shared(x: Tensor) -> Tensor:
-            return x.unsqueeze(1).expand(-1, g, *x.shape[1:]).flatten(1, 2)
-
         logits = capped(times(k), self.spec.softcap)
-        return seen.fetched(shared(index), shared(real), logits, times(moved), shared(change))
+        return seen.fetched(for_heads(index, g), for_heads(real, g), logits, times(moved), for_heads(change, g))
+
+
+def for_heads(x: Tensor, g: int) -> Tensor:
+    """Repeat what the heads of a group share, x (r, m, ...), for each of g heads: return (r, g m, ...)."""
+    return x.unsqueeze(1).expand(-1, g, *x.shape[1:]).flatten(1, 2)
 
 
 def replaced(old: Certified, new: Certified, at: Tensor, where: Tensor) -> Certified:

@@ -38,8 +38,8 @@ static const double MIDDLE = 127.5; /* of a value's codes: it stands for 0 */
 static const float HIDDEN = -1e30f; /* stands for the logit of a token that is not seen */
 static const double LEAST = -80.0;  /* least exponent of a weight relative to the largest one: smaller weights are 0 */
 static const double DOUBT = 30.0;   /* bound on a logit's error from which on nothing is bounded */
-#define TERMS (0x1p-23 * (256 + 64)) /* for a sum of CHUNK terms in float32, and for its factors */
 static const double UNIT = 0x1p-23; /* the allowance for one rounding in float32, twice the largest relative error */
+#define TERMS (UNIT * (CHUNK + 64)) /* for a sum of CHUNK terms in float32, and for its factors */
 
 typedef float numbers __attribute__((vector_size(32)));
 typedef int32_t integers __attribute__((vector_size(32)));
@@ -101,6 +101,8 @@ INLINE numbers choose(integers mask, numbers x, numbers y) {
 INLINE numbers larger(numbers x, numbers y) { return choose(x > y, x, y); }
 INLINE integers lanes_from(int32_t start) { return (integers){0, 1, 2, 3, 4, 5, 6, 7} + start; }
 INLINE numbers as_floats(integers x) { return __builtin_convertvector(x, numbers); }
+INLINE double most_of(double x, double y) { return x > y ? x : y; }
+INLINE double least_of(double x, double y) { return x < y ? x : y; }
 INLINE numbers absolute(numbers x) { return (numbers)((integers)x & 0x7fffffff); }
 
 /* Return eight signed bytes as numbers. */
@@ -607,6 +609,29 @@ struct fresh {
     float *logits;            /* (m, room) */
 };
 
+/* Return the logit of a key as it was given, for a query asked, both (d). */
+static double plain_logit(const struct given *g, const float *asked, const float *key) {
+    numbers total = {};
+    for (int64_t c = 0; c < g->d; c += LANES) total += load(asked + c) * load(key + c);
+    double logit = sum(total);
+    return g->softcap > 0 ? g->softcap * tanh(logit / g->softcap) : logit;
+}
+
+/* Return the part of a logit's allowance for rounding that does not grow with its key. */
+static double fixed_rounding(const struct given *g) { return UNIT * (16 - LEAST + 8 * g->softcap); }
+
+/* Return the allowance for a logit of a key as it was given; size: the product of the query's and the key's norms. */
+static double plain_rounding(const struct given *g, double size) {
+    return UNIT * ((double)g->d / 2 + 2) * size + fixed_rounding(g);
+}
+
+/* Note that a query sees a value of this norm, which was given. */
+static void note_length(const struct given *g, struct known *known, double size) {
+    double rounding = UNIT * ((double)g->dv + 4);
+    known->largest = most_of(known->largest, size * (1 - rounding));
+    known->widest = most_of(known->widest, size * (1 + rounding));
+}
+
 /* Write a row's uncoded tokens, and the logits of the queries asked (m, d); return the largest norm of their keys. */
 static double read_fresh(const struct given *g, int64_t r, const float *asked, struct fresh *fresh) {
     int64_t every_slot = g->first + g->ring;
@@ -628,10 +653,7 @@ static double read_fresh(const struct given *g, int64_t r, const float *asked, s
         float long_square = sum(square);
         widest = !(long_square <= widest) ? long_square : widest;
         for (int64_t i = 0; i < g->m; i++) {
-            numbers total = {};
-            for (int64_t c = 0; c < g->d; c += LANES) total += load(asked + i * g->d + c) * load(key + c);
-            float logit = sum(total);
-            if (g->softcap > 0) logit = (float)(g->softcap * tanh((double)logit / g->softcap));
+            float logit = (float)plain_logit(g, asked + i * g->d, key);
             fresh->logits[i * fresh->room + f] = sees(g, r, i, fresh->position[f]) ? logit : HIDDEN;
         }
     }
@@ -695,9 +717,6 @@ static void turned(const double *turn, const double *vector, double *out, int64_
             else out[a] += turn[a * w + b] * vector[b];
         }
 }
-
-static double most_of(double x, double y) { return x > y ? x : y; }
-static double least_of(double x, double y) { return x < y ? x : y; }
 
 /* Sums over a query's coded tokens before any of them was fetched: what float32 makes of sums is a share of these. */
 struct before {
@@ -835,7 +854,7 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
 
 /* Write what is known of all values that query i of row r sees. */
 static void read_all_lengths(const struct given *g, struct work *w, int64_t r, int64_t i, struct known *known) {
-    double rounding = UNIT * ((double)g->dv + 4), fresh_rounding = known[i].fresh_rounding;
+    double fresh_rounding = known[i].fresh_rounding;
     int wild = known[i].wild;
     if (i > 0 && !g->hide) {
         known[i] = known[0];
@@ -845,8 +864,7 @@ static void read_all_lengths(const struct given *g, struct work *w, int64_t r, i
     read_lengths(g, r, i, &known[i], w->sums.codes);
     for (int64_t f = 0; f < w->fresh.count; f++) {
         if (!sees(g, r, i, w->fresh.position[f])) continue;
-        known[i].largest = most_of(known[i].largest, w->fresh.size[f] * (1 - rounding));
-        known[i].widest = most_of(known[i].widest, w->fresh.size[f] * (1 + rounding));
+        note_length(g, &known[i], w->fresh.size[f]);
     }
 }
 
@@ -900,12 +918,12 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
         memset(w->fetched[i].values, 0, (size_t)g->dv * sizeof(double));
     }
     for (int64_t i = 0; i < m; i++) {
-        double square = 0, fixed = UNIT * (16 - LEAST + 8 * g->softcap);
+        double square = 0;
         for (int64_t c = 0; c < d; c++) square += w->exact[i * d + c] * w->exact[i * d + c];
         double norm = w->norm[i] = sqrt(square);
-        w->rounding[i] = UNIT * (14 + 0.3 * (double)d) * norm * reach + fixed;
+        w->rounding[i] = UNIT * (14 + 0.3 * (double)d) * norm * reach + fixed_rounding(g);
         w->gram[i] = gram_bound(g, r, w->exact + i * d, w->vector);
-        known[i].fresh_rounding = UNIT * ((double)d / 2 + 2) * norm * size + fixed;
+        known[i].fresh_rounding = plain_rounding(g, norm * size);
         known[i].wild = !(norm * reach < 1e6 && norm * size < 1e6);
     }
     MARK(-1);
@@ -1139,23 +1157,18 @@ static void leave_out(const struct given *g, struct work *w, int64_t r, int64_t 
 static void take_in(const struct given *g, struct work *w, int64_t i, const float *key, const float *value) {
     struct known *known = &w->known[i];
     struct fetched *fetched = &w->fetched[i];
-    const float *asked = w->asked + i * g->d;
-    numbers total = {};
-    double key_square = 0, square = 0, rounding = UNIT * ((double)g->dv + 4);
-    for (int64_t c = 0; c < g->d; c += LANES) total += load(asked + c) * load(key + c);
+    double key_square = 0, square = 0;
     for (int64_t c = 0; c < g->d; c++) key_square += (double)key[c] * (double)key[c];
-    double logit = sum(total), norm = w->norm[i] * sqrt(key_square), fixed = UNIT * (16 - LEAST + 8 * g->softcap);
-    if (g->softcap > 0) logit = g->softcap * tanh(logit / g->softcap);
-    double weight = exp(logit - (double)w->top[i]);
+    double norm = w->norm[i] * sqrt(key_square);
+    double weight = exp(plain_logit(g, w->asked + i * g->d, key) - (double)w->top[i]);
     for (int64_t c = 0; c < g->dv; c++) {
         square += (double)value[c] * (double)value[c];
         fetched->values[c] += weight * (double)value[c];
     }
     double size = sqrt(square);
     fetched->mass += weight, fetched->size += weight * size;
-    known->fresh_rounding = most_of(known->fresh_rounding, UNIT * ((double)g->d / 2 + 2) * norm + fixed);
-    known->largest = most_of(known->largest, size * (1 - rounding));
-    known->widest = most_of(known->widest, size * (1 + rounding));
+    known->fresh_rounding = most_of(known->fresh_rounding, plain_rounding(g, norm));
+    note_length(g, known, size);
     known->wild |= !(norm < 1e6);
 }
 
