@@ -16,10 +16,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from kvfloor.core.attend_triton import cap, tile_constants, tile_width, weighed
 from kvfloor.core.decoding import DecodeBatch
-
-TILE_BYTES = 16384
-"""Most bytes of keys, or of values, in float32 that a kernel program loads at a time, unless 16 slots take more."""
 
 
 def attend_blocks(
@@ -65,24 +63,12 @@ def attend_blocks(
 def constants(heads: int, g: int, d: int, dv: int, dtype: torch.dtype, capped: bool) -> dict[str, Any]:
     """Return the compile-time arguments of `attend_kernel`, by name.
 
-    Each of g, d and dv also gets an entry G, D and DV: its next power of 2, at least 16, as tiles need such sizes.
+    Each of g, d and dv also gets an entry G, D and DV: its `tile_width`.
     heads   H, number of kv heads
     dtype   that of q
     capped  True if logits have a softcap
     """
-    wide_d, wide_dv = (max(16, triton.next_power_of_2(width)) for width in (d, dv))
-    return {
-        "heads": heads,
-        "g": g,
-        "d": d,
-        "dv": dv,
-        "CAPPED": capped,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "G": max(16, triton.next_power_of_2(g)),
-        "D": wide_d,
-        "DV": wide_dv,
-        "TILE": max(16, min(128, TILE_BYTES // (max(wide_d, wide_dv) * torch.float32.itemsize))),
-    }
+    return {"heads": heads, "g": g, "G": tile_width(g)} | tile_constants(d, dv, dtype, capped)
 
 
 @triton.jit
@@ -138,12 +124,10 @@ def attend_kernel(
         live = at < held
         k = tl.load(k_at + at[None, :] * k_slot + wide[:, None], mask=live[None, :] & (wide[:, None] < d), other=0.0)
         logits = tl.dot(q, k.to(tl.float32), input_precision=PRECISION) * scale
-        if CAPPED:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), where 2 x <= 80 keeps the exponential finite
-            logits = softcap * (1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * logits / softcap, 80.0)) + 1.0))
+        if CAPPED:
+            logits = cap(logits, softcap)
         logits = tl.where(live[None, :], logits, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp(logits - higher[:, None])
-        fade = tl.exp(top - higher)
+        higher, weights, fade = weighed(logits, top)
         mass = mass * fade + tl.sum(weights, 1)
         v = tl.load(
             v_at + at[:, None] * v_slot + wide_v[None, :], mask=live[:, None] & (wide_v[None, :] < dv), other=0.0

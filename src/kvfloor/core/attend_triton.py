@@ -77,7 +77,7 @@ def merged(part_mean: Tensor, part_mass: Tensor) -> tuple[Tensor, Tensor]:
     if parts == 1:
         return part_mean.squeeze(1), part_mass.squeeze(1)
     mean, mass = room(r, 1, m, dv, part_mean.device)
-    wide = {"PARTS": triton.next_power_of_2(parts), "DV": max(16, triton.next_power_of_2(dv))}
+    wide = {"PARTS": triton.next_power_of_2(parts), "DV": tile_width(dv)}
     merge_parts[(r * m,)](part_mean, part_mass, mean, mass, m, parts, dv, **wide)  # pyright: ignore[reportIndexIssue]
     return mean.squeeze(1), mass.squeeze(1)
 
@@ -86,20 +86,27 @@ def constants(
     m: int, d: int, dv: int, dtype: torch.dtype, capped: bool, weighted: bool, counted: bool
 ) -> dict[str, Any]:
     """Return the compile-time arguments of `attend_part`, by name; M, D and DV are m, d and dv as a tile has them."""
-    wide_d, wide_dv = (max(16, triton.next_power_of_2(width)) for width in (d, dv))
+    own = {"m": m, "WEIGHTED": weighted, "COUNTED": counted, "M": tile_width(m)}
+    return own | tile_constants(d, dv, dtype, capped)
+
+
+def tile_constants(d: int, dv: int, dtype: torch.dtype, capped: bool) -> dict[str, Any]:
+    """Return the compile-time arguments that follow from the widths of keys and values, their dtype and a softcap."""
+    wide_d, wide_dv = tile_width(d), tile_width(dv)
     return {
-        "m": m,
         "d": d,
         "dv": dv,
         "CAPPED": capped,
-        "WEIGHTED": weighted,
-        "COUNTED": counted,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "M": max(16, triton.next_power_of_2(m)),
         "D": wide_d,
         "DV": wide_dv,
         "TILE": max(16, min(128, TILE_BYTES // (max(wide_d, wide_dv) * torch.float32.itemsize))),
     }
+
+
+def tile_width(n: int) -> int:
+    """Return the size of a tile's axis that holds n entries: a power of 2, at least 16."""
+    return max(16, triton.next_power_of_2(n))
 
 
 @triton.jit
@@ -112,6 +119,28 @@ def cap(logits, softcap):
     )
     wide = 1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * x, 80.0)) + 1.0)  # 80 keeps the exponential finite
     return softcap * tl.where(square < 0.0625, series, wide)
+
+
+@triton.jit
+def weighed(logits, top):
+    """Return the largest logits so far (M,), the weights (M, TILE) relative to them, and what older weights shrink by.
+
+    top (M,): the largest logits of the tiles before, -inf where no slot was seen.
+    """
+    higher = tl.maximum(top, tl.max(logits, 1))
+    shift = tl.where(higher == -float("inf"), 0.0, higher)
+    return higher, tl.exp(logits - shift[:, None]), tl.exp(top - shift)
+
+
+@triton.jit
+def store_part(mean_at, mass_at, result, query, wide_v, top, mass, total, m, dv):
+    """Store the mean and the log-mass of one row's m queries over one part, from index `result` on."""
+    some = mass > 0.0
+    mean = total / tl.where(some, mass, 1.0)[:, None]
+    own = (query[:, None] < m) & (wide_v[None, :] < dv)
+    tl.store(mean_at + (result + query[:, None]) * dv + wide_v[None, :], mean, mask=own)
+    log_mass = tl.where(some, top + tl.log(tl.where(some, mass, 1.0)), -float("inf"))
+    tl.store(mass_at + result + query, log_mass, mask=query < m)
 
 
 @triton.jit
@@ -174,21 +203,14 @@ def attend_part(
         if WEIGHTED:
             logits += tl.load(weight_at + row * weight_row + at, mask=live, other=0.0)[None, :]
         logits = tl.where(live[None, :], logits, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp(logits - shift[:, None])
-        fade = tl.exp(top - shift)
+        higher, weights, fade = weighed(logits, top)
         mass = mass * fade + tl.sum(weights, 1)
         v = tl.load(
             v_at + at[:, None] * v_slot + wide_v[None, :], mask=live[:, None] & (wide_v[None, :] < dv), other=0.0
         )
         total = total * fade[:, None] + tl.dot(weights, v.to(tl.float32), input_precision=PRECISION)
         top = higher
-    some = mass > 0.0
-    mean = total / tl.where(some, mass, 1.0)[:, None]
-    tl.store(mean_at + (result + query[:, None]) * dv + wide_v[None, :], mean, mask=own & (wide_v[None, :] < dv))
-    log_mass = tl.where(some, top + tl.log(tl.where(some, mass, 1.0)), -float("inf"))
-    tl.store(mass_at + result + query, log_mass, mask=query < m)
+    store_part(mean_at, mass_at, result, query, wide_v, top, mass, total, m, dv)
 
 
 @triton.jit

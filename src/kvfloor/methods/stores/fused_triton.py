@@ -16,7 +16,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from kvfloor.core.attend_triton import PROGRAMS, cap, merged, room
+from kvfloor.core.attend_triton import PROGRAMS, cap, merged, room, store_part, tile_width, weighed
 from kvfloor.core.device import sent
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
@@ -152,9 +152,9 @@ def constants(slots: CodedSlots, m: int) -> dict[str, Any]:
         "CAPPED": spec.softcap is not None,
         "FIRST": slots.first,
         "GROUP": slots.group,
-        "M": max(16, triton.next_power_of_2(m)),
-        "D": max(16, triton.next_power_of_2(spec.d)),
-        "DV": max(16, triton.next_power_of_2(spec.dv)),
+        "M": tile_width(m),
+        "D": tile_width(spec.d),
+        "DV": tile_width(spec.dv),
         "TILE": TILE,
     }
 
@@ -251,10 +251,7 @@ def attend_codes(
         if CAPPED:
             logits = cap(logits, softcap)
         logits = tl.where(live[None, :], logits, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp(logits - shift[:, None])
-        fade = tl.exp(top - shift)
+        higher, weights, fade = weighed(logits, top)
         mass = mass * fade + tl.sum(weights, 1)
         inside = live[:, None] & (wide_v[None, :] < dv)
         if VALUE_BITS == 8:
@@ -266,8 +263,4 @@ def attend_codes(
         weights = weights * tl.load(v_scale_at + at, mask=live, other=0.0).to(tl.float32)[None, :]
         total = total * fade[:, None] + tl.dot(weights, v, input_precision="tf32x3")
         top = higher
-    some = mass > 0.0
-    mean = total / tl.where(some, mass, 1.0)[:, None]
-    tl.store(mean_at + (result + query[:, None]) * dv + wide_v[None, :], mean, mask=own & (wide_v[None, :] < dv))
-    log_mass = tl.where(some, top + tl.log(tl.where(some, mass, 1.0)), -float("inf"))
-    tl.store(mass_at + result + query, log_mass, mask=query < m)
+    store_part(mean_at, mass_at, result, query, wide_v, top, mass, total, m, dv)
