@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +326,7 @@ def test_an_answer_does_not_depend_on_other_queries_or_rows() -> None:
 def fetching(state: TieredState, q: Tensor, epsilon: float, hide: Tensor | None = None) -> tuple[Certified, int]:
     """Return the kernel's answers to q (rows, m, d) once it has fetched, and how many tokens it fetched for them."""
     reader = CertifiedReader(state.spec, hot(state), state.slots, epsilon)  # type: ignore[arg-type]
-    found, fetched = reader._kernel(q.unsqueeze(1), hide, None)
+    found, fetched, _ = reader._kernel(q.unsqueeze(1), hide, None)
     return found, int(fetched.sum())
 
 
@@ -422,7 +423,7 @@ FETCH_FAULTS = {
         "return g->softcap > 0 ? g->softcap * tanh(logit / g->softcap) : logit;",
         "return logit;",
     ),
-    "light sums keep them": ("light[c] -= two * steps;", "(void)light;"),
+    "light sums keep them": ("light[c] -= two * step * ((double)codes[c] - 128);", "(void)light;"),
     "few are wanted": ("w->needed[i] = taken;", "w->needed[i] = 0;"),
 }
 
@@ -509,16 +510,19 @@ SOURCE_FAULTS = {
         "about += w->left[i] * (known->widest + length)",
         "about += w->left[i] * length",
     ),
-    "half of the unread weights are counted": ("sum(below);\n        }", "sum(below) / 2;\n        }"),
+    "half of the unread weights are counted": ("(double)sum(unread[i]);", "(double)sum(unread[i]) / 2;"),
     "the mean is divided by the mass of all tokens": ("+ centre[c]) / read_mass", "+ centre[c]) / whole_mass"),
     "further bits have the steps of the others": ("* times;", ";"),
-    "the last tokens of a block are left out": ("t < many ? x[i * stride", "t + 3 < many ? x[i * stride"),
+    "the last tokens of a block are left out": (
+        "lanes_from((int32_t)t) < (int32_t)many",
+        "lanes_from((int32_t)t) < (int32_t)many - 3",
+    ),
     "sums go on from row to row": ("memset(s->total, 0,", "if (0) memset(s->total, 0,"),
     "sums of a chunk are added twice": ("memset(s->part, 0, (size_t)n * sizeof *s->part);", "(void)0;"),
     "further bits are taken for other channels'": ("asked[page->loud[n]] *", "asked[page->loud[n] ^ 1] *"),
     "a query's logits get another's start": ("+ page->start[first + i]", "+ page->start[first]"),
     "heavy tokens have no part in the bound": ("{t, away * more, away * away,", "{t, 0, 0,"),
-    "the spread lacks the tokens that are not read": ("tokens, w->lighter[i], slope", "tokens, of[4], slope"),
+    "the spread lacks the tokens that are not read": ("tokens, w->lighter[i], slope", "tokens, of[4] + of[8], slope"),
 }
 
 
@@ -564,12 +568,69 @@ def test_a_fault_in_the_source_is_found(name: str, monkeypatch: pytest.MonkeyPat
         searching()
 
 
+SMALL_FAULTS = {
+    "their squares are lost": ("of[8] += (double)two[0];", "of[8] += 0;"),
+    "their values are taken for half as long": (
+        "(known->decoded + length) * (known->decoded + length);",
+        "length * length;",
+    ),
+    "tokens of other weights are added to a run as well": (
+        "where(unmarked(other >> t), load(x + start + t))",
+        "load(x + start + t)",
+    ),
+    "a run has the radii of other tokens": ("from_shorts(g->radius + first + t)", "every(0)"),
+    "a list has the steps of other tokens": ("step_of(g, s->place[e]);", "step_of(g, s->place[0]);"),
+    "the last block of a chunk is lost": (
+        "++runs % (CHUNK / BLOCK) == 0",
+        "++runs % (CHUNK / BLOCK) == 0 && (memset(s->part, 0, 4), 1)",
+    ),
+}
+ALL_SMALL = ("SMALL = 0.01;", "SMALL = 1e9;")
+
+
+def searching_small_weights() -> None:
+    """Raise AssertionError if answers are wrong, or bounds too small, of a kernel for which all light weights are small."""
+    k, v, q = drawn(38, 600, rows=2)
+    v = v * torch.logspace(-1, 1, 600).unsqueeze(1)
+    state = filled(k, v, page=64, recent=64)
+    for sharpness, epsilon in ((0.0, 0.0), (0.3, 0.0), (0.3, 0.3), (4.0, 0.0), (4.0, 0.3)):
+        asked = q * sharpness
+        given = kernel.arguments(hot(state), asked, None, epsilon)
+        kernel.run(given, 1)
+        found, wanted = kernel.found(given), in_torch(state, asked)
+        assert not wrong(found, truth(asked, k, v, state.spec))
+        assert bool((found.error >= 0.999 * wanted.error).all())
+        if not epsilon:
+            apart = (found.partial.mean - wanted.partial.mean).norm(dim=-1)
+            assert bool((apart <= 2e-5 * wanted.largest).all())
+
+
+def test_tokens_of_small_weight_are_bounded_by_the_longest_value(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_faults((ALL_SMALL,), monkeypatch, tmp_path)
+    searching_small_weights()
+
+
+@pytest.mark.parametrize("name", SMALL_FAULTS)
+def test_a_fault_in_small_weights_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_faults((ALL_SMALL, SMALL_FAULTS[name]), monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        searching_small_weights()
+
+
 def with_a_fault(right: str, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Replace `right` in the kernel's source by `fault`, and use the kernel that is compiled from it."""
-    text = kernel_library.SOURCE.read_text()
-    assert text.count(right) == 1
-    (tmp_path / "kernel.c").write_text(text.replace(right, fault))
-    monkeypatch.setattr(kernel_library, "SOURCE", tmp_path / "kernel.c")
+    with_faults(((right, fault),), monkeypatch, tmp_path)
+
+
+def with_faults(faults: tuple[tuple[str, str], ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = shutil.copytree(kernel_library.SOURCE.parent, tmp_path / "source")
+    for right, fault in faults:
+        (file,) = (file for file in folder.iterdir() if right in file.read_text())
+        assert file.read_text().count(right) == 1
+        file.write_text(file.read_text().replace(right, fault))
+    monkeypatch.setattr(kernel_library, "SOURCE", folder / "certify.c")
     monkeypatch.setattr(kernel_library, "OPTIONS", ("-O0", *kernel_library.OPTIONS[1:]))
     broken = kernel_library.loaded(tmp_path)
     monkeypatch.setattr(kernel_library, "library", lambda: broken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,10 +29,11 @@ def test_it_is_compiled_once_for_each_version_of_its_source(cache: Path, monkeyp
     assert cache.stat().st_mode & 0o777 == 0o700
     before = made.stat().st_mtime_ns
     assert kernel_library.library.__wrapped__() is not None and made.stat().st_mtime_ns == before
-    changed = cache.parent / "kernel.c"
-    changed.write_text(kernel_library.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(kernel_library, "SOURCE", changed)
-    assert kernel_library.library.__wrapped__() is not None and len(list(cache.iterdir())) == 2
+    changed = shutil.copytree(kernel_library.SOURCE.parent, cache.parent / "changed")
+    monkeypatch.setattr(kernel_library, "SOURCE", changed / "certify.c")
+    for made, name in enumerate(("certify.c", "vectors.h"), 2):
+        (changed / name).write_text((changed / name).read_text() + "\n")
+        assert kernel_library.library.__wrapped__() is not None and len(list(cache.iterdir())) == made
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler", "false", f"{sys.executable} -c pass"])
@@ -72,9 +74,11 @@ def test_a_folder_that_cannot_be_written_gives_no_kernel(cache: Path, monkeypatc
 
 
 def test_a_kernel_that_takes_other_arguments_is_not_used(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    changed = cache.parent.parent / "kernel.c"
-    changed.write_text(kernel_library.SOURCE.read_text().replace("int64_t rows, m,", "int64_t rows, more, m,"))
-    monkeypatch.setattr(kernel_library, "SOURCE", changed)
+    changed = shutil.copytree(kernel_library.SOURCE.parent, cache.parent.parent / "changed")
+    given = (changed / "given.h").read_text()
+    assert "int64_t rows, m," in given
+    (changed / "given.h").write_text(given.replace("int64_t rows, m,", "int64_t rows, more, m,"))
+    monkeypatch.setattr(kernel_library, "SOURCE", changed / "certify.c")
     monkeypatch.setattr(kernel_library, "library", kernel_library.library.__wrapped__)
     kernel.installed.cache_clear()
     try:

@@ -52,29 +52,28 @@ class CertifiedReader:
         if not 0 < g * m <= MOST_QUERIES or not kernel.serves(self.hot):
             found, fetched = self._read(q, hide, real, None)
             return shaped(found, rows, g, m), fetched
-        found, fetched = self._kernel(q, hide, real)
-        unsure = self._unsure(found, g, real)
-        at = unsure.any(1).any(1).nonzero().squeeze(1)
+        found, fetched, at = self._kernel(q, hide, real)
         if len(at):
             hide, real = (None if x is None else x[at] for x in (hide, real))
             answer, some = self._read(q[at], hide, real, at)
-            found = replaced(found, answer, at, torch.ones_like(unsure[at]).flatten(1, 2))
+            found = replaced(found, answer, at, torch.ones(len(at), g * m, dtype=torch.bool))
             fetched[at] += some
         return shaped(found, rows, g, m), fetched
 
-    def _kernel(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor]:
-        """Return the kernel's answers (r, g m), and the number of tokens fetched for them (r, m)."""
+    def _kernel(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor, Tensor]:
+        """Return the kernel's answers (r, g m), the number of tokens fetched for them (r, m), and the rows left unsure."""
         rows, g, m, _ = q.shape
         hidden = None if hide is None else for_heads(hide, g)
-        fetched, fruitful = torch.zeros(rows, m, dtype=torch.int64), torch.ones(rows, m, dtype=torch.bool)
+        fetched = torch.zeros(rows, m, dtype=torch.int64)
+        padding = torch.zeros(rows, m, dtype=torch.bool) if real is None else ~real
+        skip = padding.clone()
         with kernel.RefinedReading(self.hot, q.flatten(1, 2), hidden, self.epsilon) as reading:
             while True:
-                found = reading.found()
-                row, position = (self._unsure(found, g, real).any(1) & fruitful).nonzero(as_tuple=True)
+                row, position = reading.unsure(skip)
                 if not len(row):
-                    return found, fetched
+                    return reading.found(), fetched, reading.unsure(padding)[0].unique()
                 token, many = reading.wanted(row, position, m)
-                fruitful[row, position] = many > 0
+                skip[row, position] = many == 0
                 place = self.exact.at(token.unsqueeze(1), row).squeeze(1)
                 k, v = self.exact.pair(place, torch.arange(token.shape[1]) < many.unsqueeze(1))
                 reading.refine(row, position, m, (token, many, k, v))

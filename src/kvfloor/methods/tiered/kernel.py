@@ -54,7 +54,7 @@ _ARRAYS = (
 
 
 class _Given(ctypes.Structure):
-    """Lay out what the kernel is given, as `struct given` of kernel.c."""
+    """Lay out what the kernel is given, as `struct given` of native/given.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INTEGERS),
@@ -64,7 +64,7 @@ class _Given(ctypes.Structure):
 
 
 class _Fetch(ctypes.Structure):
-    """Lay out sets of queries and their tokens, as `struct fetch` of kernel.c."""
+    """Lay out sets of queries and their tokens, as `struct fetch` of native/fetch.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("count", "positions", "room")),
@@ -139,11 +139,21 @@ class RefinedReading:
         """Return the answers (r, m) of now: a later call of `refine` may change them."""
         return found(self._given)
 
+    def unsure(self, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sets of queries that have an unsure one, as rows (a,) and positions (a,).
+
+        skip  bool (r, positions), True for sets that are left out. A row's set at a position are its queries whose
+              index modulo the number of positions is that position
+        """
+        row, position = (torch.empty(skip.numel(), dtype=torch.int64) for _ in range(2))
+        pointers = (x.data_ptr() for x in (skip, row, position))
+        count = _library().unsure(ctypes.byref(self._packed), skip.shape[1], *pointers)
+        return row[:count], position[:count]
+
     def wanted(self, row: Tensor, position: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Return the tokens (a, c) that widen the bounds of unsure queries most, and how many there are (a,).
 
-        row, position  (a,) the sets: of the row's queries those whose index modulo `positions` is the position. At
-                       least one of them must be unsure
+        row, position  (a,) sets that `unsure` returned
         """
         token, many = torch.zeros(len(row), MOST_FETCHED, dtype=torch.int64), torch.zeros(len(row), dtype=torch.int64)
         self._call("want", positions, (row, position, token, many))
@@ -168,7 +178,7 @@ class RefinedReading:
 
 
 def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[str, Any]:
-    """Return the entries of `struct given` of kernel.c by name, for `run`: numbers, and arrays; None: no array."""
+    """Return the entries of `struct given` of native/given.h by name, for `run`: numbers, and arrays; None: no array."""
     codes, spec = hot.codes, hot.spec
     keys, values = codes.key_codes, codes.value_codes
     assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, SteppedTokens)

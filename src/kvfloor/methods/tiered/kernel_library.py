@@ -23,7 +23,9 @@ import torch
 
 from kvfloor.models.gguf import cache_folder
 
-SOURCE = Path(__file__).with_name("kernel.c")
+SOURCE = Path(__file__).parent / "native" / "certify.c"
+"""The file that is compiled; it includes others of its folder."""
+
 OPTIONS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _SECONDS = 120.0
 
@@ -52,7 +54,8 @@ def instructions() -> tuple[str, ...]:
 def loaded(folder: Path) -> ctypes.CDLL:
     """Return the compiled kernel in a folder, which is for this user alone; compile it there if it is missing."""
     given = (*compiler(), *OPTIONS, *instructions(), sys.platform, platform.machine())
-    digest = hashlib.sha256("\0".join((*given, SOURCE.read_text())).encode()).hexdigest()[:24]
+    sources = (file.read_text() for file in sorted(SOURCE.parent.glob("*.[ch]")))
+    digest = hashlib.sha256("\0".join((*given, *sources)).encode()).hexdigest()[:24]
     path = folder / f"certify-{digest}.so"
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,6 +72,8 @@ def loaded(folder: Path) -> ctypes.CDLL:
     found.certify.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
     for name in ("want", "refine"):
         getattr(found, name).argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    found.unsure.argtypes = (ctypes.c_void_p, ctypes.c_int64, *3 * (ctypes.c_void_p,))
+    found.unsure.restype = ctypes.c_int64
     found.release.argtypes = (ctypes.c_void_p,)
     found.exponentials.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     return found
