@@ -589,7 +589,7 @@ ALL_SMALL = ("SMALL = 0.01;", "SMALL = 1e9;")
 
 
 def searching_small_weights() -> None:
-    """Raise AssertionError if answers are wrong, or bounds too small, of a kernel for which all light weights are small."""
+    """Raise AssertionError if a kernel that takes all light weights for small answers wrongly, or bounds too little."""
     k, v, q = drawn(38, 600, rows=2)
     v = v * torch.logspace(-1, 1, 600).unsqueeze(1)
     state = filled(k, v, page=64, recent=64)

@@ -178,7 +178,7 @@ class RefinedReading:
 
 
 def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[str, Any]:
-    """Return the entries of `struct given` of native/given.h by name, for `run`: numbers, and arrays; None: no array."""
+    """Return the entries of `struct given` of native/given.h by name: numbers, and arrays; None: no array."""
     codes, spec = hot.codes, hot.spec
     keys, values = codes.key_codes, codes.value_codes
     assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, SteppedTokens)
