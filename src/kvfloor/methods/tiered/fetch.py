@@ -61,7 +61,7 @@ class CertifiedReader:
         return shaped(found, rows, g, m), fetched
 
     def _kernel(self, q: Tensor, hide: Tensor | None, real: Tensor | None) -> tuple[Certified, Tensor, Tensor]:
-        """Return the kernel's answers (r, g m), how many tokens it fetched for them (r, m), and the rows left unsure."""
+        """Return the kernel's answers (r, g m), how many tokens it fetched (r, m), and the rows left unsure."""
         rows, g, m, _ = q.shape
         hidden = None if hide is None else for_heads(hide, g)
         fetched = torch.zeros(rows, m, dtype=torch.int64)
