@@ -18,19 +18,19 @@ import torch
 from gate import green
 from torch import Tensor
 
-from kvfloor.floors.measured import Readable, readable_by, readable_within
+from kvfloor.floors.measured import Limit, Readable, readable_by, readable_within
 
 TIMED = ["tests/floors/measured"]
 ETA = 0.05
 
 
-def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, float, float]:
-    """Compute the floor of every head; return wall seconds, CPU seconds, mean groups and mean bits per head."""
+def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, list[Readable]]:
+    """Compute the floor of every head; return wall seconds, CPU seconds and the floors."""
     wall, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(floor, range(heads)))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall, cpu, sum(one.groups for one in found) / heads, sum(one.bits for one in found) / heads
+    return wall, cpu, found
 
 
 def keys(head: int, tokens: int, width: int) -> Tensor:
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--queries", type=int, default=256, help="recorded queries per head")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="stop: each head of a radius gets its share of these seconds")
     parser.add_argument("--only", choices=("by", "absent", "present"), help="time one of the floors alone")
     given = parser.parse_args()
     if not green(*TIMED):
@@ -51,6 +52,8 @@ def main() -> int:
     torch.set_num_threads(1)
     n, d, scale = given.tokens, given.width, given.width**-0.5
     asked = {"eta": ETA, "dv": d, "scale": scale}
+    share = None if given.seconds is None else given.seconds * min(given.threads, given.heads) / given.heads
+    limit = None if share is None else Limit(seconds=share)
 
     def by(head: int) -> Readable:
         k = keys(head, n, d)
@@ -64,15 +67,20 @@ def main() -> int:
         if given.only in (None, others):
             for radius in (16.0, 8.0):
                 versions[f"readable_within, radius {radius:g}, others {others}"] = lambda head, r=radius, o=others: (
-                    readable_within(keys(head, n, d), radius=r, others=o, **asked)
+                    readable_within(keys(head, n, d), radius=r, others=o, limit=limit, **asked)
                 )
 
     print(f"torch {torch.__version__}, {given.threads} threads, {given.heads} heads, n = {n:,}, d = {d}, eta = {ETA}")
     for name, floor in versions.items():
-        wall, cpu, groups, bits = timed(floor, given.heads, given.threads)
-        share = cpu / (wall * given.threads)
-        note = "" if share >= 0.8 else f"   (only {share:.0%} of the cores: other work runs beside)"
+        wall, cpu, found = timed(floor, given.heads, given.threads)
+        groups, bits = (sum(values) / given.heads for values in ([x.groups for x in found], [x.bits for x in found]))
+        weighed = [one.stopped.weighed for one in found if one.stopped is not None]
+        busy = cpu / (wall * given.threads)
+        note = "" if busy >= 0.8 else f"   (only {busy:.0%} of the cores: other work runs beside)"
         print(f"  {name:<48} {wall:7.1f} s   {groups:9,.0f} groups   {bits / 8192:9.1f} KiB a head{note}", flush=True)
+        if weighed:
+            mean = sum(weighed) / len(weighed)
+            print(f"    {len(weighed)} heads stopped, after {mean:,.0f} of {n:,} tokens on average", flush=True)
     return 0
 
 

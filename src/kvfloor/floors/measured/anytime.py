@@ -96,7 +96,7 @@ def proved_by_then(
 def _queries(
     k: Tensor, radius: float, law: tuple[float, float | None], beyond: float | None, watch: Watch
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens, queries) for a few thousand keys at a time, those first whose query puts most weight on the key."""
+    """Yield (tokens, queries), a few thousand at a time, those first whose query puts most weight on its key."""
     everything = torch.arange(len(k), device=k.device)
     ball, place, steps = ball_among(k, everything, radius, *law, beyond)
     for tokens in everything.split(_SORTED_AT_ONCE):

@@ -308,9 +308,7 @@ def _read_alone(
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
         mass = None if beyond is None else beyond[tokens]
-        weights, leaks = ordered_shares(
-            q, k[tokens], group, scale=law[0], softcap=law[1], later_mass=mass, look=look
-        )
+        weights, leaks = ordered_shares(q, k[tokens], group, scale=law[0], softcap=law[1], later_mass=mass, look=look)
         stays = demand.bits(weights, leaks) > 0.0
         # Tokens without bits are dropped from the stream, or stay in it with value 0 where computing again takes long.
         if bool(stays.all()) or settling == _SETTLINGS or len(tokens) ** 2 * k.shape[1] > _SETTLED_UP_TO:

@@ -99,9 +99,7 @@ class Masses(NamedTuple):
     beyond: Tensor
 
 
-def rounded_shares(
-    masses: Masses, rounding: Rounding, factors: Factors, n: int, terms: int
-) -> tuple[Tensor, Tensor]:
+def rounded_shares(masses: Masses, rounding: Rounding, factors: Factors, n: int, terms: int) -> tuple[Tensor, Tensor]:
     """Return (weights, leaks) of each query, as `ordered_shares` does, from sums of exponentials.
 
     n is the number of tokens of the stream. `terms` is the largest number of exponentials that were added in the
