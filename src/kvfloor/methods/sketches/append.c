@@ -116,8 +116,9 @@ static inline lanes smaller(lanes a, lanes b) {
     return (lanes)((first & (marks)a) | (~first & (marks)b));
 }
 
-// Write |centre|^2 - 2 centre.key for all centres and KEYS keys, and the least of them for each key.
-static void rough_distances(const float *centre, const float *size, const float *turned, int64_t used, int64_t d,
+// Write |centre|^2 - 2 centre.key for all centres and KEYS keys, and the least of them for each key. `sized` tells
+// whether |centre|^2 is known; it is written to `size` otherwise, while the centre is at hand.
+static void rough_distances(const float *centre, float *size, int sized, const float *turned, int64_t used, int64_t d,
                             float *rough, float *least) {
     lanes low = {INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}, high = low;
     for (int64_t c = 0; c < used; c += CENTRES) {
@@ -132,6 +133,7 @@ static void rough_distances(const float *centre, const float *size, const float 
             }
         }
         for (int j = 0; j < CENTRES && c + j < used; j++) {
+            if (!sized) size[c + j] = rough_square(at[j], d);
             lanes one = size[c + j] - 2 * sum[j][0], two = size[c + j] - 2 * sum[j][1];
             *(lanes *)(rough + (c + j) * KEYS) = one;
             *(lanes *)(rough + (c + j) * KEYS + LANES) = two;
@@ -148,11 +150,6 @@ static int search(const struct joining *g, int64_t line, int64_t used, float *si
                   float *scratch, float *apart, int64_t *joined) {
     const float *centre = g->centre + g->rows[line] * g->stride * g->d, *k = g->k + line * g->b * g->d;
     float largest = 0;
-    for (int64_t c = 0; c < used; c++) {
-        size[c] = rough_square(centre + c * g->d, g->d);
-        if (!(size[c] < 1e30f)) return NOT_HERE;
-        largest = size[c] > largest ? size[c] : largest;
-    }
     for (int64_t first = 0; first < g->b; first += KEYS) {
         int64_t keys = g->b - first < KEYS ? g->b - first : KEYS;
         memset(turned, 0, sizeof(float) * KEYS * g->d);
@@ -160,7 +157,11 @@ static int search(const struct joining *g, int64_t line, int64_t used, float *si
         for (int64_t j = 0; j < KEYS; j++) reach[j] = -INFINITY;
         for (int64_t j = 0; j < keys; j++)
             for (int64_t i = 0; i < g->d; i++) turned[i * KEYS + j] = k[(first + j) * g->d + i];
-        rough_distances(centre, size, turned, used, g->d, rough, least);
+        rough_distances(centre, size, first > 0, turned, used, g->d, rough, least);
+        for (int64_t c = 0; c < used && first == 0; c++) {
+            if (!(size[c] < 1e30f)) return NOT_HERE;
+            largest = size[c] > largest ? size[c] : largest;
+        }
         for (int64_t j = 0; j < keys; j++) {
             float norm = rough_square(k + (first + j) * g->d, g->d);
             if (!(norm < 1e30f)) return NOT_HERE;

@@ -92,11 +92,12 @@ class Clusters(Memory):
         one that is not later in the stream than the key itself. position (r, b): the keys' positions in the stream.
         purpose: a text that sets the random draws of these samples apart from all other draws.
         """
-        used = self.used[rows]
-        self._grow(int(used.max()) + k.shape[1])
+        if self.cap is None:
+            self._grow(int(self.used[rows].max()) + k.shape[1])
         lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
         if append.joined(self, rows, k, position, lane, delta):
             return
+        used = self.used[rows]
         wide = k.to(torch.float32 if k.dtype != torch.float64 else torch.float64)
         width = int(used.max())
         old = self.centre[:, :width] if len(rows) == self.spec.rows else self.centre[rows, :width]
@@ -162,7 +163,7 @@ class Clusters(Memory):
 
     def _grow(self, needed: int) -> None:
         have = self.centre.shape[1]
-        if needed <= have or self.cap is not None:
+        if needed <= have:
             return
         extra = max(needed, 2 * have) - have
         for name, fill in (("centre", 0), ("count", 0), ("sample", 0), ("sample_key", torch.inf)):
