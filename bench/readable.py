@@ -22,6 +22,7 @@ from kvfloor.floors.measured import Limit, Readable, readable_by, readable_withi
 
 TIMED = ["tests/floors/measured"]
 ETA = 0.05
+_STEP = 0.5  # seconds; a search stops after the step in hand
 
 
 def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, list[Readable]]:
@@ -52,13 +53,21 @@ def main() -> int:
     torch.set_num_threads(1)
     n, d, scale = given.tokens, given.width, given.width**-0.5
     asked = {"eta": ETA, "dv": d, "scale": scale}
-    share = None if given.seconds is None else given.seconds * min(given.threads, given.heads) / given.heads
-    limit = None if share is None else Limit(seconds=share)
 
     def by(head: int) -> Readable:
         k = keys(head, n, d)
         noise = torch.randn(given.queries, d, generator=torch.Generator().manual_seed(-1 - head))
         return readable_by(k, 1.2 * k[:: n // given.queries][: given.queries] + 0.3 * noise, **asked)
+
+    begun = [0.0]
+
+    def limit(head: int) -> Limit | None:
+        """Return the head's share of the time that is left, as heads are computed in turn."""
+        if given.seconds is None:
+            return None
+        begun[0] = time.perf_counter() if head == 0 else begun[0]
+        left = given.seconds - _STEP - (time.perf_counter() - begun[0])
+        return Limit(seconds=max(0.001, left * given.threads / max(given.threads, given.heads - head)))
 
     versions: dict[str, Callable[[int], Readable]] = {}
     if given.only in (None, "by"):
@@ -67,7 +76,7 @@ def main() -> int:
         if given.only in (None, others):
             for radius in (16.0, 8.0):
                 versions[f"readable_within, radius {radius:g}, others {others}"] = lambda head, r=radius, o=others: (
-                    readable_within(keys(head, n, d), radius=r, others=o, limit=limit, **asked)
+                    readable_within(keys(head, n, d), radius=r, others=o, limit=limit(head), **asked)
                 )
 
     print(f"torch {torch.__version__}, {given.threads} threads, {given.heads} heads, n = {n:,}, d = {d}, eta = {ETA}")

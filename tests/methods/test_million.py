@@ -109,7 +109,8 @@ def later(part: Any, by: int, first: int) -> None:
 SHIFTED_ALIKE = (
     "window(block=8)@16", "sinks(4,block=8)@16", "h2o(block=8,recent=4)@16", "h2o(score=decay,block=8)@16",
     "tova(block=8)@16", "knorm(block=8)@16", "keydiff(block=8)@16", "ridge_leverage(block=8)@16",
-    "expected(block=8)@16", "raas(page=4,prompt=evict,block=8)@16", "window(block=8)+moments@16", "window(block=8)+taylor@16",
+    "expected(block=8)@16", "raas(page=4,prompt=evict,block=8)@16", "window(block=8)+moments@16",
+    "window(block=8)+taylor@16",
 )  # fmt: skip
 DRAWN = (
     "random(block=8)@16", "window(block=8)+value_sample@16", "window_sample@16", "balance@64",

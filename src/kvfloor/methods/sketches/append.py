@@ -68,9 +68,7 @@ def loaded(folder: Path) -> ctypes.CDLL | None:
     return found
 
 
-def joined(
-    clusters: Clusters, rows: Tensor, k: Tensor, position: Tensor, lane: Tensor, delta: float
-) -> bool:
+def joined(clusters: Clusters, rows: Tensor, k: Tensor, position: Tensor, lane: Tensor, delta: float) -> bool:
     """Do the work of `Clusters.join` on clusters that have room for r * b further centres; return True if it was done.
 
     lane (r,) int64: the rows' keys of random numbers. Raises MemoryError, and changes nothing, where memory is short.
