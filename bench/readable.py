@@ -18,19 +18,20 @@ import torch
 from gate import green
 from torch import Tensor
 
-from kvfloor.floors.measured import Readable, readable_by, readable_within
+from kvfloor.floors.measured import Limit, Readable, readable_by, readable_within
 
 TIMED = ["tests/floors/measured"]
 ETA = 0.05
+_STEP = 0.5  # seconds; a search stops after the step in hand
 
 
-def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, float, float]:
-    """Compute the floor of every head; return wall seconds, CPU seconds, mean groups and mean bits per head."""
+def timed(floor: Callable[[int], Readable], heads: int, threads: int) -> tuple[float, float, list[Readable]]:
+    """Compute the floor of every head; return wall seconds, CPU seconds and the floors."""
     wall, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(floor, range(heads)))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall, cpu, sum(one.groups for one in found) / heads, sum(one.bits for one in found) / heads
+    return wall, cpu, found
 
 
 def keys(head: int, tokens: int, width: int) -> Tensor:
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--queries", type=int, default=256, help="recorded queries per head")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="stop: each head of a radius gets its share of these seconds")
     parser.add_argument("--only", choices=("by", "absent", "present"), help="time one of the floors alone")
     given = parser.parse_args()
     if not green(*TIMED):
@@ -57,6 +59,16 @@ def main() -> int:
         noise = torch.randn(given.queries, d, generator=torch.Generator().manual_seed(-1 - head))
         return readable_by(k, 1.2 * k[:: n // given.queries][: given.queries] + 0.3 * noise, **asked)
 
+    begun = [0.0]
+
+    def limit(head: int) -> Limit | None:
+        """Return the head's share of the time that is left, as heads are computed in turn."""
+        if given.seconds is None:
+            return None
+        begun[0] = time.perf_counter() if head == 0 else begun[0]
+        left = given.seconds - _STEP - (time.perf_counter() - begun[0])
+        return Limit(seconds=max(0.001, left * given.threads / max(given.threads, given.heads - head)))
+
     versions: dict[str, Callable[[int], Readable]] = {}
     if given.only in (None, "by"):
         versions[f"readable_by, {given.queries} queries a head"] = by
@@ -64,15 +76,20 @@ def main() -> int:
         if given.only in (None, others):
             for radius in (16.0, 8.0):
                 versions[f"readable_within, radius {radius:g}, others {others}"] = lambda head, r=radius, o=others: (
-                    readable_within(keys(head, n, d), radius=r, others=o, **asked)
+                    readable_within(keys(head, n, d), radius=r, others=o, limit=limit(head), **asked)
                 )
 
     print(f"torch {torch.__version__}, {given.threads} threads, {given.heads} heads, n = {n:,}, d = {d}, eta = {ETA}")
     for name, floor in versions.items():
-        wall, cpu, groups, bits = timed(floor, given.heads, given.threads)
-        share = cpu / (wall * given.threads)
-        note = "" if share >= 0.8 else f"   (only {share:.0%} of the cores: other work runs beside)"
+        wall, cpu, found = timed(floor, given.heads, given.threads)
+        groups, bits = (sum(values) / given.heads for values in ([x.groups for x in found], [x.bits for x in found]))
+        weighed = [one.stopped.weighed for one in found if one.stopped is not None]
+        busy = cpu / (wall * given.threads)
+        note = "" if busy >= 0.8 else f"   (only {busy:.0%} of the cores: other work runs beside)"
         print(f"  {name:<48} {wall:7.1f} s   {groups:9,.0f} groups   {bits / 8192:9.1f} KiB a head{note}", flush=True)
+        if weighed:
+            mean = sum(weighed) / len(weighed)
+            print(f"    {len(weighed)} heads stopped, after {mean:,.0f} of {n:,} tokens on average", flush=True)
     return 0
 
 

@@ -12,6 +12,7 @@ from kvfloor.audit.nats import TextCell
 from kvfloor.audit.output_errors import ErrorMap
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.traces import Trace
+from kvfloor.report.ladder import _words
 
 CELL = Cell("recall", 64, "after")
 D = 16
@@ -97,6 +98,23 @@ def test_long_contexts_are_left_out(orthogonal: Trace, monkeypatch: pytest.Monke
     assert head_floors(CELL, [orthogonal]) == []
     assert heads.heads([], []) == []
     assert heads.summary([]) == "No head's floor was measured."
+
+
+def test_of_a_long_context_some_tokens_are_weighed_and_no_head_is_called_compressible(
+    orthogonal: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = head_floors(CELL, [orthogonal])[0]
+    monkeypatch.setattr(heads, "WEIGHED", 3)
+    first = head_floors(CELL, [orthogonal])[0]
+    assert (whole.weighed, first.weighed, first.readable_groups) == (None, 3, 3)
+    assert first.asked_floor_bytes <= first.floor_bytes < whole.floor_bytes
+    (one,) = heads.heads([first], [])
+    assert not one.compressible and one.readable_share <= heads.COMPRESSIBLE
+    assert one.stopped == f"stopped after 3 of {D} tokens" and one.stopped in _words(one)
+    assert "at least 19 % of the tokens" in _words(one)
+    assert heads.summary([one]) == "No head was found compressible; 1 of 1 were not searched to the end."
+    (ended,) = heads.heads([replace(first, weighed=None)], [])
+    assert ended.compressible and "stopped" not in _words(ended)
 
 
 def floor(cell: Cell, head: int, groups: int, size: int) -> HeadFloor:

@@ -26,13 +26,18 @@ from torch import Tensor
 from kvfloor.audit.nats import TextCell
 from kvfloor.audit.rows import Cell
 from kvfloor.audit.traces import Trace
-from kvfloor.floors.measured import Readable, causal_mass, readable_by, readable_within, volume_by
+from kvfloor.floors.measured import Limit, Readable, Stopped, causal_mass, readable_by, readable_within, volume_by
 from kvfloor.hf.calibrate import P
 
 GOOD = 0.1  # largest relative l2 error of a head's output at which a setting counts as good for it
 MOST_ETA = 0.25  # of values in [-1, 1]: a head whose outputs are large is measured at no larger error
 COMPRESSIBLE = 0.25  # a head is called compressible if queries can read at most this share of the context's tokens
-MOST_TOKENS = 8192  # longer contexts are left out: the time to compute the floor grows with the square
+MOST_TOKENS = 32_768  # longer contexts are left out: the time to compute the floor grows with the square
+WEIGHED = 8192
+"""Number of tokens whose queries are weighed at most for one floor, so that each takes seconds.
+
+A search that stops after them tells so. It depends on nothing else, so an audit's floors can be had again.
+"""
 MOST_WORK = 2**25
 """Number of kv heads times the square of the tokens that is measured at most on one cell; fewer heads are otherwise."""
 
@@ -72,6 +77,8 @@ class HeadFloor:
     asked_floor_bytes  floor for the queries that were recorded after the context: of read and volume floor the larger
     exact_bytes        bytes of the context's keys and values
     eta                the error that the floors allow in an output, for values in [-1, 1] (`good_error`)
+    weighed            number of tokens whose queries were weighed for `readable_groups` if not all were: these are at
+                       least the groups that can be read; None: all
     """
 
     cell: Cell | TextCell
@@ -84,6 +91,7 @@ class HeadFloor:
     asked_floor_bytes: int
     exact_bytes: int
     eta: float = MOST_ETA
+    weighed: int | None = None
 
 
 def with_cell(read: HeadFloor) -> HeadFloor:
@@ -110,8 +118,9 @@ class Head:
     best_method        text of the cheapest good setting; None if only exact is good
     best_bytes         bytes per kv head of the cheapest good setting; None without one
     best_error         relative error of the head's attention output under that setting; None without one
-    compressible       True if readable_share is at most COMPRESSIBLE
+    compressible       True if readable_share is at most COMPRESSIBLE, and no search stopped early
     eta                the least error that the floors allow in an output, for values in [-1, 1]
+    stopped            how far a search came that stopped early, in words; None: all came to their ends
     """
 
     layer: int
@@ -125,6 +134,7 @@ class Head:
     best_error: float | None
     compressible: bool
     eta: float = MOST_ETA
+    stopped: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
@@ -145,7 +155,7 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
         (position, head) for position, trace in enumerate(traces) if not trace.tied for head in range(trace.kv_heads)
     ]
     longest = max(trace.k.shape[1] - trace.asked for trace in traces)
-    found = []
+    found: list[HeadFloor] = []
     for position, head in _spread(places, max(FEWEST_HEADS, most_work // max(1, longest) ** 2)):
         trace = traces[position]
         cut = trace.k.shape[1] - trace.asked
@@ -159,9 +169,9 @@ def head_floors(cell: Cell | TextCell, traces: Sequence[Trace], most_work: int =
         width = (trace.k.shape[-1] + trace.v.shape[-1]) * trace.k.dtype.itemsize
         # the recorded queries are among those of at most their length, so the larger of both floors holds for these
         floor = max(within.bytes, asked_bytes)
-        found.append(
-            HeadFloor(cell, trace.layer, head, position, len(k), within.groups, floor, asked_bytes, len(k) * width, eta)
-        )
+        weighed = None if within.stopped is None else within.stopped.weighed
+        place = (cell, trace.layer, head, position)
+        found.append(HeadFloor(*place, len(k), within.groups, floor, asked_bytes, len(k) * width, eta, weighed))
     return found
 
 
@@ -208,7 +218,8 @@ def _floors(head: int, trace: Trace, k: Tensor, asked: Tensor, own: Tensor, eta:
     radius = trace.q[head][:, trace.present[head]].float().norm(dim=-1).max().item()
     sink = None if trace.sink is None else trace.sink[head]
     least = None if sink is None else sink.min().item()  # any query may be asked by the query head with the least sink
-    within = readable_within(k, radius=radius, others="present", later_mass=least, **law, **demand)
+    limit = Limit(tokens=WEIGHED) if len(k) > WEIGHED else None
+    within = readable_within(k, radius=radius, others="present", later_mass=least, limit=limit, **law, **demand)
     mass = causal_mass(asked, own, sink=sink, **law)
     asked_bytes = max(
         by(k, asked.flatten(0, 1), later_mass=mass, **law, **demand).bytes for by in (readable_by, volume_by)
@@ -229,6 +240,7 @@ def heads(floors: Iterable[HeadFloor], rows: Sequence[Erring]) -> list[Head]:
 
 def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Erring]) -> Head:
     share = max(floor.readable_groups / floor.tokens for floor in floors)
+    stopped = max((Stopped(one.weighed, one.tokens) for one in floors if one.weighed is not None), default=None)
     best = _cheapest((floors[0].position, place[1]), {floor.cell for floor in floors}, rows)
     return Head(
         layer=place[0],
@@ -240,8 +252,9 @@ def _head(place: tuple[int, int], floors: Sequence[HeadFloor], rows: Sequence[Er
         best_method=best[1] if best else None,
         best_bytes=best[0] if best else None,
         best_error=best[2] if best else None,
-        compressible=share <= COMPRESSIBLE,
+        compressible=share <= COMPRESSIBLE and stopped is None,
         eta=min(floor.eta for floor in floors),
+        stopped=None if stopped is None else str(stopped),
     )
 
 
@@ -276,6 +289,9 @@ def summary(found: Sequence[Head]) -> str:
     if not found:
         return "No head's floor was measured."
     names = [f"layer {one.layer} head {one.head}" for one in found if one.compressible]
+    open_ = [one for one in found if one.stopped is not None and one.readable_share <= COMPRESSIBLE]
+    if not names and open_:
+        return f"No head was found compressible; {len(open_)} of {len(found)} were not searched to the end."
     if not names:
         return (
             f"No head is compressible: in each of the {len(found)}, queries of the recorded length can read more than "

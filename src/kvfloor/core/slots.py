@@ -344,6 +344,11 @@ class Slots(Arena):
             fewer = held < before
             self._turn(None if bool(fewer.all()) else fewer.nonzero().squeeze(1))
 
+    def empty(self, rows: Tensor) -> None:
+        """Drop all tokens of `rows` (r,), as `evict` does when every slot is marked; no policy's column may be kept."""
+        assert not self._columns()
+        self.held = self.held.index_fill(0, rows, 0)
+
     def _pack(self, leaving: Tensor, held: Tensor, most: int) -> None:
         """Move tokens that stay, from the end of their row, into the slots marked by `leaving` (rows, width).
 

@@ -79,7 +79,9 @@ def _ladder(heads: Sequence[Head], across: Axis) -> Ladder:
 
 def _words(one: Head) -> str:
     best = f"{one.best_method}, {bytes_text(one.best_bytes)}" if one.best_bytes is not None else "exact only"
+    least, stopped = ("", "") if one.stopped is None else ("at least ", f" ({one.stopped})")
     return (
         f"floor {bytes_text(one.floor_bytes)} (queries asked: {bytes_text(one.asked_floor_bytes)}), best {best}, "
-        f"exact {bytes_text(one.exact_bytes)}; {100 * one.readable_share:.0f} % of the tokens can be read apart"
+        f"exact {bytes_text(one.exact_bytes)}; {least}{100 * one.readable_share:.0f} % of the tokens can be read apart"
+        f"{stopped}"
     )

@@ -17,6 +17,7 @@ docs/floors.md ("Readable tokens", "Gaussian reference", "Covering ceiling") has
 
 from kvfloor.floors.measured.covering import Ceiling, covering_curve, covering_number, greedy_cover
 from kvfloor.floors.measured.levels import Demand
+from kvfloor.floors.measured.limit import Limit, Stopped
 from kvfloor.floors.measured.readable import (
     Readable,
     readable_by,
@@ -39,7 +40,9 @@ __all__ = [
     "Ceiling",
     "Demand",
     "GaussianReference",
+    "Limit",
     "Readable",
+    "Stopped",
     "VolumeFloor",
     "attention_matrix",
     "causal_mass",

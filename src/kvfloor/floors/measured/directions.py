@@ -18,9 +18,12 @@ by their softmax weights under the current query, and C is kept in place of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from kvfloor.floors.measured.limit import unwatched
 from kvfloor.floors.measured.products import logits, rough_dtype
 from kvfloor.logits import capped
 
@@ -39,13 +42,14 @@ class Ball:
     The name means the ball of all such queries. `rivals` (c, d) are the keys that take softmax weight away from a
     query's own key. scale and softcap define the logits. `beyond` is the log-sum-exp of every query's logits on further
     tokens, or None. `few` is True if there are few keys: the rivals are then kept in float32, else in bfloat16 where
-    that is faster.
+    that is faster. `look` is called before every 512 keys, and may raise an error to end the search.
     """
 
     def __init__(
-        self, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None, few: bool
-    ) -> None:
-        self.scale, self.softcap = scale, softcap
+        self, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None, few: bool,
+        look: Callable[[], None] = unwatched,
+    ) -> None:  # fmt: skip
+        self.scale, self.softcap, self._look = scale, softcap, look
         self.beyond = -torch.inf if beyond is None else beyond
         self._rivals = rivals.to(rough_dtype(rivals.device, few))
         self.radius = radius * _INSIDE
@@ -69,6 +73,7 @@ class Ball:
         """
         parts = []
         for low in range(0, len(keys), _KEYS_AT_ONCE):
+            self._look()
             part = slice(low, low + _KEYS_AT_ONCE)
             begin = None if first is None else first[part]
             parts.append(self._towards(keys[part], place[part], steps, begin))
@@ -77,12 +82,12 @@ class Ball:
     def _towards(self, keys: Tensor, place: Tensor, steps: int, first: Tensor | None) -> Tensor:
         away = keys - self.mean
         best = self._stretched(away)
-        lead = self._lead(best, keys, place)
+        lead = self.lead(best, keys, place)
         starts = [self._longest(self.scale * away)]
         starts += [] if first is None else [first]
         starts += [self._stretched(keys)] if self.beyond > -torch.inf else []
         for query in starts:
-            best, lead = _better(best, lead, query, self._lead(query, keys, place))
+            best, lead = _better(best, lead, query, self.lead(query, keys, place))
         stride = torch.ones_like(lead)
         for _ in range(steps):
             weights = torch.softmax(self._rival_logits(best, place), 1)
@@ -90,7 +95,7 @@ class Ball:
             mean = (weights.to(self._rivals.dtype) @ self._rivals).to(keys.dtype)
             aim = self._longest(self.scale * (keys - mean) + curve)
             query = best + stride.unsqueeze(1) * (aim - best)  # between two points of the ball, hence inside it
-            found = self._lead(query, keys, place)
+            found = self.lead(query, keys, place)
             stride = torch.where(found > lead, stride, 0.5 * stride)
             best, lead = _better(best, lead, query, found)
         return best
@@ -121,7 +126,7 @@ class Ball:
         raw[own.nonzero()[:, 0], place[own]] = -torch.inf
         return raw
 
-    def _lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
+    def lead(self, query: Tensor, keys: Tensor, place: Tensor) -> Tensor:
         """Return each key's logit under its query, less the log-sum-exp over the rivals and the tokens `beyond`: (n,).
 
         query and keys are (n, d); place (n,) is the key's index among the rivals, or -1 if it is not one. A key is no
@@ -137,20 +142,24 @@ def _better(best: Tensor, lead: Tensor, query: Tensor, found: Tensor) -> tuple[T
     return torch.where(won.unsqueeze(1), query, best), torch.where(won, found, lead)
 
 
-def towards_each(k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None) -> Tensor:
+def towards_each(
+    k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None = None,
+    look: Callable[[], None] = unwatched,
+) -> Tensor:  # fmt: skip
     """Search for every key of k (n, d) a query that puts much softmax weight on it; return the queries (n, d).
 
     A key's rivals, which take weight away from it, are all other keys, or a sample of them where there are more than
     4,096. Queries have length at most `radius`. scale and softcap define the logits. `beyond` is the log-sum-exp of
-    every query's logits on further tokens, or None.
+    every query's logits on further tokens, or None. `look` is called again and again, and may raise an error to end
+    the search.
     """
     everything = torch.arange(len(k), device=k.device)
-    return with_rivals(k, everything, radius, scale, softcap, beyond)
+    return with_rivals(k, everything, radius, scale, softcap, beyond, look=look)
 
 
 def with_rivals(
     k: Tensor, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None,
-    first: Tensor | None = None,
+    first: Tensor | None = None, look: Callable[[], None] = unwatched,
 ) -> Tensor:  # fmt: skip
     """Search for every key of k (n, d) a query that puts much weight on it, despite the rival keys k[rivals].
 
@@ -160,14 +169,26 @@ def with_rivals(
     beyond   log-sum-exp of every query's logits on further tokens, or None
     first    (n, d), queries to improve on, or None
     scale, softcap   define the logits
+    look     is called again and again, and may raise an error to end the search
+    """
+    ball, place, steps = ball_among(k, rivals, radius, scale, softcap, beyond, look)
+    return ball.towards(k, place, steps, first)
+
+
+def ball_among(
+    k: Tensor, rivals: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None,
+    look: Callable[[], None] = unwatched,
+) -> tuple[Ball, Tensor, int]:  # fmt: skip
+    """Return what searches queries for keys of k (n, d), as `with_rivals` does, for as many of them as are wanted.
+
+    Returns the ball, the index (n,) of each key among its rivals (-1 if it is none), and how often to refine a query.
     """
     few = len(k) <= FEW
     if not few:
         rivals = thinned(rivals)
     place = torch.full((len(k),), -1, device=k.device)
     place[rivals] = torch.arange(len(rivals), device=k.device)
-    ball = Ball(k[rivals], radius, scale, softcap, beyond, few)
-    return ball.towards(k, place, _STEPS if few else _STEPS_LONG, first)
+    return Ball(k[rivals], radius, scale, softcap, beyond, few, look), place, _STEPS if few else _STEPS_LONG
 
 
 def thinned(tokens: Tensor) -> Tensor:

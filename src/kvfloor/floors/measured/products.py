@@ -67,7 +67,15 @@ class Rounding:
     def of(factors: Factors, q: Tensor, k: Tensor, scale: float) -> Rounding:
         """Bound the error of the logits that `factors` give, and the absolute value of the true ones, as a `Rounding`.
 
-        `factors` were made from q (m, d), k (n, d) and scale. Notation: q is here the unrounded query times scale, q'
+        `factors` were made from q (m, d), k (n, d) and scale.
+        """
+        return Rounding.of_sizes(factors, q, key_sizes(factors, k), scale)
+
+    @staticmethod
+    def of_sizes(factors: Factors, q: Tensor, sizes: tuple[Tensor, Tensor], scale: float) -> Rounding:
+        """Bound the same, given the `sizes` of the keys (`key_sizes`), which many sets of queries can share.
+
+        Notation: q is here the unrounded query times scale, q'
         and k' are the rounded factors, |.| are l2 norms (of keys: the largest), and u is the unit roundoff of the sums
         (float32's for bfloat16). The error is at most the sum of
             |q - q'| |k| + |q'| |k - k'|      the factors' own rounding, measured
@@ -77,15 +85,19 @@ class Rounding:
         The true logit is at most (|q'| + |q - q'|) (|k'| + |k - k'|), which is >= |q| |k|, and at most the softcap.
         Both bounds are enlarged by 0.1 %.
         """
-        short_q, short_k = factors.q.double(), factors.k.double()
-        lost_q, lost_k = (q.double() * scale - short_q).norm(dim=1), (k.double() - short_k).norm(dim=1).max()
-        size_q, size_k = short_q.norm(dim=1), short_k.norm(dim=1).max() + lost_k
+        short_q = factors.q.double()
+        lost_q, size_q = (q.double() * scale - short_q).norm(dim=1), short_q.norm(dim=1)
+        size_k, lost_k = sizes
         unit = torch.finfo(factors.q.dtype).eps / 2.0
-        error = lost_q * size_k + size_q * lost_k + ((k.shape[1] + 2) * factors.sum_unit + unit) * size_q * size_k
+        error = lost_q * size_k + size_q * lost_k + ((q.shape[1] + 2) * factors.sum_unit + unit) * size_q * size_k
         reach = (size_q + lost_q) * size_k
         if factors.softcap is not None:
             error, reach = error + _TANH_ULPS * factors.sum_unit * factors.softcap, reach.clamp_max(factors.softcap)
         return Rounding(error * 1.001, reach * 1.001)
+
+    def at(self, queries: Tensor) -> Rounding:
+        """Return the bounds of the queries at the given indices."""
+        return Rounding(self.error[queries], self.reach[queries])
 
     def of_sums(self, unit: float, terms: int) -> Tensor:
         """Bound |log(computed / true)| for a sum of exponentials of a query's logits: (m,), one bound per query.
@@ -93,6 +105,16 @@ class Rounding:
         The sum has `terms` terms, and `unit` is the unit roundoff of the format that it is computed in.
         """
         return self.error + unit * (_EXP_ULPS + 2.0 * self.reach + terms) * 1.01
+
+
+def key_sizes(factors: Factors, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two numbers for keys k (n, d): a bound on their norms, and on the norms of what rounding took from them.
+
+    Both are float64, and cover the given keys and those of `factors`.
+    """
+    short = factors.k.double()
+    lost = (k.double() - short).norm(dim=1).max()
+    return short.norm(dim=1).max() + lost, lost
 
 
 def logits(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfloor.floors.measured.anytime import proved_by_then, renumbered
 from kvfloor.floors.measured.directions import towards_each
 from kvfloor.floors.measured.inputs import log_masses, logit_law, matrix
 from kvfloor.floors.measured.levels import Demand
+from kvfloor.floors.measured.limit import Enough, Limit, Stopped, unwatched
 from kvfloor.floors.measured.search import Sight, find_groups
 from kvfloor.floors.measured.shares import ordered_shares
 from kvfloor.floors.measured.spread import Spread
@@ -60,6 +63,7 @@ class Readable:
                 grain + leak) < weight, eta of `demand`
     later_mass  (G,) float64 or None, log-sum-exp of the logits of query g on tokens outside the stream
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
+    stopped     how far the search came, if a `Limit` stopped it; None: it came to its end
     """
 
     bits: float
@@ -74,6 +78,7 @@ class Readable:
     scale: float
     softcap: float | None
     demand: Demand
+    stopped: Stopped | None = None
 
     @property
     def n(self) -> int:
@@ -96,6 +101,7 @@ class Readable:
         return {
             "bits": self.bits, "bytes": self.bytes, "n": self.n, "groups": self.groups,
             "grouped_tokens": int((self.group >= 0).sum()), "eta": demand.eta, "p": demand.p, "dv": demand.dv,
+            "stopped_after": None if self.stopped is None else self.stopped.weighed,
             "mean_weight": float(self.weights.mean()) if self.groups else None,
             "mean_log2_levels": float(self.levels.double().log2().mean()) if self.groups else None,
         }  # fmt: skip
@@ -151,6 +157,7 @@ def readable_within(
     later_mass: float | None = None,
     dtype: torch.dtype = torch.float32,
     most_levels: int | None = None,
+    limit: Limit | None = None,
 ) -> Readable:
     """Return a lower bound on the bits of a state that answers all queries of length at most `radius` over keys of `k`.
 
@@ -165,6 +172,9 @@ def readable_within(
     dtype        the values' number format
     most_levels  a cap on the number of levels, or None
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
+    limit        when to stop the search, by seconds or by tokens; None: never. Stopped at any moment, it returns the
+                 largest floor proved by then, which is valid, never below that of a lower limit, and says in `stopped`
+                 how far it came. Not stopped, the floor is at least that without a limit
     Returns a `Readable`: the floor in bits, and the stream, groups and queries that prove it. Raises ValueError naming
     the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
@@ -173,16 +183,43 @@ def readable_within(
     radius, others = positive("radius", radius), one_of("others", others, OTHERS)
     later = log_masses("later_mass", later_mass, len(k))
     beyond = None if later is None else float(later[0])
+    if limit is None:
+        return max(_within(k, radius, law, later, demand, others, unwatched), key=_bits)
+    watch = limit.started()
+    proved = proved_by_then(k, radius, law, beyond, demand, others == "absent", watch)
+    mass = None if later is None else later[proved.asked]
+    levels = demand.levels(proved.weights, proved.leaks)
+    found, stopped = [Readable(*proved, levels, mass, *law, demand)], watch.weighed < len(k)
+    try:
+        if not stopped:
+            for one in _within(k, radius, law, later, demand, others, watch.look):
+                found.insert(0, one)  # of equal floors that of the longer search is returned
+    except Enough:
+        stopped = True
+    best = max(found, key=_bits)
+    return dataclasses.replace(best, stopped=Stopped(watch.weighed, len(k)) if stopped else None)
+
+
+def _within(
+    k: Tensor, radius: float, law: Law, later: Tensor | None, demand: Demand, others: str, look: Callable[[], None]
+) -> Iterator[Readable]:
+    """Yield the floors of `readable_within` that a search finds, of which the largest counts.
+
+    `look` is called again and again, and may raise an error to end the search.
+    """
+    beyond = None if later is None else float(later[0])
     if others == "present":
-        return _read_by(k, towards_each(k.float(), radius, *law, beyond), law, later, demand)
-    found = None
-    for tokens, q, promise in Spread(k.float(), radius, *law, beyond, demand).candidates():
-        one = _read_alone(k, q, tokens, law, later, demand)
-        found = one if found is None or one.bits > found.bits else found
+        yield _read_by(k, towards_each(k.float(), radius, *law, beyond, look), law, later, demand, look)
+        return
+    for tokens, q, promise in Spread(k.float(), radius, *law, beyond, demand, look).candidates():
+        one = _read_alone(k, q, tokens, law, later, demand, look)
+        yield one
         if one.bits >= _KEPT * promise:
-            break
-    assert found is not None
-    return found
+            return
+
+
+def _bits(floor: Readable) -> float:
+    return floor.bits
 
 
 def readable_by_rows(
@@ -221,8 +258,8 @@ def readable_within_rows(
     radius   the greatest length of a query, one number or (rows,)
     present  (rows, n), bool: True for real tokens, False for padding; None: no padding
     demand   further arguments of `readable_within`. Required are eta, the largest error allowed in a value of an
-             answer, and dv, the width of a value; p, scale, softcap, others, later_mass, dtype and most_levels have
-             defaults
+             answer, and dv, the width of a value; p, scale, softcap, others, later_mass, dtype, most_levels
+             and limit have defaults. A limit is that of each row
     In the results, `stream` and `asked` are indices into all tokens of the row, padding included.
     """
     rows = _rows("k", k)
@@ -235,29 +272,33 @@ def readable_within_rows(
     return found
 
 
-def _read_by(k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand) -> Readable:
+def _read_by(
+    k: Tensor, q: Tensor, law: Law, later: Tensor | None, demand: Demand, look: Callable[[], None] = unwatched
+) -> Readable:
     """Compute the read floor for the queries q when all keys k are in the stream, from groups that a search finds.
 
     `law` is (scale, softcap). `later` (m,) is the log-sum-exp of each query's logits on tokens outside the stream, or
     None.
     """
-    order, reader = find_groups(Sight(q, k, *law, later), demand)
+    order, reader = find_groups(Sight(q, k, *law, later, look), demand)
     place = torch.full((len(q) + 1,), -1, device=k.device)
     place[order] = torch.arange(len(order), device=k.device)
     group = place[reader]
     everything = torch.arange(len(k), device=k.device)
     for settling in range(1, _SETTLINGS + 1):
         mass = None if later is None else later[order]
-        weights, leaks = ordered_shares(q[order], k, group, scale=law[0], softcap=law[1], later_mass=mass)
+        weights, leaks = ordered_shares(q[order], k, group, scale=law[0], softcap=law[1], later_mass=mass, look=look)
         stays = demand.bits(weights, leaks) > 0.0
-        order, group = order[stays], _renumbered(group, stays)
+        order, group = order[stays], renumbered(group, stays)
         # Dropped groups no longer leak: the bounds hold as they are, and are tighter when computed again.
         if bool(stays.all()) or settling == _SETTLINGS or len(order) * k.numel() > _SETTLED_UP_TO:
             break
     return _readable(everything, group, q[order], order, weights[stays], leaks[stays], later, law, demand)
 
 
-def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand) -> Readable:
+def _read_alone(
+    k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor | None, demand: Demand, look: Callable[[], None]
+) -> Readable:
     """Compute the read floor of a stream of `tokens` alone, in which each token is a group with a query of its own.
 
     `tokens` are indices into k, in the order in which Bob decodes them, and q holds the query of each. `law` is (scale,
@@ -267,14 +308,14 @@ def _read_alone(k: Tensor, q: Tensor, tokens: Tensor, law: Law, beyond: Tensor |
     for settling in range(1, _SETTLINGS + 1):
         group = torch.arange(len(tokens), device=k.device)
         mass = None if beyond is None else beyond[tokens]
-        weights, leaks = ordered_shares(q, k[tokens], group, scale=law[0], softcap=law[1], later_mass=mass)
+        weights, leaks = ordered_shares(q, k[tokens], group, scale=law[0], softcap=law[1], later_mass=mass, look=look)
         stays = demand.bits(weights, leaks) > 0.0
         # Tokens without bits are dropped from the stream, or stay in it with value 0 where computing again takes long.
         if bool(stays.all()) or settling == _SETTLINGS or len(tokens) ** 2 * k.shape[1] > _SETTLED_UP_TO:
             break
         tokens, q = tokens[stays], q[stays]
     stream, at = tokens.sort()
-    group = _renumbered(group, stays)[at]
+    group = renumbered(group, stays)[at]
     return _readable(stream, group, q[stays], tokens[stays], weights[stays], leaks[stays], beyond, law, demand)
 
 
@@ -285,15 +326,6 @@ def _readable(
     mass = None if later is None else later[asked]
     bits, levels = float(demand.bits(weights, leaks).sum()), demand.levels(weights, leaks)
     return Readable(bits, stream, group, queries, asked, weights, leaks, levels, mass, *law, demand)
-
-
-def _renumbered(group: Tensor, stays: Tensor) -> Tensor:
-    """Return each token's group (n,), renumbered after groups are dropped; tokens of dropped groups get -1.
-
-    stays (G,) is True for each group that is kept.
-    """
-    number = torch.where(stays, torch.cumsum(stays, 0) - 1, -1)
-    return torch.where(group < 0, -1, torch.cat([number, number.new_tensor([-1])])[group])
 
 
 def _rows(name: str, value: Tensor) -> int:

@@ -18,13 +18,15 @@ queries only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvfloor.floors.measured.improve import Choice, improved
 from kvfloor.floors.measured.levels import Demand
+from kvfloor.floors.measured.limit import unwatched
 from kvfloor.floors.measured.products import Factors, rough_dtype
 
 _KEPT_WEIGHTS = 2**25  # queries x tokens up to which the weights stay in memory
@@ -36,7 +38,7 @@ _WORK = 2**27  # weights looked at while improving, about
 _POOL = 256  # up to so many queries, all of them take part in the improvement
 _QUERIES_AT_ONCE = 128
 _SAMPLED_QUERIES = 1024
-_NEARNESS = (0.5, 0.2, 0.05, 0.0)  # a token belongs to a query's group from this share of its largest weight on
+NEARNESS = (0.5, 0.2, 0.05, 0.0)  # a token belongs to a query's group from this share of its largest weight on
 _ENOUGH = 1.001  # the search ends within a thousandth of the most bits possible
 _PASSES = 16  # most iterations that settle which queries of a block are chosen
 
@@ -54,6 +56,18 @@ class Block:
     queries: Tensor
     softmax: Tensor
     share: Tensor
+
+    @staticmethod
+    def of(queries: Tensor, logits: Tensor, later_mass: Tensor | None) -> Block:
+        """Return the block of the `queries` (b,) with the given logits (b, n) on the stored tokens.
+
+        later_mass (b,) is the log-sum-exp of their logits on further tokens, or None.
+        """
+        softmax = torch.softmax(logits, 1)
+        if later_mass is None:
+            return Block(queries, softmax, torch.ones_like(logits[:, 0]))
+        mass = logits.amax(1) - softmax.amax(1).log()
+        return Block(queries, softmax, torch.sigmoid(mass - later_mass.to(logits.dtype)))
 
     @property
     def weights(self) -> Tensor:
@@ -73,10 +87,15 @@ class Sight:
     """Compute the softmax weights of m queries on n stored tokens, in a precision that is good enough for the search.
 
     scale and softcap define the logits of queries q (m, d) on keys k (n, d). later_mass (m,) is the log-sum-exp of each
-    query's logits on further tokens that it sees, or None.
+    query's logits on further tokens that it sees, or None. `look` is called before every batch of queries, and may
+    raise an error to end the search.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, scale: float, softcap: float | None, later_mass: Tensor | None,
+        look: Callable[[], None] = unwatched,
+    ) -> None:  # fmt: skip
+        self._look = look
         self.m, self.n, self.device = q.shape[0], k.shape[0], k.device
         size = self.m * self.n
         dtype = torch.float64 if size <= _WIDE_UP_TO else rough_dtype(k.device, size <= _RANKED_UP_TO)
@@ -96,12 +115,9 @@ class Sight:
         return (self.rows(part) for part in queries.split(_QUERIES_AT_ONCE))
 
     def _made(self, queries: Tensor) -> Block:
-        raw = self._factors.logits(queries, slice(None))
-        softmax = torch.softmax(raw, 1)
-        if self._later is None:
-            return Block(queries, softmax, torch.ones_like(raw[:, 0]))
-        mass = raw.amax(1) - softmax.amax(1).log()
-        return Block(queries, softmax, torch.sigmoid(mass - self._later[queries].to(raw.dtype)))
+        self._look()
+        later = None if self._later is None else self._later[queries]
+        return Block.of(queries, self._factors.logits(queries, slice(None)), later)
 
 
 def find_groups(sight: Sight, demand: Demand) -> Choice:
@@ -114,7 +130,7 @@ def find_groups(sight: Sight, demand: Demand) -> Choice:
     small = sight.m * sight.n <= _RANKED_UP_TO
     last = torch.full((sight.n,), -1, device=sight.device)
     best, most = Choice(sight.all()[:0], last), 0.0
-    for share in _NEARNESS if small else _NEARNESS[:1]:
+    for share in NEARNESS if small else NEARNESS[:1]:
         bits, choice = _grown(sight, demand, share, _ranked(sight, demand, share) if small else sight.all())
         if bool((choice.reader == last).all()):
             continue
@@ -148,7 +164,7 @@ def _improved(sight: Sight, demand: Demand, choice: Choice, pool: Tensor) -> Ite
     starts = [torch.cat([others, order])]
     if len(others) and weights.numel() <= _THOROUGH_UP_TO:
         starts += [torch.cat([order, others]), order]
-    rounds = max(2, _WORK // (len(starts) * len(_NEARNESS) * weights.numel()))
+    rounds = max(2, _WORK // (len(starts) * len(NEARNESS) * weights.numel()))
     for start in starts:
         bits, found = improved(weights, Choice(start, reader), demand, rounds)
         yield bits, Choice(pool[found.order], torch.where(found.reader < 0, -1, pool[found.reader]))
@@ -178,35 +194,61 @@ def _grown(sight: Sight, demand: Demand, share: float, candidates: Tensor) -> tu
     Returns (estimated bits, choice). `candidates` holds indices of queries; queries whose group would add no bits are
     skipped. Near tokens have at least `share` of the query's largest weight. Bob decodes the groups in reverse: the
     group formed first is decoded last. So a new group is decoded before all groups so far, and adds no leak to them.
-    For speed, many candidates are handled at once. Which of them are skipped depends on which earlier ones are skipped.
-    So the skipped ones are first guessed, and then recomputed until nothing changes, at most a fixed number of times.
     """
     reader = torch.full((sight.n,), -1, device=sight.device)
     chosen, promise = [candidates[:0]], 0.0
     for block in sight.blocks(candidates):
-        taken = reader >= 0
-        near = block.near(share) & ~taken
-        tokens = near.view(torch.uint8).amax(0).nonzero()[:, 0]  # faster than any() along the first axis
-        leak = (block.softmax @ taken.to(block.softmax.dtype)) * block.share
-        weights, near = block.softmax[:, tokens] * block.share.unsqueeze(1), near[:, tokens]
-        own = (weights * near).sum(1)
-        hopeful = (demand.bits(own, leak) > 0.0).nonzero()[:, 0]
-        if len(hopeful) == 0:
-            continue
-        queries, weights, near, own, leak = (x[hopeful] for x in (block.queries, weights, near, own, leak))
-        member = near.to(weights.dtype).T
-        lost, leaked = ((weights * near) @ member).tril(-1), (weights @ member).tril(-1)
-        accepted = torch.ones_like(queries, dtype=torch.bool)
-        for _ in range(_PASSES):
-            earlier = accepted.to(weights.dtype)
-            bits = demand.bits((own - lost @ earlier).clamp_min(0.0), leak + leaked @ earlier)
-            if bool(((bits > 0.0) == accepted).all()):
-                break
-            accepted = bits > 0.0
-        if not bool(accepted.any()):
-            continue
-        queries, near, promise = queries[accepted], near[accepted], promise + float(bits[accepted].sum())
-        first = near.to(torch.uint8).argmax(0)
-        reader[tokens] = torch.where(near.any(0), queries[first], reader[tokens])
+        new = formed(block, reader >= 0, demand, share)
+        queries = block.queries[new.places]
+        reader[new.tokens] = queries[new.member]
         chosen.append(queries)
+        promise += new.bits
     return promise, Choice(torch.cat(chosen).flip(0), reader)
+
+
+class Formed(NamedTuple):
+    """Hold the a groups that were formed from one block of queries, in the order in which they were formed.
+
+    places  (a,) the query of each group, an index within the block
+    tokens  (t,) the tokens of all these groups
+    member  (t,) the group of each of these tokens, in 0..a-1
+    bits    the bits that these groups add, estimated
+    """
+
+    places: Tensor
+    tokens: Tensor
+    member: Tensor
+    bits: float
+
+
+def formed(block: Block, taken: Tensor, demand: Demand, share: float) -> Formed:
+    """Form groups from one block: each query in turn reads its near tokens that no earlier query reads.
+
+    taken (n,), bool, marks the tokens that are in groups already. Near tokens have at least `share` of a query's
+    largest weight. A group is formed only if it adds bits while all groups formed so far are decoded after it.
+    For speed, all queries are handled at once. Which of them are skipped depends on which earlier ones are skipped. So
+    the skipped ones are first guessed, and then recomputed until nothing changes, at most a fixed number of times.
+    """
+    near = block.near(share) & ~taken
+    tokens = near.view(torch.uint8).amax(0).nonzero()[:, 0]  # faster than any() along the first axis
+    leak = (block.softmax @ taken.to(block.softmax.dtype)) * block.share
+    weights, near = block.softmax[:, tokens] * block.share.unsqueeze(1), near[:, tokens]
+    own = (weights * near).sum(1)
+    places = (demand.bits(own, leak) > 0.0).nonzero()[:, 0]
+    if len(places) == 0:
+        return Formed(places, tokens[:0], tokens[:0], 0.0)
+    weights, near, own, leak = (x[places] for x in (weights, near, own, leak))
+    member = near.to(weights.dtype).T
+    lost, leaked = ((weights * near) @ member).tril(-1), (weights @ member).tril(-1)
+    accepted = torch.ones_like(places, dtype=torch.bool)
+    for _ in range(_PASSES):
+        earlier = accepted.to(weights.dtype)
+        bits = demand.bits((own - lost @ earlier).clamp_min(0.0), leak + leaked @ earlier)
+        if bool(((bits > 0.0) == accepted).all()):
+            break
+        accepted = bits > 0.0
+    if not bool(accepted.any()):
+        return Formed(places[:0], tokens[:0], tokens[:0], 0.0)
+    near = near[accepted]
+    read = near.any(0)
+    return Formed(places[accepted], tokens[read], near.to(torch.uint8).argmax(0)[read], float(bits[accepted].sum()))

@@ -25,7 +25,7 @@ earlier adds no leak to the tokens decoded after it, and only shrinks their weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 from kvfloor.floors.measured.directions import FEW, thinned, with_rivals
 from kvfloor.floors.measured.improve import by_damage, promised, pruned
 from kvfloor.floors.measured.levels import Demand
+from kvfloor.floors.measured.limit import unwatched
 from kvfloor.floors.measured.products import Factors, rough_dtype
 from kvfloor.logits import capped
 
@@ -51,11 +52,15 @@ class Pull:
     """Compute the ratios R_ij: the softmax mass on token j over that on token i, under the query of token i.
 
     q (n, d) holds one query per key of k (n, d). scale and softcap define the logits. `beyond` is the log-sum-exp of
-    every query's logits on further tokens, or None.
+    every query's logits on further tokens, or None. `look` is called before every 512 tokens of a load, and may raise
+    an error to end the search.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None) -> None:
-        self.q, self.n = q, len(k)
+    def __init__(
+        self, q: Tensor, k: Tensor, scale: float, softcap: float | None, beyond: float | None,
+        look: Callable[[], None] = unwatched,
+    ) -> None:  # fmt: skip
+        self.q, self.n, self._look = q, len(k), look
         self._factors = Factors.of(q, k, scale, softcap, rough_dtype(k.device, self.n <= FEW))
         self._own = capped((q * k).sum(1) * scale, softcap)
         reach = abs(scale) * float(q.norm(dim=1).max()) * float(k.norm(dim=1).max())
@@ -84,6 +89,7 @@ class Pull:
         """
         total = torch.zeros_like(self._own[tokens])
         for row in range(0, len(tokens), _TOKENS_AT_ONCE):
+            self._look()
             rows = slice(row, row + _TOKENS_AT_ONCE)
             for part in others.split(_OTHERS_AT_ONCE):
                 total[rows] += self.on(tokens[rows], part).sum(1)
@@ -136,12 +142,14 @@ class Spread:
     beyond          log-sum-exp of every query's logits on further tokens, or None
     demand          accuracy required of an answer: the largest error, for values in [-1, 1], and the probability to
                     keep within it
+    look            is called again and again, and may raise an error to end the search
     """
 
     def __init__(
-        self, k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None, demand: Demand
-    ) -> None:
-        self.k, self.demand = k, demand
+        self, k: Tensor, radius: float, scale: float, softcap: float | None, beyond: float | None, demand: Demand,
+        look: Callable[[], None] = unwatched,
+    ) -> None:  # fmt: skip
+        self.k, self.demand, self._look = k, demand, look
         self._law = (scale, softcap, beyond)
         self._radius = radius
         self._all = torch.arange(k.shape[0], device=k.device)
@@ -198,8 +206,8 @@ class Spread:
         softmax masses under them. `first` (n, d) holds queries to improve on, or is None.
         """
         scale, softcap, beyond = self._law
-        q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first)
-        return Pull(q, self.k, scale, softcap, beyond)
+        q = with_rivals(self.k, rivals, self._radius, scale, softcap, beyond, first, self._look)
+        return Pull(q, self.k, scale, softcap, beyond, self._look)
 
     def _revisions(self, pull: Pull, members: Tensor) -> Iterator[Candidate]:
         """Revise a stream with the given `members` in rounds, and yield each version with its estimated floor.

@@ -25,7 +25,7 @@ from kvfloor.logits import capped
 from kvfloor.validation import count, literals, positives
 
 _NO_PAGE = 1 << 40
-_PAGES = 1 << 22  # more pages than a row can hold: one float64 holds a page's timestamp and age
+_PAGES = 1 << 22  # more pages than a row can hold: one int64 holds a page's timestamp and age
 
 
 def _keys_at(k: Tensor, slot: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Milestones(Policy):
 
     name: ClassVar[str] = "raas"
     paper: ClassVar[str] = "Hu et al. 2025, RaaS (arXiv 2502.11147)"
-    columns: ClassVar[dict[str, torch.dtype]] = {"stamp": torch.int32}
+    columns: ClassVar[dict[str, torch.dtype]] = {"stamp": torch.int64}
 
     page: int = 16
     alpha: float = 1e-4
@@ -111,7 +111,9 @@ class Milestones(Policy):
         index, pages, _ = self._held_pages(held)
         time = torch.maximum(held.columns["stamp"].to(torch.int64), held.position)  # a new page counts as needed
         newest = torch.zeros_like(pages).scatter_reduce(1, index, time, "amax")
-        return newest.gather(1, index).to(torch.float64) * _PAGES + index
+        age = torch.arange(pages.shape[1], device=pages.device)
+        rank = (newest * _PAGES + age).argsort(1).argsort(1)  # whole numbers, as float64 would round late positions
+        return rank.gather(1, index).to(torch.float64)
 
     # ---- pages -----------------------------------------------------------------------------------------------
 

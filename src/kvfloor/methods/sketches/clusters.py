@@ -23,7 +23,8 @@ from kvfloor.core.randomness import exponential, row_keys, uniform
 from kvfloor.core.rowwise import length, total
 from kvfloor.core.slots import Slots
 from kvfloor.core.spec import Spec
-from kvfloor.methods.sketches.nearest import DIRECT, nearest
+from kvfloor.methods.sketches import append
+from kvfloor.methods.sketches.nearest import nearest
 from kvfloor.validation import count
 
 _FIRST_CENTRES = 16
@@ -91,8 +92,12 @@ class Clusters(Memory):
         one that is not later in the stream than the key itself. position (r, b): the keys' positions in the stream.
         purpose: a text that sets the random draws of these samples apart from all other draws.
         """
+        if self.cap is None:
+            self._grow(int(self.used[rows].max()) + k.shape[1])
+        lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
+        if append.joined(self, rows, k, position, lane, delta):
+            return
         used = self.used[rows]
-        self._grow(int(used.max()) + k.shape[1])
         wide = k.to(torch.float32 if k.dtype != torch.float64 else torch.float64)
         width = int(used.max())
         old = self.centre[:, :width] if len(rows) == self.spec.rows else self.centre[rows, :width]
@@ -113,7 +118,7 @@ class Clusters(Memory):
         self.overfull[rows] |= (apart > delta).any(1)
         size = self.count[rows]
         self.count[rows] = size.scatter_add(1, joined, torch.ones_like(joined))
-        self._sample(rows, k, position, joined, purpose)
+        self._sample(rows, k, position, joined, lane)
 
     @staticmethod
     def _open(wide: Tensor, uncovered: Tensor, room: Tensor, delta: float) -> Tensor:
@@ -129,7 +134,7 @@ class Clusters(Memory):
         order = torch.argsort((~uncovered).to(torch.int8), dim=1, stable=True)[:, :most]  # the uncovered, by age
         waits = uncovered.gather(1, order)
         key = wide.gather(1, order.unsqueeze(-1).expand(-1, -1, wide.shape[-1]))
-        within = torch.cdist(key, key, compute_mode=DIRECT) <= delta
+        within = torch.stack([length(key - key[:, u : u + 1]) for u in range(most)], 1) <= delta
         chosen = torch.zeros_like(waits)
         for u in range(most):
             chosen[:, u] = waits[:, u] & (room > 0)
@@ -137,18 +142,17 @@ class Clusters(Memory):
             waits &= ~(chosen[:, u : u + 1] & within[:, u])
         return torch.zeros_like(uncovered).scatter(1, order, chosen)
 
-    def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, purpose: str) -> None:
+    def _sample(self, rows: Tensor, k: Tensor, position: Tensor, joined: Tensor, lane: Tensor) -> None:
         """Update the t uniform samples of the clusters by the keys k (r, b, d) that have just joined them.
 
         joined    (r, b) index of the cluster that each key joined
         position  (r, b) the keys' positions in the stream, which fix their t random numbers each
-        purpose   a text that sets these random numbers apart from all others
+        lane      (r,) what fixes these random numbers for each row, beside positions (`row_keys`)
         Sample i of a cluster is the key whose i-th random number is smallest. So one key may be several of the samples
         (sampling with replacement).
         """
         t = self.sample.shape[2]
-        lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows].view(-1, 1, 1)
-        key = uniform(lane, position.unsqueeze(2) * t + torch.arange(t, device=k.device))  # (r, b, t)
+        key = uniform(lane.view(-1, 1, 1), position.unsqueeze(2) * t + torch.arange(t, device=k.device))  # (r, b, t)
         where = joined.unsqueeze(2).expand(-1, -1, t)
         old = self.sample_key[rows]
         new = old.scatter_reduce(1, where, key, "amin")
@@ -159,7 +163,7 @@ class Clusters(Memory):
 
     def _grow(self, needed: int) -> None:
         have = self.centre.shape[1]
-        if needed <= have or self.cap is not None:
+        if needed <= have:
             return
         extra = max(needed, 2 * have) - have
         for name, fill in (("centre", 0), ("count", 0), ("sample", 0), ("sample_key", torch.inf)):
@@ -216,9 +220,11 @@ class Reservoir(Memory):
         pairs change nothing, so drawing stops at that time. In a stream of n tokens this takes O(s log(s) / n) draws
         per token on average, instead of s.
         """
+        lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
+        if append.offered(self, rows, k, v, position, lane):
+            return
         norm = total(v.to(torch.float64).square())  # (r, b)
         s = self.key.shape[1]
-        lane = row_keys(self.spec.seed, self.spec.ids(), purpose)[rows]
         best = self.key[rows]
         token = torch.full_like(best, -1, dtype=torch.int64)  # the token that replaces the pair of slot i, or -1
         line, j = (norm > 0).nonzero(as_tuple=True)
@@ -246,18 +252,19 @@ class Reservoir(Memory):
 def drain(slots: Slots, rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Evict all tokens from the slots of `rows`, `block` tokens in each row, and return them, oldest first.
 
-    `slots` has the tokens of a row since its last block end. Returns their keys k (r, b, d), values v (r, b, dv) and
+    `slots` has the tokens of a row since its last block end. `rows` are in order. The results may be views of the
+    slots, good until the next token comes. Returns their keys k (r, b, d), values v (r, b, dv) and
     positions in the stream (r, b), with b = block.
     """
-    view = slots.view(rows, block)
-    order = view.position.argsort(1)
-    k = view.k.gather(1, order.unsqueeze(-1).expand_as(view.k))
-    v = view.v.gather(1, order.unsqueeze(-1).expand_as(view.v))
-    position = view.position.gather(1, order)
-    width = int(slots.held.max())
-    leaving = torch.zeros(slots.held.shape[0], width, dtype=torch.bool)
-    leaving[rows] = True
-    slots.evict(leaving & (torch.arange(width) < slots.held.unsqueeze(1)))
+    everything = len(rows) == len(slots.held)
+    view = slots.view(None if everything else rows, block)
+    k, v, position = view.k, view.v, view.position
+    if bool((position[:, 1:] < position[:, :-1]).any()):
+        order = position.argsort(1)
+        k = k.gather(1, order.unsqueeze(-1).expand_as(k))
+        v = v.gather(1, order.unsqueeze(-1).expand_as(v))
+        position = position.gather(1, order)
+    slots.empty(rows)
     return k, v, position
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DIRECT = "donot_use_mm_for_euclid_dist"
+from kvfloor.core.rowwise import length
+
 _GROUP = 32  # points whose least product is taken together
 _TILE = 2**18  # products at a time, which stay in the cache
 _MEASURED_AT_ONCE = 2**18  # pairs whose distance is taken directly at a time
@@ -30,7 +31,7 @@ def nearest(x: Tensor, points: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]
     line += torch.cat([t[0].expand(len(found[0])) for t, found in zip(tiles, likely, strict=True)]).to(line.device)
     for part in torch.arange(len(line), device=x.device).split(_MEASURED_AT_ONCE):
         one, other, to = line[part] * b + j[part], at[part], line[part]
-        far = torch.cdist(x[to, j[part]].unsqueeze(1), points[to, other].unsqueeze(1), compute_mode=DIRECT).flatten()
+        far = length(x[to, j[part]] - points[to, other])
         before = apart.clone()
         apart.scatter_reduce_(0, one, far, "amin")
         # The points come by index, so an equal distance in an earlier part belongs to a point of smaller index.

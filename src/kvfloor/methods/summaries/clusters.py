@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.core.fields import Field
+from kvfloor.core.fields import MOST, Field
 from kvfloor.core.partial import Partial
 from kvfloor.core.rowwise import product, total
 from kvfloor.core.spec import Spec
@@ -22,7 +22,6 @@ from kvfloor.core.summary import Summary, SummaryState, equal_lots
 from kvfloor.validation import count
 
 _AT_ONCE = 64  # evicted tokens that join the clusters together, which bounds the table of distances
-MOST_COUNT = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,21 @@ class ClusterMeans(Summary):
 
 
 class ClusterMeansState(SummaryState):
-    """Hold the clusters of each row: mean_k (rows, m, d), mean_v (rows, m, dv), count (rows, m) int32, 0 if unused."""
+    """Hold the clusters of each row: mean_k (rows, m, d), mean_v (rows, m, dv), count (rows, m) int64, 0 if unused."""
 
     def __init__(self, m: int, spec: Spec) -> None:
         super().__init__(spec)
         like = {"dtype": spec.dtype, "device": spec.device}
         self.mean_k = torch.zeros(spec.rows, m, spec.d, **like)
         self.mean_v = torch.zeros(spec.rows, m, spec.dv, **like)
-        self.count = torch.zeros(spec.rows, m, dtype=torch.int32, device=spec.device)
+        self.count = torch.zeros(spec.rows, m, dtype=torch.int64, device=spec.device)
 
     def fields(self) -> dict[str, Any]:
         spec, m = self.spec, self.count.shape[1]
         return {
             "mean_k": Field(spec.dtype, (spec.rows, m, spec.d), finite=True),
             "mean_v": Field(spec.dtype, (spec.rows, m, spec.dv), finite=True),
-            "count": Field(torch.int32, (spec.rows, m), least=0, most=MOST_COUNT),
+            "count": Field(torch.int64, (spec.rows, m), least=0, most=MOST),
         }
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
@@ -85,7 +84,7 @@ class ClusterMeansState(SummaryState):
         while int((size > 0).sum(1).max()) > m:
             size, mean_k, mean_v = merged(size, mean_k, mean_v, m)
         order = torch.argsort((size == 0).to(torch.int8), dim=1, stable=True)[:, :m]
-        self.count[at] = size.gather(1, order).clamp_max(MOST_COUNT).to(torch.int32)
+        self.count[at] = size.gather(1, order).to(torch.int64)
         order = order.unsqueeze(-1)
         self.mean_k[at] = mean_k.gather(1, order.expand(-1, -1, k.shape[2])).to(self.mean_k.dtype)
         self.mean_v[at] = mean_v.gather(1, order.expand(-1, -1, v.shape[2])).to(self.mean_v.dtype)

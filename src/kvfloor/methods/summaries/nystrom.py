@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvfloor.core.fields import Field
+from kvfloor.core.fields import MOST, Field
 from kvfloor.core.method import Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.rowwise import aligned, total
 from kvfloor.core.spec import Spec
 from kvfloor.core.summary import Summary, SummaryState
 from kvfloor.logits import capped
-from kvfloor.methods.summaries.clusters import MOST_COUNT, in_order, merged
+from kvfloor.methods.summaries.clusters import in_order, merged
 from kvfloor.validation import count, positives
 
 _RIDGE = 1e-3  # added to the diagonal (ones) of the matrix that is solved
@@ -70,7 +70,7 @@ class NystromState(SummaryState):
     """Hold the clusters of each row; a cluster that is not used has count 0.
 
     mean_k (rows, m, d) mean key; value (rows, m, dv) and share (rows, m) float32, the weighted value and the mass, each
-    divided by the count; count (rows, m) int32, the number of tokens, which decides which clusters merge.
+    divided by the count; count (rows, m) int64, the number of tokens, which decides which clusters merge.
     """
 
     def __init__(self, summary: Nystrom, spec: Spec) -> None:
@@ -79,7 +79,7 @@ class NystromState(SummaryState):
         self.mean_k = torch.zeros(spec.rows, m, spec.d, **like)
         self.value = torch.zeros(spec.rows, m, spec.dv, **like)
         self.share = torch.zeros(spec.rows, m, dtype=torch.float32, device=spec.device)
-        self.count = torch.zeros(spec.rows, m, dtype=torch.int32, device=spec.device)
+        self.count = torch.zeros(spec.rows, m, dtype=torch.int64, device=spec.device)
         self.sharpness = summary.sharpness
 
     def fields(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class NystromState(SummaryState):
             "mean_k": Field(spec.dtype, (spec.rows, m, spec.d), finite=True),
             "value": Field(spec.dtype, (spec.rows, m, spec.dv), finite=True),
             "share": Field(torch.float32, (spec.rows, m), finite=True),
-            "count": Field(torch.int32, (spec.rows, m), least=0, most=MOST_COUNT),
+            "count": Field(torch.int64, (spec.rows, m), least=0, most=MOST),
         }
 
     def absorb(self, row: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
@@ -116,7 +116,7 @@ class NystromState(SummaryState):
             solved = sums[0] / size[i, :used].unsqueeze(-1)
             if bool((solved.abs() <= self._largest).all()):  # not so for nan
                 each[i, :used] = solved
-        self.count[at] = size.clamp_max(MOST_COUNT).to(torch.int32)
+        self.count[at] = size.to(torch.int64)
         self.mean_k[at] = key.to(self.mean_k.dtype)
         self.value[at] = each[..., :-1].to(self.value.dtype)
         self.share[at] = each[..., -1].to(torch.float32)
