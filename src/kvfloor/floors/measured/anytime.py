@@ -100,9 +100,7 @@ def _queries(
     everything = torch.arange(len(k), device=k.device)
     ball, place, steps = ball_among(k, everything, radius, *law, beyond)
     for tokens in everything.split(_SORTED_AT_ONCE):
-        left = watch.left
-        tokens = tokens if left is None else tokens[:left]
-        if len(tokens) == 0:
+        if watch.left == 0:
             return
         q = ball.towards(k[tokens], place[tokens], steps)
         best = ball.lead(q, k[tokens], place[tokens]).argsort(descending=True, stable=True)
