@@ -45,8 +45,8 @@ def tokens(n: int, seed: int, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 def fast(method: Method) -> Method:
     """Return the method with a long block, if it has one: a block's end is what takes the time."""
-    names = {one.name for one in dataclasses.fields(method)}
-    return dataclasses.replace(method, block=512) if "block" in names else method  # type: ignore[arg-type]
+    config: Any = method
+    return dataclasses.replace(config, block=512) if "block" in vars(config) else method
 
 
 def length(method: Method, most: int) -> int:
@@ -156,7 +156,7 @@ def test_any_cutting_gives_the_same_state_across_a_limit(text: str, clock: int) 
 def test_stamps_of_32_bits_are_found_out() -> None:
     state, moved, by = at_late_clock("raas(page=4,prompt=evict,block=8)@16", 2**31)
     narrow = moved.clone()
-    columns = narrow.slots.columns  # type: ignore[union-attr]
+    columns: Any = narrow.slots.columns  # type: ignore[union-attr]
     columns.stamp = columns.stamp.to(torch.int32)
     stamps = []
     for one in (state, moved, narrow):

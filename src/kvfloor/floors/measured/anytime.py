@@ -100,9 +100,7 @@ def _queries(
     everything = torch.arange(len(k), device=k.device)
     ball, place, steps = ball_among(k, everything, radius, *law, beyond)
     for tokens in everything.split(_SORTED_AT_ONCE):
-        left = watch.left
-        tokens = tokens if left is None else tokens[:left]
-        if len(tokens) == 0:
+        if watch.left == 0:
             return
         q = ball.towards(k[tokens], place[tokens], steps)
         best = ball.lead(q, k[tokens], place[tokens]).argsort(descending=True, stable=True)
@@ -120,7 +118,7 @@ class Present:
     def __init__(self, k: Tensor, law: tuple[float, float | None], beyond: float | None, demand: Demand) -> None:
         self._k, self._law, self._demand = k, law, demand
         self._beyond = None if beyond is None else torch.tensor(beyond, dtype=torch.float64, device=k.device)
-        self._logits = _Logits(k, law)
+        self._logits = _PartLogits(k, law)
         self._group = torch.full((len(k),), -1, device=k.device)  # numbered in the order of forming
         self._formed: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._count = 0
@@ -182,7 +180,7 @@ class Alone:
     def __init__(self, k: Tensor, law: tuple[float, float | None], beyond: float | None, demand: Demand) -> None:
         n, device = len(k), k.device
         self._k, self._law, self._demand, self._beyond, self._count = k, law, demand, beyond, 0
-        self._logits = _Logits(k, law)
+        self._logits = _PartLogits(k, law)
         self._tokens = torch.zeros(n, dtype=torch.int64, device=device)
         self._q = torch.zeros(n, k.shape[1], device=device)
         self._short = torch.zeros(n, k.shape[1], dtype=self._logits.keys.dtype, device=device)
@@ -259,7 +257,7 @@ class Alone:
         return self._demand.bits(own, own * after) > 0.0
 
 
-class _Logits:
+class _PartLogits:
     """Compute logits of one part of the queries after the other, on keys k (n, d) that are rounded once.
 
     law  scale and softcap. The precision is what `factors_for` chooses for queries as long as the longest key, n of

@@ -173,8 +173,9 @@ def readable_within(
     most_levels  a cap on the number of levels, or None
     scale, softcap   define the logits: scale q.k, then softcap tanh(logit / softcap) unless softcap is None
     limit        when to stop the search, by seconds or by tokens; None: never. Stopped at any moment, it returns the
-                 largest floor proved by then, which is valid, never below that of a lower limit, and says in `stopped`
-                 how far it came. Not stopped, the floor is at least that without a limit
+                 largest floor proved by then, which is valid, and says in `stopped` how far it came. It never falls
+                 with more seconds, nor with more tokens for "present" (for "absent", from 512 to 512). Not stopped, the
+                 floor is at least that without a limit
     Returns a `Readable`: the floor in bits, and the stream, groups and queries that prove it. Raises ValueError naming
     the argument. Source: derived here, docs/floors.md, "Readable tokens".
     """
