@@ -102,5 +102,5 @@ def _done(
     where = [x.data_ptr() for x in (*dense.values(), *held.values())]
     status = getattr(found, name)(ctypes.byref(kind(*sizes, *where)))
     if status == _NO_MEMORY:
-        raise MemoryError("no memory to take a block of tokens into clusters and pairs; the state is as it was")
+        raise MemoryError("no memory to take a block of tokens into clusters and pairs")
     return status != _NOT_HERE
