@@ -1,0 +1,88 @@
+"""Time what a user waits for before any attention: the import, the command line's help, the install, the audit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from kvfloor.bench.gate import checkout
+from kvfloor.bench.records import BenchRow
+from kvfloor.bench.request import BenchRequest, Found
+from kvfloor.bench.targets import judged
+from kvfloor.bench.timing import Timed, Witness, interleaved
+from kvfloor.statistics import median_interval
+
+TORCH, OURS, HELP = "import torch", "import kvfloor", "kvfloor --help"
+AUDIT, INSTALL = "kvfloor audit", "pip install (kvfloor alone, built from the checkout)"
+LACKS_SOURCE = "install: needs a checkout, and pip and setuptools in this environment"
+QUICK_AUDIT = "audit: left out of a quick run; a full one takes the default audit's minutes"
+
+
+def startup(request: BenchRequest) -> Iterator[Found]:
+    """Yield the rows of the import beyond torch's, of the help, of the install, and of the default audit."""
+    module = [sys.executable, "-m", "kvfloor"]
+    commands = {
+        TORCH: [sys.executable, "-c", "import torch"],
+        OURS: [sys.executable, "-c", "import torch, kvfloor"],
+        HELP: [*module, "--help"],
+    }
+    runs: dict[str, Callable[[], object]] = {name: lambda line=line: _run(line) for name, line in commands.items()}
+    timed = interleaved(runs, min(request.turns, 12), request.seconds)
+    beyond = tuple(a - b for a, b in zip(timed.ms[OURS], timed.ms[TORCH], strict=True))
+    row = BenchRow.timed(timed, OURS, **_fields())
+    row = replace(row, name=f"{OURS}, beyond torch", ms=median(beyond), ms_interval=median_interval(beyond))
+    yield BenchRow.timed(timed, TORCH, **_fields())
+    yield judged(row, "import")
+    yield judged(BenchRow.timed(timed, HELP, **_fields()), "help")
+    yield from _install()
+    if request.quick:
+        yield QUICK_AUDIT
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield judged(_once(AUDIT, [*module, "audit", "--out", str(Path(folder) / "audit"), "--json"]), "audit")
+
+
+def _fields() -> dict[str, Any]:
+    return {"part": "start", "model": "builtin", "context": 0, "dtype": "float32"}
+
+
+def _run(line: list[str], cwd: str | None = None) -> None:
+    """Run a command without showing what it prints. Raises ValueError with its last words if it fails."""
+    run = subprocess.run(line, capture_output=True, text=True, cwd=cwd)
+    if run.returncode:
+        raise ValueError(f"{' '.join(line)} failed with exit code {run.returncode}: {run.stderr.strip()[-300:]}")
+
+
+def _once(name: str, line: list[str], cwd: str | None = None) -> BenchRow:
+    """Return the row of one call of a command, without an interval."""
+    witness = Witness()
+    witness.look()
+    begin = time.perf_counter()
+    _run(line, cwd)
+    ms = (time.perf_counter() - begin) * 1e3
+    witness.look()
+    found = Timed({name: (ms,)}, 1, witness.share)
+    return BenchRow(name=name, threads=found.threads, turns=1, ms=ms, crowded=found.crowded, **_fields())
+
+
+def _install() -> Iterator[Found]:
+    """Yield the row of building and installing kvfloor from its checkout into an empty folder, without the network."""
+    root = checkout()
+    if root is None or find_spec("pip") is None or find_spec("setuptools") is None:
+        yield LACKS_SOURCE
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        line += ["--no-build-isolation", "--no-cache-dir", "--target", folder]
+        try:
+            yield _once(INSTALL, [*line, str(root)])
+        except ValueError as error:
+            yield f"install: {error}"
