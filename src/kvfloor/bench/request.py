@@ -31,7 +31,7 @@ class BenchRequest:
 
     parts    names of parts, of PARTS; or their letters a to e
     quick    True for a run of about two minutes: fewer contexts, models and turns
-    repeats  most turns of a comparison; None: 40, or 8 in a quick run
+    repeats  most turns of a comparison; None: 60, or 20 in a quick run
     threads  torch's threads where a target does not ask for one; None: torch's own number
     profile  True to profile decoded tokens too
     path     file for the JSON document; None: none
@@ -49,7 +49,7 @@ class BenchRequest:
     @property
     def turns(self) -> int:
         """Return the most turns of a comparison."""
-        return self.repeats or (8 if self.quick else 40)
+        return self.repeats or (20 if self.quick else 60)
 
     @property
     def seconds(self) -> float:

@@ -22,9 +22,10 @@ RUNS: dict[str, Part] = {"read": read, "token": token, "prefill": prompt, "appen
 TESTS: dict[str, tuple[str, ...]] = {
     "read": ("tests/core/test_attend.py", "tests/core/test_partial.py"),
     "token": ("tests/core/test_one_token.py", "tests/hf/test_exact.py", "tests/hf/test_compressed.py")
-    + ("tests/hf/test_generate.py", "tests/methods/stores/test_fused.py"),
-    "prefill": ("tests/core/test_bounded.py", "tests/core/test_state.py"),
-    "append": ("tests/core/test_slots.py", "tests/core/test_stretches.py", "tests/methods"),
+    + ("tests/hf/test_generate.py", "tests/methods/stores"),
+    "prefill": ("tests/core/test_bounded.py", "tests/core/test_slots.py"),
+    "append": ("tests/methods/test_heavy_hitters.py", "tests/methods/test_key_policies.py")
+    + ("tests/methods/test_clusters.py", "tests/methods/test_subgen.py", "tests/methods/test_value_sum.py"),
     "start": ("tests/cli/test_cli.py",),
 }
 """Map each part to the tests of what it times; all run before the first part."""

@@ -7,10 +7,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from kvfloor.bench.gate import checkout
@@ -18,10 +16,17 @@ from kvfloor.bench.records import BenchRow
 from kvfloor.bench.request import BenchRequest, Found
 from kvfloor.bench.targets import judged
 from kvfloor.bench.timing import Timed, Witness, interleaved
-from kvfloor.statistics import median_interval
 
-TORCH, OURS, HELP = "import torch", "import kvfloor", "kvfloor --help"
+TORCH, OURS, HELP = "import torch", "import kvfloor, after torch", "kvfloor --help"
 AUDIT, INSTALL = "kvfloor audit", "pip install (kvfloor alone, built from the checkout)"
+_IMPORTS = """
+from time import perf_counter as now
+begun = now()
+import torch
+between = now()
+import kvfloor
+print(between - begun, now() - between)
+"""
 LACKS_SOURCE = "install: needs a checkout, and pip and setuptools in this environment"
 QUICK_AUDIT = "audit: left out of a quick run; a full one takes the default audit's minutes"
 
@@ -29,18 +34,17 @@ QUICK_AUDIT = "audit: left out of a quick run; a full one takes the default audi
 def startup(request: BenchRequest) -> Iterator[Found]:
     """Yield the rows of the import beyond torch's, of the help, of the install, and of the default audit."""
     module = [sys.executable, "-m", "kvfloor"]
-    commands = {
-        TORCH: [sys.executable, "-c", "import torch"],
-        OURS: [sys.executable, "-c", "import torch, kvfloor"],
-        HELP: [*module, "--help"],
-    }
-    runs: dict[str, Callable[[], object]] = {name: lambda line=line: _run(line) for name, line in commands.items()}
+    spent: dict[str, list[float]] = {TORCH: [], OURS: []}
+
+    def imports() -> None:
+        for name, seconds in zip(spent, _run([sys.executable, "-c", _IMPORTS]).split(), strict=True):
+            spent[name].append(float(seconds) * 1e3)
+
+    runs: dict[str, Callable[[], object]] = {"": imports, HELP: lambda: _run([*module, "--help"])}
     timed = interleaved(runs, min(request.turns, 12), request.seconds)
-    beyond = tuple(a - b for a, b in zip(timed.ms[OURS], timed.ms[TORCH], strict=True))
-    row = BenchRow.timed(timed, OURS, **_fields())
-    row = replace(row, name=f"{OURS}, beyond torch", ms=median(beyond), ms_interval=median_interval(beyond))
-    yield BenchRow.timed(timed, TORCH, **_fields())
-    yield judged(row, "import")
+    first = Timed({name: tuple(ms[1:]) for name, ms in spent.items()}, timed.threads, timed.share)
+    yield BenchRow.timed(first, TORCH, **_fields())
+    yield judged(BenchRow.timed(first, OURS, **_fields()), "import")
     yield judged(BenchRow.timed(timed, HELP, **_fields()), "help")
     yield from _install()
     if request.quick:
@@ -54,11 +58,12 @@ def _fields() -> dict[str, Any]:
     return {"part": "start", "model": "builtin", "context": 0, "dtype": "float32"}
 
 
-def _run(line: list[str], cwd: str | None = None) -> None:
-    """Run a command without showing what it prints. Raises ValueError with its last words if it fails."""
+def _run(line: list[str], cwd: str | None = None) -> str:
+    """Run a command and return what it prints. Raises ValueError with its last words if it fails."""
     run = subprocess.run(line, capture_output=True, text=True, cwd=cwd)
     if run.returncode:
         raise ValueError(f"{' '.join(line)} failed with exit code {run.returncode}: {run.stderr.strip()[-300:]}")
+    return run.stdout
 
 
 def _once(name: str, line: list[str], cwd: str | None = None) -> BenchRow:

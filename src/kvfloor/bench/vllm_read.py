@@ -36,8 +36,9 @@ def paged_read(
 
 def _call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
     """Return a call of the kernel over one copy, which is packed into vLLM's blocks here."""
-    from vllm import _custom_ops as ops  # type: ignore[import-not-found]
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # type: ignore[import-not-found]
+
+    from vllm import _custom_ops as ops  # type: ignore[import-not-found]
 
     heads, group, width = q.shape
     n, isa = k.shape[1], _get_attn_isa(k.dtype, _BLOCK)

@@ -710,7 +710,7 @@ def bench_(
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(help="Most turns of each comparison; 40 unless given, 8 with --quick.", **whole(6, 10_000)),
+        typer.Option(help="Most turns of each comparison; 60 unless given, 20 with --quick.", **whole(6, 10_000)),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="torch's threads where a target does not name one thread.", **whole(1, 1024))
