@@ -39,8 +39,9 @@ class BenchRow:
     tail            the 99.99th percentile of a token's processor time, as a multiple of its median
     nbytes          bytes that the version holds at the end
     peak            the most bytes that it held, as a multiple of those at the end
-    target, judged  the target that the row answers to, and the field that the target bounds
-    bound, met      the bound, such as ">= 0.6", and whether the row's figure keeps it; None: no target
+    target, asked   the target that the row answers to, such as "T1", and what it asks, in words
+    judged, bound   the field that the target bounds, and the bound, such as ">= 0.6"
+    met             whether the row's figure keeps the bound; None: no target
     crowded         True if other work ran beside it, so that the times are not to be trusted
     """
 
@@ -62,6 +63,7 @@ class BenchRow:
     nbytes: int | None = None
     peak: float | None = None
     target: str | None = None
+    asked: str | None = None
     judged: str | None = None
     bound: str | None = None
     met: bool | None = None

@@ -62,6 +62,10 @@ def run(request: BenchRequest, say: Callable[[str], None]) -> BenchDocument:
                 _measure(RUNS[name], request, document, say)
                 _write(request, document)
             document.complete = True
+        except KeyboardInterrupt:
+            where = "" if request.path is None else f" in {str(request.path)!r}, marked incomplete"
+            say(f"stopped; {len(document.rows)} rows{where}")
+            raise
         finally:
             _write(request, document)
     return document

@@ -97,4 +97,4 @@ def judged(row: BenchRow, key: str | None) -> BenchRow:
         met = row.slope_interval[0] <= target.bound <= row.slope_interval[1]
     else:
         met = figure >= target.bound if target.least else figure <= target.bound
-    return replace(row, target=target.target, judged=target.judged, bound=target.text, met=met)
+    return replace(row, target=target.target, asked=target.words, judged=target.judged, bound=target.text, met=met)
