@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,20 +59,20 @@ def _fields() -> dict[str, Any]:
     return {"part": "start", "model": "builtin", "context": 0, "dtype": "float32"}
 
 
-def _run(line: list[str], cwd: str | None = None) -> str:
+def _run(line: list[str]) -> str:
     """Run a command and return what it prints. Raises ValueError with its last words if it fails."""
-    run = subprocess.run(line, capture_output=True, text=True, cwd=cwd)
+    run = subprocess.run(line, capture_output=True, text=True)
     if run.returncode:
         raise ValueError(f"{' '.join(line)} failed with exit code {run.returncode}: {run.stderr.strip()[-300:]}")
     return run.stdout
 
 
-def _once(name: str, line: list[str], cwd: str | None = None) -> BenchRow:
+def _once(name: str, line: list[str]) -> BenchRow:
     """Return the row of one call of a command, without an interval."""
     witness = Witness()
     witness.look()
     begin = time.perf_counter()
-    _run(line, cwd)
+    _run(line)
     ms = (time.perf_counter() - begin) * 1e3
     witness.look()
     found = Timed({name: (ms,)}, 1, witness.share)
@@ -79,15 +80,22 @@ def _once(name: str, line: list[str], cwd: str | None = None) -> BenchRow:
 
 
 def _install() -> Iterator[Found]:
-    """Yield the row of building and installing kvfloor from its checkout into an empty folder, without the network."""
+    """Yield the row of building and installing kvfloor from a copy of its checkout, without the network.
+
+    A build leaves files beside the sources, so it gets sources of its own.
+    """
     root = checkout()
     if root is None or find_spec("pip") is None or find_spec("setuptools") is None:
         yield LACKS_SOURCE
         return
     with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(root / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(root / name, copy)
         line = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        line += ["--no-build-isolation", "--no-cache-dir", "--target", folder]
+        line += ["--no-build-isolation", "--no-cache-dir", "--target", str(Path(folder) / "installed"), str(copy)]
         try:
-            yield _once(INSTALL, [*line, str(root)])
+            yield _once(INSTALL, line)
         except ValueError as error:
             yield f"install: {error}"
