@@ -33,7 +33,8 @@ class SpeedTarget:
         """Return the bound as text, such as ">= 0.6"."""
         if self.judged == "slope":
             return f"interval holds {self.bound:g}"
-        return f"{'>=' if self.least else '<='} {self.bound:.4g}"
+        bound = f"{self.bound:,.0f}" if self.bound >= 1000 else f"{self.bound:.4g}"
+        return f"{'>=' if self.least else '<='} {bound}"
 
 
 def _ratio(target: str, bound: float, words: str) -> SpeedTarget:
