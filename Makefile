@@ -114,9 +114,13 @@ JOBS   ?= 2
 mutants: $(VENV)/.development
 	$(BIN)/python bench/mutants.py src/kvfloor/core --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS)
 
-bench: $(VENV)/.development
-	$(BIN)/python bench/decode.py
-	$(BIN)/python bench/generate.py
+# Everything timed in one run, with numba's kernels; half an hour. Rows go to bench/performance.json, then docs/performance.md.
+# In two minutes, without a page: make bench BENCH=--quick
+BENCH ?= --profile --json bench/performance.json
+
+bench: $(FAST)/.development
+	$(FAST)/bin/kvfloor bench $(BENCH)
+	$(FAST)/bin/python docs/generate.py
 
 # kvpress supports transformers 5.2 only, so both run in an environment of their own.
 peers: $(PEERS)/.installed

@@ -3,7 +3,8 @@
 Generated: docs/methods.md (the registry's table), docs/cli.md (every command's help), docs/models.md (the results of
 the survey of model families, kept in docs/models/ by release; `make models` measures anew), docs/map.md (the first
 sentence of each module's docstring), docs/contract.md (signatures, docstrings and laws), docs/peers.md (kvpress beside
-kvfloor, from the table that `make peers` writes), docs/api/ (the public names, whose docstrings the site fills in).
+kvfloor, from the table that `make peers` writes), docs/performance.md and its plots (from the results that `make bench`
+writes), docs/api/ (the public names, whose docstrings the site fills in).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from contract_page import contract_page
 from peers_page import peers_page
+from performance_page import performance_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_VERDICTS = {
@@ -37,6 +39,7 @@ COMMANDS = (
     "check",
     "methods",
     "plan",
+    "bench",
     "tasks",
     "measure-layers",
     "facts",
@@ -178,6 +181,7 @@ def main() -> int:
         ROOT / "docs/map.md": map_page(),
         ROOT / "docs/contract.md": contract_page(),
         ROOT / "docs/peers.md": peers_page(),
+        **performance_pages(),
         **{ROOT / f"docs/api/{name.removeprefix('kvfloor.')}.md": api_page(name) for name in API},
     }
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

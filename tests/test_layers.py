@@ -16,7 +16,7 @@ FLOORS = (
     {"methods"},
     {"game", "hf"},
     {"audit", "check", "planning", "vllm"},
-    {"report", "training"},
+    {"bench", "report", "training"},
     {"cli"},
     {"__main__"},
 )

@@ -19,6 +19,9 @@ MIN_SAMPLES = 32
 MIN_BLOCKS = 8
 """Require at least this many blocks of values for the interval of their mean."""
 
+LEAST_FOR_MEDIAN = 6
+"""Require at least this many values for a 95 % interval of their median."""
+
 _STAKES = np.array([1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4])
 """Shares of the capital that `mean_exceeds` stakes: small ones for close calls, large ones for clear ones."""
 
@@ -130,6 +133,23 @@ def _ratio(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     mean = sums.sum(-1) / total
     residual = sums - mean[..., None] * sizes
     return mean, np.sqrt((residual**2).sum(-1) * count / (count - 1)) / total
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return a two-sided confidence interval (low, high) for the median of the distribution of independent `values`.
+
+    The ends are the k-th smallest and the k-th largest value, with the largest k such that the two miss the median with
+    probability at most 1 - confidence: Pr[Binomial(n, 1/2) < k] <= (1 - confidence) / 2. This holds for every
+    distribution. Raises ValueError for too few values: at 95 %, fewer than LEAST_FOR_MEDIAN, 6.
+    """
+    n, most = len(values), (1 - within("confidence", confidence, 0.0, 1.0, low_open=True, high_open=True)) / 2
+    k = 0
+    while k < n // 2 and _binomial_cdf(k, n, 0.5) <= most:
+        k += 1
+    if k == 0:
+        raise ValueError(f"{n} values are too few for an interval of their median at confidence {confidence}")
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[n - k]
 
 
 def confidence_of_look(confidence: float, look: int) -> float:

@@ -698,6 +698,58 @@ def _numbered_steps() -> Callable[[int, str], None]:
     return say
 
 
+@app.command("bench")
+def bench_(
+    parts: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated parts: read, token, prefill, append, start, or their letters a to e."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes: fewer contexts, models and turns.")] = False,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write all rows to this JSON file; - prints them on stdout.")
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Most turns of each comparison; 60 unless given, 20 with --quick.", **whole(6, 10_000)),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="torch's threads where a target does not name one thread.", **whole(1, 1024))
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show which operators a decoded token's time goes to.")
+    ] = False,
+) -> None:
+    """Time kvfloor beside torch, transformers, vLLM's CPU kernel and kvpress, and judge the times by stated targets.
+
+    Versions take turns in one process; a line gives the median and the ratio with a 95 % interval. Other libraries are
+    timed where they are installed, SmolLM2 where it was fetched. Exit code 1, and no figures, if a test of the timed
+    code fails. A full run takes about 25 minutes on two cores.
+    """
+    printed = json_ is not None and str(json_) == "-"
+    from kvfloor.bench.request import PARTS, BenchRequest
+
+    request = BenchRequest(
+        parts=tuple(PARTS) if parts is None else tuple(split_list(parts)),
+        quick=quick,
+        repeats=repeats,
+        threads=threads,
+        profile=profile,
+        path=None if printed else json_,
+        command=_command_line(),
+    )
+    request.check()
+    from kvfloor.bench.gate import Red
+    from kvfloor.bench.run import run
+
+    _quiet_transformers()
+    try:
+        document = run(request, lambda text: print(text, file=sys.stderr if printed else sys.stdout, flush=True))
+    except Red as error:
+        _refuse(str(error), 1)
+    if printed:
+        print(document.text(), end="")
+
+
 @app.command("measure-layers")
 def measure_layers(
     out: Annotated[Path, typer.Option(help="File for the costs (.json), which auto(rows='FILE')@64MiB reads.")],
