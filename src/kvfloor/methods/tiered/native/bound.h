@@ -74,7 +74,7 @@ struct work {
     struct sums sums;
     struct fresh fresh;
     float *x;                                       /* (m, coded tokens) logits, then weights */
-    float *doubt, *growths, *grown;                 /* (m, pages) errors of logits; (pages) and (m, tokens / BLOCK) their exp */
+    float *doubt, *growths, *grown;                 /* (m, pages) errors of logits; (pages), (m, tokens / BLOCK) exp */
     int32_t *list;                                  /* (2, coded tokens) */
     float *asked, *cut, *limit, *small, *top;       /* (m, d), then (m) */
     double *exact, *vector, *centre, *plain;        /* (m, d) the queries times the scale; (d), (dv), (dv) */
@@ -138,7 +138,8 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     for (int64_t h = 0; h < tokens; h++) {
         int64_t t = w->sums.heavy[i][h], k = h;
         const uint8_t *codes = g->value_packed + (g->offset[r] + t) * dv;
-        double step = step_of(g, g->offset[r] + t), away = 0, size = 0, weight = x[t], aways[LANES] = {0}, sizes[LANES] = {0};
+        double step = step_of(g, g->offset[r] + t), away = 0, size = 0, weight = x[t];
+        double aways[LANES] = {0}, sizes[LANES] = {0};
         for (int64_t c = 0; c < dv; c += LANES)
             for (int64_t e = 0; e < LANES; e++) {
                 double number = step * ((double)codes[c + e] - MIDDLE), apart = number - centre[c + e];
@@ -161,7 +162,8 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     rest += of[8] * (1 + TERMS) * (known->decoded + length) * (known->decoded + length);
     const int64_t stride = sizeof *worth / sizeof(double);
     double by_tokens = deviation(&worth->each, &worth->own, stride, tokens, rest, slope * w->gram[i]);
-    double about = by_tokens + slope * rounding * (of[1] + length * of[0]) + uncoded * (fresh_size + length * fresh_mass);
+    double about = by_tokens + slope * rounding * (of[1] + length * of[0]);
+    about += uncoded * (fresh_size + length * fresh_mass);
     about += w->left[i] * (known->widest + length);
     double over = deviation(&worth->spread_each, &worth->spread_own, stride, tokens, w->lighter[i], slope * w->gram[i]);
     over += slope * rounding * w->mass[i] + uncoded * fresh_mass;
@@ -170,7 +172,8 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
     double floor = count * exp(LEAST + widest), log_mass = (double)w->top[i] + log(whole_mass);
     double told = TERMS * (before->mass + fresh_mass) / whole_mass + 4 * UNIT * (fabs(log_mass) + 1);
     double slack = (1 + UNIT * (count / 64 + 4 * (double)dv + 256)) * (1 + told);
-    double by_values = least_of(by_norm, by_radius), off = (about + by_values + floor * (known->widest + length)) / whole_mass;
+    double by_values = least_of(by_norm, by_radius);
+    double off = (about + by_values + floor * (known->widest + length)) / whole_mass;
     off = (off + 2 * TERMS * lengths * exp(widest)) * slack; /* 2: codes and half steps are summed apart */
     w->whole[i] = whole_mass;
     w->rest[i] = off - w->left[i] * (known->widest + length) / whole_mass * slack;
@@ -188,7 +191,8 @@ static void answer(const struct given *g, struct work *w, int64_t r, int64_t i, 
             double grown = sqrt(worth[taken].spread_own) + worth[taken].spread_each;
             grown_square -= grown * grown;
         }
-        double fewer = deviation(&worth[taken].each, &worth[taken].own, stride, tokens - taken, rest, slope * w->gram[i]);
+        double fewer =
+            deviation(&worth[taken].each, &worth[taken].own, stride, tokens - taken, rest, slope * w->gram[i]);
         fewer += least_of(sqrt(most_of(grown_square, 0)) * (double)g->operator_[r], by_radius);
         w->needed[i] = taken;
         if (off - (by_tokens + by_values - fewer) / whole_mass * slack <= most) break;

@@ -35,7 +35,7 @@ static void leave_light(const struct given *g, struct work *w, int64_t r, int64_
 
 /* Find the heavy tokens among those that are left, as all that there were are fetched.
 
-   Return 0 if there are none, 1 if they were taken out of the sums over light tokens, 2 if values must be read again. */
+   Return 0 if there are none, 1 if they were taken out of the sums over light tokens, 2 to read the values again. */
 static int deepened(const struct given *g, struct work *w, int64_t r, int64_t i) {
     if (w->sums.heavies[i] || sure(g, r, i) || w->known[i].wild) return 0;
     if (w->deeper[i] == DEEPEST) return w->widened[i] ? 2 : 0; /* what float32 made of the sums may be the reason */

@@ -26,7 +26,8 @@ static void read_all_lengths(const struct given *g, struct work *w, int64_t r, i
 static double likely(const struct given *g, const struct work *w, int64_t r, int64_t i, double whole) {
     const struct known *known = &w->known[i];
     double root = sqrt(w->lighter[i]), by_norm = root * (double)g->operator_[r], by_radius = w->mass[i] * known->radius;
-    return (w->gram[i] * root * known->typical + least_of(by_norm, by_radius)) / (whole * most_of(known->largest, 1e-30));
+    double about = w->gram[i] * root * known->typical + least_of(by_norm, by_radius);
+    return about / (whole * most_of(known->largest, 1e-30));
 }
 
 /* Lower the cut of query i of row r if its answer is not within epsilon, but would be if more values were read.
@@ -45,7 +46,8 @@ static int lowered(const struct given *g, struct work *w, int64_t r, int64_t i) 
 static void read_values(const struct given *g, struct work *w, int64_t r) {
     double longest = 0;
     for (int64_t i = 0; i < g->m; i++) longest = most_of(w->known[i].decoded, longest);
-    struct weighted from = {g->offset[r], g->coded[r], w->x, w->cut, w->limit, w->small, w->grown, longest, w->list, w->left};
+    struct weighted from = {g->offset[r], g->coded[r], w->x, w->cut, w->limit, w->small, w->grown, longest, w->list,
+                            w->left};
     add_values(g, &w->sums, &from);
     for (int64_t i = 0; i < g->m; i++) {
         memcpy(w->before[i].of, w->sums.of[i], sizeof w->before[i].of);
@@ -108,7 +110,8 @@ static void answer_row(const struct given *g, struct work *w, int64_t r) {
         float *growths = w->growths;
         for (int64_t page = 0; page < pages; page += LANES) { /* of doubts beyond the last page nothing is made */
             numbers doubt = load(w->doubt + i * pages + page);
-            store(growths + page, (float)(1 + 4 * UNIT) / exponential(-choose(doubt < (float)DOUBT, doubt, every((float)DOUBT))));
+            doubt = choose(doubt < (float)DOUBT, doubt, every((float)DOUBT));
+            store(growths + page, (float)(1 + 4 * UNIT) / exponential(-doubt));
         }
         for (int64_t page = 0, blocks = g->group / BLOCK; page < pages; page++) {
             float growth = growths[page];

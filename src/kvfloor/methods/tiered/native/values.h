@@ -11,7 +11,7 @@
 struct sums {
     int64_t place[BLOCK];
     int32_t token[BLOCK];
-    int8_t *codes;                     /* (BLOCK, dv) the values' codes less 128, half a step below what they stand for */
+    int8_t *codes;                     /* (BLOCK, dv) the values' codes less 128: half a step below the values */
     float step[BLOCK], radius[BLOCK], size[BLOCK];
     float *weight;                     /* (2 m, BLOCK) weights times steps; light ones' squares, times steps */
     float *part;                       /* (2 m, dv) sums of at most CHUNK tokens */
@@ -113,7 +113,7 @@ struct weighted {
     int64_t place, n;          /* the slot of token 0; how many tokens */
     const float *x;            /* (m, n) weights */
     const float *cut, *limit;  /* (m) weights up to which a token is not read, and above which it is heavy */
-    const float *small;        /* (m) weights up to which a token's norm is not computed, if that holds for all queries */
+    const float *small;        /* (m) weights up to which a token is of small weight, if that holds for all queries */
     const float *grown;        /* (m, n / BLOCK) at least exp of the bound on the logits' errors */
     double longest;            /* at least the norms of what all values are decoded to */
     int32_t *list;             /* room for 2 n indices */
@@ -203,8 +203,8 @@ INLINE void add_large(const struct given *g, struct sums *s, int64_t i, const fl
    those that are not heavy: of squared weights times squared sizes, of squared weights, of squared grown weights; of
    what `weight` holds of this query, of all and of the light ones; and over tokens of small weight, which the sums of
    squared weights leave out, of their squared weights */
-INLINE void add_block(const struct given *g, struct sums *s, const struct weighted *from, const int32_t *list, int64_t many,
-                      int64_t start, unsigned other, const int small, const int run) {
+INLINE void add_block(const struct given *g, struct sums *s, const struct weighted *from, const int32_t *list,
+                      int64_t many, int64_t start, unsigned other, const int small, const int run) {
     for (int64_t t = 0; t < BLOCK; t++) {
         s->token[t] = run ? (int32_t)(start + t) : list[t < many ? t : 0]; /* with weight 0 */
         s->place[t] = from->place + s->token[t];
