@@ -114,8 +114,8 @@ JOBS   ?= 2
 mutants: $(VENV)/.development
 	$(BIN)/python bench/mutants.py src/kvfloor/core --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS)
 
-# Everything timed in one run, with numba's kernels; half an hour. Rows go to bench/performance.json, then docs/performance.md.
-# In two minutes, without a page: make bench BENCH=--quick
+# Everything timed in one run, with numba's kernels. Rows go to bench/performance.json, then docs/performance.md.
+# A short run, without rows in that file: make bench BENCH=--quick
 BENCH ?= --profile --json bench/performance.json
 
 bench: $(FAST)/.development

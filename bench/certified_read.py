@@ -37,6 +37,7 @@ from unittest.mock import patch
 
 import torch
 from gate import green
+from timing import interleaved
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -48,24 +49,6 @@ G, D = 3, 64
 EPSILONS, REPEATS, SECONDS = (0.01, 0.1), 40, 20.0
 TEXT, LAYERS, ONCE = "speech", 4, 64
 PARTS = ("logits", "weights", "values")
-
-
-def least(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the least milliseconds of this thread's processor that each call takes, after an uncounted one.
-
-    The calls take turns, so that a slow spell of the machine does not fall on one of them.
-    """
-    for call in calls.values():
-        call()
-    best, begun = dict.fromkeys(calls, float("inf")), time.perf_counter()
-    for i in range(REPEATS):
-        for name, call in calls.items():
-            start = time.thread_time()
-            call()
-            best[name] = min(best[name], (time.thread_time() - start) * 1e3)
-        if i >= 2 and time.perf_counter() - begun > SECONDS:
-            break
-    return best
 
 
 def streams(keys: str, rows: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +104,8 @@ def timed(keys: str, rows: int, n: int) -> Iterator[dict[str, float]]:
         }
         if served:
             calls["kernel"] = partial(kernel.read, state.hot, flat, None, epsilon)
-        line = {"epsilon": epsilon, "kernel": float("nan")} | least(calls)
+        times = interleaved(calls, REPEATS, min, time.thread_time, SECONDS)
+        line = {"epsilon": epsilon, "kernel": float("nan")} | times
         line["fp32/"], line["read/"] = line["fp32"] / line["kernel"], line["fp32"] / line["read"]
         if served:
             given = kernel.arguments(state.hot, flat, None, epsilon)

@@ -271,3 +271,26 @@ def _quantile(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence} is impossible: give a share strictly between 0 and 1, e.g. 0.95")
     return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def student_quantile(confidence: float, freedom: int) -> float:
+    """Return t such that Student's variable of so many degrees of freedom lies in [-t, t] with this probability.
+
+    Law: the probability is a finite sum of powers of cos(theta), theta = atan(t / sqrt(freedom)); bisection inverts it.
+    """
+    confidence = within("confidence", confidence, 0.0, 1.0, low_open=True, high_open=True)
+    low, high = 0.0, 0.5 * math.pi
+    for _ in range(200):
+        theta = 0.5 * (low + high)
+        low, high = (theta, high) if _inside(theta, freedom) < confidence else (low, theta)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _inside(theta: float, freedom: int) -> float:
+    """Return P(|T| < sqrt(freedom) tan(theta)) for Student's T."""
+    cosine, odd = math.cos(theta), freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for j in range(freedom // 2):
+        total += term
+        term *= cosine * cosine * ((2 * j + 2) / (2 * j + 3) if odd else (2 * j + 1) / (2 * j + 2))
+    return 2.0 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total

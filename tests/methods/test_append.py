@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from kvfloor import Spec, parse
 from kvfloor.methods.sketches import append
 from kvfloor.methods.sketches.clusters import Clusters, Reservoir
+from tests.faulty_c import faulty
 
 pytestmark = pytest.mark.skipif(append.library() is None, reason="no C compiler here")
 
@@ -136,9 +136,8 @@ def test_without_memory_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_other_structures_are_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = tmp_path / "append.c"
-    changed.write_text(append.SOURCE.read_text().replace("int64_t r, b, d, dv, s;", "int64_t r, b, d, dv, s, more;"))
-    monkeypatch.setattr(append, "SOURCE", changed)
+    more = ("int64_t r, b, d, dv, s;", "int64_t r, b, d, dv, s, more;")
+    monkeypatch.setattr(append, "SOURCE", faulty(append.SOURCE, tmp_path / "source", more))
     assert append.loaded(tmp_path / "made") is None
 
 
@@ -177,11 +176,7 @@ MUTANTS = (
 
 @pytest.mark.parametrize(("right", "fault", "kind"), MUTANTS)
 def test_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, fault: str, kind: str) -> None:
-    text = append.SOURCE.read_text()
-    assert text.count(right) == 1
-    shutil.copy(append.SOURCE, tmp_path / "append.c")
-    (tmp_path / "append.c").write_text(text.replace(right, fault))
-    monkeypatch.setattr(append, "SOURCE", tmp_path / "append.c")
+    monkeypatch.setattr(append, "SOURCE", faulty(append.SOURCE, tmp_path / "source", (right, fault)))
     monkeypatch.setattr(append, "OPTIONS", ("-O0", *append.OPTIONS[1:]))
     broken = append.loaded(tmp_path / "made")
     k, v = stream(300, 24, kind)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvfloor.planning import fit_window_law
-from kvfloor.planning.window_law import student_quantile
+from kvfloor.statistics import student_quantile
 
 WINDOWS = (128, 256, 512, 1024, 2048)
 

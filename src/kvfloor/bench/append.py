@@ -24,7 +24,7 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.state import State
 from kvfloor.methods.grammar import default_method, parse
 from kvfloor.methods.registry import TABLE
-from kvfloor.statistics import LEAST_FOR_MEDIAN
+from kvfloor.statistics import LEAST_FOR_MEDIAN, student_quantile
 
 BUDGET, ROWS, GROUP, WIDTH = 256, 4, 2, 64
 FIRST, STEPS, BULK = 1024, 64, 4096
@@ -35,7 +35,6 @@ BRIEF = ("sinks@256", "h2o@256", "knorm@256", "window+value_sum@256")
 TO_THE_END = ("sinks@256", "h2o@256")
 """Methods that may take as long as a million tokens take; others stop after ten seconds."""
 
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, 1 to 10 degrees
 SUBGEN_ROWS, SUBGEN_TOKENS = 32, 256
 
 
@@ -120,13 +119,13 @@ def timed(young: State, old: State, source: torch.Generator) -> tuple[float, flo
 def slope(lengths: Sequence[int], costs: Sequence[float]) -> tuple[float, float]:
     """Return the least-squares slope per doubling of the length, and the half-width of its 95 % interval.
 
-    costs: a token's cost at each length, relative to a young state's. Between 3 and 12 lengths.
+    costs: a token's cost at each length, relative to a young state's. At least 3 lengths.
     """
     x = [math.log2(n) for n in lengths]
     fit = statistics.linear_regression(x, costs)
     rest = [y - fit.slope * at - fit.intercept for at, y in zip(x, costs, strict=True)]
     spread = math.sqrt(sum(r * r for r in rest) / (len(x) - 2))
-    return fit.slope, _STUDENT[len(x) - 3] * spread / math.sqrt((len(x) - 1) * statistics.variance(x))
+    return fit.slope, student_quantile(0.95, len(x) - 2) * spread / math.sqrt((len(x) - 1) * statistics.variance(x))
 
 
 def _tail(method: Method, state: State, source: torch.Generator, tokens: int, witness: Witness) -> BenchRow:

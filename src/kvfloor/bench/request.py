@@ -30,7 +30,7 @@ class BenchRequest:
     """Hold one run's wishes.
 
     parts    names of parts, of PARTS; or their letters a to e
-    quick    True for a run of about two minutes: fewer contexts, models and turns
+    quick    True for a short run: fewer contexts, models and turns
     repeats  most turns of a comparison; None: 60, or 20 in a quick run
     threads  torch's threads where a target does not ask for one; None: torch's own number
     profile  True to profile decoded tokens too

@@ -704,7 +704,7 @@ def bench_(
         str | None,
         typer.Option(help="Comma-separated parts: read, token, prefill, append, start, or their letters a to e."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two minutes: fewer contexts, models and turns.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes: fewer contexts, models and turns.")] = False,
     json_: Annotated[
         Path | None, typer.Option("--json", help="Also write all rows to this JSON file; - prints them on stdout.")
     ] = None,
@@ -723,7 +723,7 @@ def bench_(
 
     Versions take turns in one process; a line gives the median and the ratio with a 95 % interval. Other libraries are
     timed where they are installed, SmolLM2 where it was fetched. Exit code 1, and no figures, if a test of the timed
-    code fails. A full run takes about 25 minutes on two cores.
+    code fails.
     """
     printed = json_ is not None and str(json_) == "-"
     from kvfloor.bench.request import PARTS, BenchRequest

@@ -16,10 +16,13 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+OPTIONS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+"""Options that all kernels are compiled with, beside those for instructions and for fused operations."""
 
 _SECONDS = 120.0
 
@@ -34,6 +37,14 @@ def instructions() -> tuple[str, ...]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ()
     return ("-mavx2", "-mfma") if torch.backends.cpu.get_cpu_capability().startswith("AVX") else ()
+
+
+def if_possible(load: Callable[[], ctypes.CDLL | None]) -> ctypes.CDLL | None:
+    """Return the kernel that `load` loads; None where it cannot be had."""
+    try:
+        return load()
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None
 
 
 def compiled(source: Path, name: str, folder: Path, options: Sequence[str]) -> ctypes.CDLL:

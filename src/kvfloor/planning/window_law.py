@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvfloor.validation import positive, within
+from kvfloor.statistics import student_quantile
+from kvfloor.validation import positive
 
 LEAST_WINDOWS = 4
 
@@ -82,26 +83,3 @@ def fit_window_law(windows: Sequence[float], nats: Sequence[float]) -> WindowLaw
     half = student_quantile(0.95, n - 2) * deviation / math.sqrt(spread)
     constant = math.exp(level - slope * middle)
     return WindowLaw(-slope, constant, -slope - half, -slope + half, deviation, n, middle, spread)
-
-
-def student_quantile(confidence: float, freedom: int) -> float:
-    """Return t such that Student's variable of so many degrees of freedom lies in [-t, t] with this probability.
-
-    Law: the probability is a finite sum of powers of cos(theta), theta = atan(t / sqrt(freedom)); bisection inverts it.
-    """
-    confidence = within("confidence", confidence, 0.0, 1.0, low_open=True, high_open=True)
-    low, high = 0.0, 0.5 * math.pi
-    for _ in range(200):
-        theta = 0.5 * (low + high)
-        low, high = (theta, high) if _inside(theta, freedom) < confidence else (low, theta)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _inside(theta: float, freedom: int) -> float:
-    """Return P(|T| < sqrt(freedom) tan(theta)) for Student's T."""
-    cosine, odd = math.cos(theta), freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for j in range(freedom // 2):
-        total += term
-        term *= cosine * cosine * ((2 * j + 2) / (2 * j + 3) if odd else (2 * j + 1) / (2 * j + 2))
-    return 2.0 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kvfloor.methods.tiered.fetch import CertifiedReader
 from kvfloor.methods.tiered.tiered import Tiered, TieredState
 from tests.certify.families import FAMILIES, queries
 from tests.certify.test_trials import truth
+from tests.faulty_c import faulty
 from tests.support import seeded
 
 pytestmark = pytest.mark.skipif(not kernel.installed(), reason="the kernel needs a C compiler, such as gcc or clang")
@@ -625,12 +625,7 @@ def with_a_fault(right: str, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def with_faults(faults: tuple[tuple[str, str], ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = shutil.copytree(kernel_library.SOURCE.parent, tmp_path / "source")
-    for right, fault in faults:
-        (file,) = (file for file in folder.iterdir() if right in file.read_text())
-        assert file.read_text().count(right) == 1
-        file.write_text(file.read_text().replace(right, fault))
-    monkeypatch.setattr(kernel_library, "SOURCE", folder / "certify.c")
+    monkeypatch.setattr(kernel_library, "SOURCE", faulty(kernel_library.SOURCE, tmp_path / "source", *faults))
     monkeypatch.setattr(kernel_library, "OPTIONS", ("-O0", *kernel_library.OPTIONS[1:]))
     broken = kernel_library.loaded(tmp_path)
     monkeypatch.setattr(kernel_library, "library", lambda: broken)

@@ -12,6 +12,7 @@ import torch
 from kvfloor import Spec
 from kvfloor.methods.tiered import kernel, kernel_library
 from kvfloor.methods.tiered.tiered import Tiered
+from tests.faulty_c import faulty
 
 pytestmark = pytest.mark.skipif(not kernel.installed(), reason="the kernel needs a C compiler, such as gcc or clang")
 
@@ -74,11 +75,8 @@ def test_a_folder_that_cannot_be_written_gives_no_kernel(cache: Path, monkeypatc
 
 
 def test_a_kernel_that_takes_other_arguments_is_not_used(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    changed = shutil.copytree(kernel_library.SOURCE.parent, cache.parent.parent / "changed")
-    given = (changed / "given.h").read_text()
-    assert "int64_t rows, m," in given
-    (changed / "given.h").write_text(given.replace("int64_t rows, m,", "int64_t rows, more, m,"))
-    monkeypatch.setattr(kernel_library, "SOURCE", changed / "certify.c")
+    more = ("int64_t rows, m,", "int64_t rows, more, m,")
+    monkeypatch.setattr(kernel_library, "SOURCE", faulty(kernel_library.SOURCE, cache.parent.parent / "changed", more))
     monkeypatch.setattr(kernel_library, "library", kernel_library.library.__wrapped__)
     kernel.installed.cache_clear()
     try:

@@ -26,7 +26,7 @@ from kvfloor.floors.measured.directions import ball_among
 from kvfloor.floors.measured.levels import Demand
 from kvfloor.floors.measured.limit import Watch
 from kvfloor.floors.measured.products import Factors, Rounding, key_sizes
-from kvfloor.floors.measured.search import NEARNESS, Block, formed
+from kvfloor.floors.measured.search import NEARNESS, Block, formed, joined, joining_bits
 from kvfloor.floors.measured.shares import (
     TOKENS_AT_ONCE,
     Masses,
@@ -38,7 +38,6 @@ from kvfloor.floors.measured.shares import (
 from kvfloor.logits import capped
 
 _SORTED_AT_ONCE = 4096  # keys whose queries are found before the best of them are tried first
-_PASSES = 16  # most iterations that settle which tokens of a part are accepted
 
 
 class Proved(NamedTuple):
@@ -202,16 +201,10 @@ class Alone:
         after = torch.zeros_like(shift)
         for others in self._tokens[: self._count].split(TOKENS_AT_ONCE):
             after += exponentials(factors.logits(slice(None), others), shift).sum(1).double()
-        hopeful = self._reads(after, beyond).nonzero()[:, 0]
+        hopeful = (joining_bits(self._demand, after, beyond) > 0.0).nonzero()[:, 0]
         inside = exponentials(factors.logits(slice(None), tokens), shift)
         earlier = inside[hopeful][:, hopeful].tril(-1).double()
-        joins = torch.ones_like(hopeful, dtype=torch.bool)
-        for _ in range(_PASSES):
-            again = self._reads(after[hopeful] + earlier @ joins.double(), beyond[hopeful])
-            if bool((again == joins).all()):
-                break
-            joins = again
-        new = hopeful[joins]
+        new = hopeful[joined(self._demand, after[hopeful], beyond[hopeful], earlier)]
         if len(new) == 0:
             return
         inside = inside[new][:, new]
@@ -251,10 +244,6 @@ class Alone:
         bits = float(self._demand.bits(weights, leaks).sum())
         if bits > self._best[0]:
             self._best = bits, self._count, weights, leaks
-
-    def _reads(self, after: Tensor, beyond: Tensor) -> Tensor:
-        own = 1.0 / (1.0 + after + beyond)
-        return self._demand.bits(own, own * after) > 0.0
 
 
 class _PartLogits:

@@ -40,7 +40,7 @@ _QUERIES_AT_ONCE = 128
 _SAMPLED_QUERIES = 1024
 NEARNESS = (0.5, 0.2, 0.05, 0.0)  # a token belongs to a query's group from this share of its largest weight on
 _ENOUGH = 1.001  # the search ends within a thousandth of the most bits possible
-_PASSES = 16  # most iterations that settle which queries of a block are chosen
+_PASSES = 16  # most iterations of `settled`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +226,7 @@ def formed(block: Block, taken: Tensor, demand: Demand, share: float) -> Formed:
 
     taken (n,), bool, marks the tokens that are in groups already. Near tokens have at least `share` of a query's
     largest weight. A group is formed only if it adds bits while all groups formed so far are decoded after it.
-    For speed, all queries are handled at once. Which of them are skipped depends on which earlier ones are skipped. So
-    the skipped ones are first guessed, and then recomputed until nothing changes, at most a fixed number of times.
+    For speed, all queries are handled at once, by `settled`.
     """
     near = block.near(share) & ~taken
     tokens = near.view(torch.uint8).amax(0).nonzero()[:, 0]  # faster than any() along the first axis
@@ -240,15 +239,56 @@ def formed(block: Block, taken: Tensor, demand: Demand, share: float) -> Formed:
     weights, near, own, leak = (x[places] for x in (weights, near, own, leak))
     member = near.to(weights.dtype).T
     lost, leaked = ((weights * near) @ member).tril(-1), (weights @ member).tril(-1)
-    accepted = torch.ones_like(places, dtype=torch.bool)
-    for _ in range(_PASSES):
+
+    def added(accepted: Tensor) -> Tensor:
         earlier = accepted.to(weights.dtype)
-        bits = demand.bits((own - lost @ earlier).clamp_min(0.0), leak + leaked @ earlier)
-        if bool(((bits > 0.0) == accepted).all()):
-            break
-        accepted = bits > 0.0
+        return demand.bits((own - lost @ earlier).clamp_min(0.0), leak + leaked @ earlier)
+
+    accepted, bits = settled(added, len(places), places.device)
     if not bool(accepted.any()):
         return Formed(places[:0], tokens[:0], tokens[:0], 0.0)
     near = near[accepted]
     read = near.any(0)
     return Formed(places[accepted], tokens[read], near.to(torch.uint8).argmax(0)[read], float(bits[accepted].sum()))
+
+
+def settled(added: Callable[[Tensor], Tensor], a: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Accept those of a candidates that add bits, where what one adds depends on which earlier ones are accepted.
+
+    added  returns the bits (a,) that each candidate adds if those marked in a mask (a,) are accepted
+    All are taken for accepted first. Then the mask is computed again until nothing changes, at most a fixed number of
+    times. Returns the mask (a,), bool, and the bits (a,) computed last.
+    """
+    accepted = torch.ones(a, dtype=torch.bool, device=device)
+    bits = torch.zeros(a, dtype=torch.float64, device=device)
+    for _ in range(_PASSES):
+        bits = added(accepted)
+        if bool(((bits > 0.0) == accepted).all()):
+            break
+        accepted = bits > 0.0
+    return accepted, bits
+
+
+def joining_bits(demand: Demand, load: Tensor, beyond: Tensor) -> Tensor:
+    """Return the bits (t,) that each token would add to the floor if it joined a stream of read tokens.
+
+    Both are softmax masses of a token's own query, divided by its mass on this token:
+    load    (t,) the mass on the members that are decoded after the token
+    beyond  (t,) the mass on tokens outside the stream
+    """
+    own = 1.0 / (1.0 + load + beyond)
+    return demand.bits(own, own * load)
+
+
+def joined(demand: Demand, load: Tensor, beyond: Tensor, inside: Tensor) -> Tensor:
+    """Let tokens join a stream of read tokens in turn, each decoded before all so far, if it adds bits.
+
+    load, beyond  as in `joining_bits`, for the members so far
+    inside        (t, t) the mass of each token's query on the tokens before it in turn, 0 elsewhere
+    Returns a mask (t,), bool, of the tokens that join.
+    """
+
+    def added(accepted: Tensor) -> Tensor:
+        return joining_bits(demand, load + inside @ accepted.to(inside.dtype), beyond)
+
+    return settled(added, len(load), load.device)[0]

@@ -36,6 +36,7 @@ from kvfloor.floors.measured.improve import by_damage, promised, pruned
 from kvfloor.floors.measured.levels import Demand
 from kvfloor.floors.measured.limit import unwatched
 from kvfloor.floors.measured.products import Factors, rough_dtype
+from kvfloor.floors.measured.search import joined, joining_bits
 from kvfloor.logits import capped
 
 _TOKENS_AT_ONCE = _OTHERS_AT_ONCE = 512
@@ -44,7 +45,6 @@ _ROUNDS = 3
 _PATIENCE = 2  # so many steps in a row without a gain of more than a thousandth end the revisions
 _WORTHWHILE = 1.001
 _NEARLY_ALL = 0.9  # from this share of tokens on that are readable by a sample's estimate, all of these are tried
-_PASSES = 16  # most iterations that settle which tokens of a block are accepted
 _TOP = 60.0  # logit differences are cut to +-60: exponentials stay finite, and clear of slow subnormal numbers
 
 
@@ -171,7 +171,7 @@ class Spread:
         if len(self._all) <= FEW:
             yield self._best(pull, (load.argsort(), pull.damage(sample, self._all).argsort()))
             return
-        fine = self._reads(load, pull.beyond)
+        fine = joining_bits(self.demand, load, pull.beyond) > 0.0
         if float(fine.double().mean()) >= _NEARLY_ALL:
             tokens = load.argsort()
             tokens = tokens[fine[tokens]]
@@ -256,25 +256,9 @@ class Spread:
         new = torch.ones_like(self._all, dtype=torch.bool)
         new[members] = False
         for part in order[new[order]].split(_TOKENS_AT_ONCE):
-            load = pull.load(part, members)
-            alone = self._reads(load, pull.beyond[part])
-            part, load = part[alone], load[alone]
-            inside = pull.on(part, part).tril(-1)
-            accepted = torch.ones_like(part, dtype=torch.bool)
-            for _ in range(_PASSES):
-                again = self._reads(load + inside @ accepted.to(inside.dtype), pull.beyond[part])
-                if bool((again == accepted).all()):
-                    break
-                accepted = again
+            load, beyond = pull.load(part, members), pull.beyond[part]
+            alone = joining_bits(self.demand, load, beyond) > 0.0
+            part, load, beyond = part[alone], load[alone], beyond[alone]
+            accepted = joined(self.demand, load, beyond, pull.on(part, part).tril(-1))
             members = torch.cat([part[accepted].flip(0), members])
         return members
-
-    def _reads(self, load: Tensor, beyond: Tensor) -> Tensor:
-        """Mark the tokens (t,), bool, that would add bits to the floor if they joined the stream.
-
-        Both arguments are softmax masses of a token's own query, divided by its mass on this token:
-        load    (t,) the mass on the members that are decoded after the token
-        beyond  (t,) the mass on tokens outside the stream
-        """
-        own = 1.0 / (1.0 + load + beyond)
-        return self.demand.bits(own, own * load) > 0.0

@@ -7,7 +7,6 @@ float32 tensors on a CPU. In shapes, r are the rows of a call and b the new toke
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfloor.core.native import compiled, instructions
+from kvfloor.core import native
+from kvfloor.core.native import instructions
 from kvfloor.models.gguf import cache_folder
 
 if TYPE_CHECKING:
     from kvfloor.methods.sketches.clusters import Clusters, Reservoir
 
 SOURCE = Path(__file__).with_name("append.c")
-OPTIONS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+OPTIONS = (*native.OPTIONS, "-ffp-contract=off")
 _NOT_HERE, _NO_MEMORY = 1, 2
 _UNLIMITED = 2**62
 
@@ -51,15 +51,12 @@ class _Offering(ctypes.Structure):
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernel, which is made first if it is missing; None where it cannot be had."""
-    try:
-        return loaded(cache_folder() / "kernels")
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
+    return native.if_possible(lambda: loaded(cache_folder() / "kernels"))
 
 
 def loaded(folder: Path) -> ctypes.CDLL | None:
     """Return the compiled kernel in a folder, made there if it is missing; None if it takes other structures."""
-    found = compiled(SOURCE, "append", folder, (*OPTIONS, *instructions()))
+    found = native.compiled(SOURCE, "append", folder, (*OPTIONS, *instructions()))
     for name, given in (("join", _Joining), ("offer", _Offering)):
         work, size = getattr(found, name), getattr(found, f"size_of_{name}ing")
         work.argtypes, work.restype, size.restype = (ctypes.c_void_p,), ctypes.c_int64, ctypes.c_int64

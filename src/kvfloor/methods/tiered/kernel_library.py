@@ -7,31 +7,28 @@ no kernel: torch computes the same, more slowly.
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from kvfloor.core.native import compiled, instructions
+from kvfloor.core import native
+from kvfloor.core.native import instructions
 from kvfloor.models.gguf import cache_folder
 
 SOURCE = Path(__file__).parent / "native" / "certify.c"
 """The file that is compiled; it includes others of its folder."""
 
-OPTIONS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+OPTIONS = (*native.OPTIONS, "-ffp-contract=fast")
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernel, which is made first if it is missing; None where it cannot be had."""
-    try:
-        return loaded(cache_folder() / "kernels")
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
+    return native.if_possible(lambda: loaded(cache_folder() / "kernels"))
 
 
 def loaded(folder: Path) -> ctypes.CDLL:
     """Return the compiled kernel in a folder, which is for this user alone; compile it there if it is missing."""
-    found = compiled(SOURCE, "certify", folder, (*OPTIONS, *instructions()))
+    found = native.compiled(SOURCE, "certify", folder, (*OPTIONS, *instructions()))
     found.size_of_given.restype = ctypes.c_int64
     found.certify.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
     for name in ("want", "refine"):

@@ -1,7 +1,7 @@
 /* Compute certified attention over packed codes, read in place.
 
    kernel.py says when it is used, `certify.glimpse` defines what it computes, and docs/certificates.md has the bounds
-   and what the order of this file's sums allows for rounding.
+   and what it allows for the rounding of sums in their order here.
 
    A row is one (batch item, kv head) stream, a slot the place of one held token, a page `group` tokens of a row that
    are coded together, a channel one entry of a key or value. The kernel goes through a row's coded slots twice: for all

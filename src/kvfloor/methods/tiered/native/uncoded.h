@@ -82,11 +82,11 @@ static void read_lengths(const struct given *g, int64_t r, int64_t i, struct kno
     const float shrink = (float)(1 - UNIT * (4 * (double)g->dv + 64)), root = (float)sqrt((double)g->dv);
     int64_t place = g->offset[r], n = g->coded[r];
     float least = g->coded[r] > g->first && !g->hide ? g->longest[r] * shrink : 0.0f;
-    numbers radii = {}, widest = {}, radius = {};
+    numbers radii = {}, widest = {}, most = {};
     for (int64_t start = 0; start < n; start += LANES) {
         numbers here = from_shorts(g->radius + place + start);
         radii += here;
-        radius = larger(here, radius);
+        most = larger(here, most);
         widest += from_shorts(g->value_widest + place + start);
     }
     for (int64_t t = g->first; g->hide && t < n; t++) {
@@ -97,7 +97,7 @@ static void read_lengths(const struct given *g, int64_t r, int64_t i, struct kno
     }
     known->largest = least;
     known->widest = (double)g->longest[r] * (1 + UNIT * (4 * (double)g->dv + 64));
-    known->decoded = (known->widest + (double)highest(radius)) * (1 + UNIT);
+    known->decoded = (known->widest + (double)highest(most)) * (1 + UNIT);
     known->typical = (double)sum(widest) / (double)(n ? n : 1) * root / 2.5; /* as if entries were normal */
     known->radius = (double)sum(radii) / (double)(n ? n : 1);
 }
