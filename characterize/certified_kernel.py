@@ -59,7 +59,7 @@ def measure(name: str) -> list[Row]:
                     error = (some.partial.mean.double() - right).norm(dim=-1)
                     violations[i] += wrong + int((error > some.bound).sum())
                     sure[i].append(some.within(epsilon).flatten().double())
-                    unread[i].append(torch.from_numpy(given["unread"]).flatten().double())
+                    unread[i].append(given["unread"].flatten().double())
     ratio, torchs = torch.cat(ratios), torch.cat(theirs)
     larger = [float(ratio.quantile(share)) for share in (0.5, 0.9, 1.0)]
     return [

@@ -273,7 +273,7 @@ def unread(state: TieredState, q: Tensor, epsilon: float, **changes: Any) -> tup
     """Return the kernel's answers to q, and the share of each query's mass whose values it did not read."""
     given = kernel.arguments(hot(state), q, None, epsilon) | changes
     kernel.run(given, 1)
-    return kernel.found(given), torch.from_numpy(given["unread"])
+    return kernel.found(given), given["unread"]
 
 
 def tilted(n: int = 2048) -> tuple[Tensor, ...]:
@@ -395,6 +395,67 @@ def test_what_is_fetched_is_seen_by_some_query() -> None:
     assert many > 0 and not wrong(found, exact)
 
 
+def near_as_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise AssertionError if the kernel, fetching from memory itself, differs from a loop that fetches for it."""
+    for seed, dtype in ((41, torch.float32), (42, torch.bfloat16)):
+        k, v, q = (x.to(dtype) for x in drawn(seed, 900, rows=3))
+        present = torch.ones(3, 900, dtype=torch.bool)
+        present[1, 500:] = False
+        state = filled(k, v, page=64, recent=64, present=present)
+        reader = CertifiedReader(state.spec, hot(state), state.slots, 1e-3)  # type: ignore[arg-type]
+        asked = q.float() * 8
+        for one, real in (
+            (asked.unsqueeze(2), None),
+            (asked.unflatten(1, (3, 2)), torch.tensor([[1, 1], [1, 0], [0, 1]]) > 0),
+        ):
+            near = reader._kernel(one, None, real)
+            with monkeypatch.context() as patch:
+                patch.setattr(kernel.Near, "reached", classmethod(lambda *given: None))
+                far = reader._kernel(one, None, real)
+            assert int(near[1].sum()) > 50 and torch.equal(near[1], far[1]) and torch.equal(near[2], far[2])
+            close = (
+                {"rtol": 0.0, "atol": 0.0} if real is None else {"rtol": 1e-5, "atol": 1e-6}
+            )  # else in another order
+            for name in ("error", "spread", "largest"):
+                torch.testing.assert_close(getattr(near[0], name), getattr(far[0], name), **close)
+            torch.testing.assert_close(near[0].partial.mean, far[0].partial.mean, **close)
+
+
+def test_the_kernel_fetches_from_memory_what_a_loop_would_fetch_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    near_as_far(monkeypatch)
+
+
+def test_where_tokens_are_fetched_from_memory() -> None:
+    k, v, _ = drawn(43, 100)
+    none = torch.zeros(2, 1, dtype=torch.bool)
+    for dtype, cold, reached in (
+        (torch.float32, "device", True),
+        (torch.bfloat16, "device", True),
+        (torch.float16, "device", False),
+        (torch.float32, "ram", False),
+    ):
+        state = filled(k.to(dtype), v.to(dtype), cold=cold)
+        assert (kernel.Near.reached(state.slots, none, none.long()) is not None) == reached
+
+
+NEAR_FAULTS = {
+    "a row's tokens begin one later": (
+        "int64_t place = g->near[r] + w->near_token[f];",
+        "int64_t place = g->near[r] + w->near_token[f] + 1;",
+    ),
+    "16 bits are taken for 32": ("if (!g->halves) memcpy", "if (g->d) memcpy"),
+    "padding fetches": ("while (!g->idle[r * g->positions + p] && ", "while ("),
+    "they are not counted": ("g->fetched[r * g->positions + p] += count;", ""),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_FAULTS)
+def test_a_fault_in_fetching_from_memory_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_a_fault(*NEAR_FAULTS[name], monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        near_as_far(monkeypatch)
+
+
 def test_memory_that_a_reading_holds_is_given_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     k, v, q = drawn(36, 300, rows=2)
     state = filled(k, v)
@@ -416,7 +477,7 @@ def test_memory_that_a_reading_holds_is_given_back_after_an_error(monkeypatch: p
 
 
 FETCH_FAULTS = {
-    "fetched tokens count twice": ("                leave_out(g, w, r, i, fetch->token[at]);\n", ""),
+    "fetched tokens count twice": ("            leave_out(g, w, r, i, token[f]);\n", ""),
     "their values are those of the codes' middle": ("fetched->values[c] += weight * (double)value[c];", ""),
     "they have no weight": ("fetched->mass += weight,", ""),
     "their logits lack the softcap": (
@@ -441,9 +502,13 @@ def test_a_fault_in_fetching_is_found(name: str, monkeypatch: pytest.MonkeyPatch
 def changed(monkeypatch: pytest.MonkeyPatch, at: str, change: Any) -> None:
     """Change the argument `at` of the kernel before each call."""
     real = kernel.arguments
-    monkeypatch.setattr(
-        kernel, "arguments", lambda *given: (found := real(*given)) | {at: change(np.asarray(found[at])[()])}
-    )
+
+    def faulty(*given: Any) -> dict[str, Any]:
+        found = real(*given)
+        wrong = change(np.asarray(found[at])[()])
+        return found | {at: torch.tensor(wrong) if np.ndim(wrong) else wrong}
+
+    monkeypatch.setattr(kernel, "arguments", faulty)
 
 
 FAULTS = {

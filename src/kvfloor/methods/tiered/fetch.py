@@ -67,7 +67,10 @@ class CertifiedReader:
         fetched = torch.zeros(rows, m, dtype=torch.int64)
         padding = torch.zeros(rows, m, dtype=torch.bool) if real is None else ~real
         skip = padding.clone()
-        with kernel.RefinedReading(self.hot, q.flatten(1, 2), hidden, self.epsilon) as reading:
+        near = kernel.Near.reached(self.exact, padding, fetched)
+        with kernel.RefinedReading(self.hot, q.flatten(1, 2), hidden, self.epsilon, near) as reading:
+            if reading.settled:
+                return reading.found(), fetched, fetched.new_empty(0)
             while True:
                 row, position = reading.unsure(skip)
                 if not len(row):

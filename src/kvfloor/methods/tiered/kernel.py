@@ -2,30 +2,33 @@
 
 `Glimpse.answer` defines this attention in torch. The kernel's answers and bounds differ from it by rounding, in which
 tokens are bounded one by one, and in that the values of tokens of little weight are not read; its bounds hold by
-themselves (docs/certificates.md). For queries whose bounds are too large it names the tokens that widen them most,
-and answers again once it is given these as they were. In shapes, r are rows, i.e. (batch item, kv head) streams, m
+themselves (docs/certificates.md). For queries whose bounds are too large it fetches the tokens that widen them most
+and answers again: by itself where these lie in memory as they were given (`Near`), else it names them and is given
+them. In shapes, r are rows, i.e. (batch item, kv head) streams, m
 queries, s slots of a row, d and dv the widths of a key and a value, a sets of queries, c fetched tokens of a set.
 """
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvfloor.certify.certified import Certified
 from kvfloor.certify.rounding import unit
 from kvfloor.core.partial import Partial
+from kvfloor.core.slots import Slots
 from kvfloor.methods.stores import fused
 from kvfloor.methods.stores.codes import ChannelCodes
 from kvfloor.methods.stores.loud import LoudChannels
 from kvfloor.methods.stores.stepped_tokens import SteppedTokens
 from kvfloor.methods.stores.turn import matrix
 from kvfloor.methods.tiered import kernel_library
+from kvfloor.methods.tiered.cold_slots import ColdSlots
 
 if TYPE_CHECKING:
     from kvfloor.methods.tiered.hot import Hot
@@ -42,15 +45,23 @@ SHARE = 0.5
 _BITS = 8
 _TILE = 32  # the kernel reads so many tokens of a page at a time
 _WIDEST = 256
-_INTEGERS = ("rows", "m", "d", "dv", "first", "group", "ring", "extra", "fine_words", "slots", "groups", "longest_row")
+_NONE = torch.zeros(0, 0, dtype=torch.uint8)
+_NEAR = (torch.float32, torch.bfloat16)  # of the tokens that the kernel fetches itself
+_INTEGERS = (
+    *("rows", "m", "d", "dv", "first", "group", "ring", "extra", "fine_words", "slots", "groups", "longest_row"),
+    *("positions", "halves"),
+)
 _NUMBERS = ("scale", "softcap", "gram_rounding", "epsilon", "share")
+_RESULTS = ("log_mass", "error", "spread", "largest", "unread")
 _ARRAYS = (
     *("q", "offset", "count", "coded", "hide"),
     *("key_packed", "key_fine", "low", "high", "loud", "span"),
     *("value_packed", "value_widest", "radius"),
     *("fresh_k", "fresh_v", "key_gram", "excess", "reach", "longest", "operator", "turn"),
-    *("mean", "log_mass", "error", "spread", "largest", "unread", "kept"),
+    *("mean", *_RESULTS, "kept"),
+    *("idle", "near", "near_k", "near_v", "fetched"),
 )
+_NOTHING_NEAR: dict[str, Any] = {"positions": 0, "halves": 0} | dict.fromkeys(_ARRAYS[-5:])
 
 
 class _Given(ctypes.Structure):
@@ -112,17 +123,57 @@ def read(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float = 0.0) -> Cert
     return found(given)
 
 
+@dataclass(frozen=True)
+class Near:
+    """Say where tokens lie as they were given, in memory that the kernel reads.
+
+    slots    the tokens, in the same slots as their codes
+    skip     bool (r, positions), True for sets of queries that fetch nothing. A row's set at a position are its queries
+             whose index modulo the number of positions is that position
+    fetched  (r, positions) how many tokens were fetched for a set; the kernel adds to it
+    """
+
+    slots: Slots
+    skip: Tensor
+    fetched: Tensor
+
+    @classmethod
+    def reached(cls, slots: Slots, skip: Tensor, fetched: Tensor) -> Near | None:
+        """Return where the tokens are; None if they are not in flat float32 or bfloat16 tensors on the CPU."""
+        if isinstance(slots, ColdSlots) or slots.k.device.type != "cpu" or slots.k.dtype not in _NEAR:
+            return None
+        return cls(slots, skip, fetched)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the entries of `struct given` of native/given.h by name."""
+        k, v = self.slots.k, self.slots.v
+        assert k.is_contiguous() and v.is_contiguous() and self.fetched.is_contiguous()
+        return {
+            "positions": self.skip.shape[1],
+            "halves": int(k.dtype == torch.bfloat16),
+            "idle": self.skip,
+            "near": self.slots.offset,
+            "near_k": k,
+            "near_v": v,
+            "fetched": self.fetched,
+        }
+
+
 class RefinedReading:
     """Answer queries as `read` does, then once more with tokens as they were given, as often as it helps.
 
     Use it in a `with` statement: it holds what the kernel knows of the rows that have unsure queries.
+    near  where the tokens lie as they were given, and which queries fetch none: the kernel then fetches what it wants
+          itself, and holds only the rows that no token makes sure; None: it fetches nothing itself
     """
 
-    def __init__(self, hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> None:
+    def __init__(self, hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float, near: Near | None = None) -> None:
         self._given = arguments(hot, q, hide, epsilon)
-        self._given["kept"] = np.zeros(len(q), np.int64)
+        self._given["kept"] = torch.zeros(len(q), dtype=torch.int64)
+        if near is not None:
+            self._given |= near.arguments()
         self._slots = int(hot.codes.held.sum())
-        self._packed, self._arrays = packed(self._given)
+        self._packed, self._tensors = packed(self._given)
 
     def __enter__(self) -> RefinedReading:
         try:
@@ -138,6 +189,11 @@ class RefinedReading:
     def found(self) -> Certified:
         """Return the answers (r, m) of now: a later call of `refine` may change them."""
         return found(self._given)
+
+    @property
+    def settled(self) -> bool:
+        """Return True if no row has an unsure query."""
+        return not bool(self._given["kept"].any())
 
     def unsure(self, skip: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sets of queries that have an unsure one, as rows (a,) and positions (a,).
@@ -178,14 +234,14 @@ class RefinedReading:
 
 
 def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[str, Any]:
-    """Return the entries of `struct given` of native/given.h by name: numbers, and arrays; None: no array."""
+    """Return the entries of `struct given` of native/given.h by name: numbers, and tensors; None: no array."""
     codes, spec = hot.codes, hot.spec
     keys, values = codes.key_codes, codes.value_codes
     assert isinstance(keys, LoudChannels | ChannelCodes) and isinstance(values, SteppedTokens)
-    (rows, m), extra, fine, loud = q.shape[:2], 0, np.zeros((0, 0), np.uint8), None
+    (rows, m), extra, fine, loud = q.shape[:2], 0, _NONE, None
     assert m <= MOST_QUERIES
     if isinstance(keys, LoudChannels):
-        extra, fine, loud = keys.extra, keys.fine.numpy(), keys.loud.numpy()
+        extra, fine, loud = keys.extra, keys.fine, keys.loud
     longest_row = int(codes.coded.max()) if rows else 0
     radius: Tensor = codes.columns.radius  # type: ignore[attr-defined]
     return {
@@ -206,47 +262,47 @@ def arguments(hot: Hot, q: Tensor, hide: Tensor | None, epsilon: float) -> dict[
         "epsilon": float(epsilon),
         "share": SHARE,
         "gram_rounding": unit(spec.compute_dtype) * (2 * spec.d + codes.group + longest_row // codes.group + 32),
-        "q": q.to(torch.float32).numpy(),
-        "offset": codes.offset.numpy(),
-        "count": codes.held.numpy(),
-        "coded": codes.coded.numpy(),
-        "hide": None if hide is None else hide.numpy(),
-        "key_packed": keys.packed.numpy(),
+        "q": q.to(torch.float32),
+        "offset": codes.offset,
+        "count": codes.held,
+        "coded": codes.coded,
+        "hide": hide,
+        "key_packed": keys.packed,
         "key_fine": fine,
-        "low": keys.low.numpy(),
-        "high": keys.high.numpy(),
+        "low": keys.low,
+        "high": keys.high,
         "loud": loud,
-        "span": keys.range.numpy(),
-        "value_packed": values.packed.numpy(),
-        "value_widest": values.widest.view(torch.int16).numpy(),
-        "radius": radius.view(torch.int16).numpy(),
-        "fresh_k": codes.fresh_k.to(torch.float32).numpy(),
-        "fresh_v": codes.fresh_v.to(torch.float32).numpy(),
-        "key_gram": hot.key_gram.numpy(),
-        "excess": hot.excess.numpy(),
-        "reach": hot.reach.numpy(),
-        "longest": hot.longest.numpy(),
-        "operator": hot.operator.numpy(),
-        "turn": matrix(spec.dv, torch.float64, "cpu").numpy(),
-        "mean": np.empty((rows, m, spec.dv), np.float32),
-        **{name: np.empty((rows, m), np.float32) for name in ("log_mass", "error", "spread", "largest", "unread")},
+        "span": keys.range,
+        "value_packed": values.packed,
+        "value_widest": values.widest.view(torch.int16),
+        "radius": radius.view(torch.int16),
+        "fresh_k": codes.fresh_k.to(torch.float32),
+        "fresh_v": codes.fresh_v.to(torch.float32),
+        "key_gram": hot.key_gram,
+        "excess": hot.excess,
+        "reach": hot.reach,
+        "longest": hot.longest,
+        "operator": hot.operator,
+        "turn": matrix(spec.dv, torch.float64, "cpu"),
+        "mean": torch.empty(rows, m, spec.dv, dtype=torch.float32),
+        **{name: torch.empty(rows, m, dtype=torch.float32) for name in _RESULTS},
         "kept": None,
+        **_NOTHING_NEAR,
     }
 
 
 def run(given: dict[str, Any], slots: int) -> None:
     """Let the kernel fill the arrays at the end of `given`; slots: how many it reads, for the number of threads."""
-    structure, arrays = packed(given)
+    structure, tensors = packed(given)
     certify(structure, given["rows"], slots)
-    del arrays
+    del tensors
 
 
-def packed(given: dict[str, Any]) -> tuple[_Given, dict[str, Any]]:
-    """Return what the kernel takes, and the arrays whose addresses it has: they must outlive it."""
-    arrays = {name: None if given[name] is None else np.ascontiguousarray(given[name]) for name in _ARRAYS}
-    entries = {name: given[name] for name in _INTEGERS + _NUMBERS}
-    addresses = {name: None if x is None else x.__array_interface__["data"][0] for name, x in arrays.items()}
-    return _Given(**entries, **addresses), arrays
+def packed(given: dict[str, Any]) -> tuple[_Given, list[Tensor | None]]:
+    """Return what the kernel takes, and the tensors whose addresses it has: they must outlive it."""
+    tensors = [None if given[name] is None else given[name].contiguous() for name in _ARRAYS]
+    addresses = (None if x is None else x.data_ptr() for x in tensors)
+    return _Given(*(given[name] for name in _INTEGERS + _NUMBERS), *addresses), tensors
 
 
 def certify(structure: _Given, rows: int, slots: int) -> None:
@@ -270,7 +326,5 @@ def _library() -> ctypes.CDLL:
 
 def found(given: dict[str, Any]) -> Certified:
     """Return the answers that the kernel wrote to the arrays of `given`."""
-    mean, log_mass, error, spread, largest = (
-        torch.from_numpy(given[name]) for name in ("mean", "log_mass", "error", "spread", "largest")
-    )
-    return Certified(Partial(mean, log_mass), error, spread, largest)
+    log_mass, *bounds = (given[name] for name in _RESULTS[:-1])
+    return Certified(Partial(given["mean"], log_mass), *bounds)

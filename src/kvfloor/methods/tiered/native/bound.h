@@ -87,6 +87,8 @@ struct work {
     struct heavy (*worth)[HEAVY + 1];               /* (m) the heavy tokens, those of the largest `each` first */
     int64_t *needed, *tries, *deeper, *widened;     /* (m) how many of them to fetch; how often a cut was lowered, and
                                                        heavy tokens were found anew; whether `widen` was called */
+    int64_t *near_token;                            /* (MOST_FETCHED) tokens that are fetched from `given.near_k` */
+    float *near_k, *near_v;                         /* (MOST_FETCHED, d and dv) what they were given as */
 };
 
 /* Return the largest error of answer `at`, of all rows' queries, that is within epsilon. */

@@ -4,14 +4,6 @@
 
 #include "rows.h"
 
-/* Some queries of a row, those i with i % positions == position, and the tokens that are fetched for them. */
-struct fetch {
-    int64_t count, positions, room; /* how many such sets; positions of a row; most tokens of a set */
-    const int64_t *row, *position;  /* (count) */
-    int64_t *token, *found;         /* (count, room) and (count) */
-    const float *k, *v;             /* (count, room, d and dv) the tokens as they were given */
-};
-
 /* Allow query i's sums over coded tokens what float32 made of them, once, before any token is taken out of them. */
 static void widen(struct work *w, int64_t i) {
     const struct before *before = &w->before[i];
@@ -69,52 +61,43 @@ static int deepened(const struct given *g, struct work *w, int64_t r, int64_t i)
     return 1;
 }
 
-/* Write the sets of queries that have an unsure one, by their rows and positions; return how many there are.
-
-   skip (rows, positions): nonzero for sets that are left out */
-int64_t unsure(const struct given *g, int64_t positions, const uint8_t *skip, int64_t *row, int64_t *position) {
-    int64_t count = 0;
-    for (int64_t r = 0; r < g->rows; r++)
-        for (int64_t p = 0; g->kept[r] && p < positions; p++)
-            for (int64_t i = p; !skip[r * positions + p] && i < g->m; i += positions)
-                if (!sure(g, r, i)) {
-                    row[count] = r, position[count++] = p;
-                    break;
-                }
-    return count;
+/* Return whether some query of row r at a position, i.e. i % positions == position, is unsure. */
+static int some_unsure(const struct given *g, int64_t r, int64_t position, int64_t positions) {
+    for (int64_t i = position; i < g->m; i += positions)
+        if (!sure(g, r, i)) return 1;
+    return 0;
 }
 
-/* Write the heavy tokens that widen the bounds of unsure queries most, about as many as are enough. */
-void want(const struct given *g, const struct fetch *fetch) {
-    for (int64_t a = 0; a < fetch->count; a++) {
-        struct work *w = g->kept[fetch->row[a]];
-        for (int changed = 1; changed;) {
-            int64_t again[MOST_QUERIES], many = 0, anew = 0;
-            for (int64_t i = fetch->position[a]; i < g->m; i += fetch->positions) {
-                int how = lowered(g, w, fetch->row[a], i) ? 2 : deepened(g, w, fetch->row[a], i);
-                if (how) again[many++] = i;
-                anew |= how == 2;
-            }
-            if (anew) read_values(g, w, fetch->row[a]);
-            for (int64_t n = 0; n < many; n++) answer(g, w, fetch->row[a], again[n], &w->known[again[n]]);
-            changed = many > 0;
+/* Write the heavy tokens that widen the bounds of the unsure queries of row r at a position most, about as many as are
+   enough and at most `room`; return how many. */
+static int64_t wanted(const struct given *g, struct work *w, int64_t r, int64_t position, int64_t positions,
+                      int64_t room, int64_t *token) {
+    for (int changed = 1; changed;) {
+        int64_t again[MOST_QUERIES], many = 0, anew = 0;
+        for (int64_t i = position; i < g->m; i += positions) {
+            int how = lowered(g, w, r, i) ? 2 : deepened(g, w, r, i);
+            if (how) again[many++] = i;
+            anew |= how == 2;
         }
-        int64_t *token = fetch->token + a * fetch->room, found = 0, at[MOST_QUERIES] = {0};
-        while (found < fetch->room) {
-            int64_t best = -1;
-            double most = 0;
-            for (int64_t i = fetch->position[a]; i < g->m; i += fetch->positions) {
-                if (sure(g, fetch->row[a], i) || w->known[i].wild || at[i] >= w->needed[i]) continue;
-                double worth = w->worth[i][at[i]].each / w->whole[i];
-                if (best < 0 || worth > most) best = i, most = worth;
-            }
-            if (best < 0) break;
-            int64_t t = w->worth[best][at[best]++].token, n = 0;
-            while (n < found && token[n] != t) n++;
-            if (n == found) token[found++] = t;
-        }
-        fetch->found[a] = found;
+        if (anew) read_values(g, w, r);
+        for (int64_t n = 0; n < many; n++) answer(g, w, r, again[n], &w->known[again[n]]);
+        changed = many > 0;
     }
+    int64_t found = 0, at[MOST_QUERIES] = {0};
+    while (found < room) {
+        int64_t best = -1;
+        double most = 0;
+        for (int64_t i = position; i < g->m; i += positions) {
+            if (sure(g, r, i) || w->known[i].wild || at[i] >= w->needed[i]) continue;
+            double worth = w->worth[i][at[i]].each / w->whole[i];
+            if (best < 0 || worth > most) best = i, most = worth;
+        }
+        if (best < 0) break;
+        int64_t t = w->worth[best][at[best]++].token, n = 0;
+        while (n < found && token[n] != t) n++;
+        if (n == found) token[found++] = t;
+    }
+    return found;
 }
 
 /* Take a coded token out of all sums of query i of row r. */
@@ -157,26 +140,19 @@ static void take_in(const struct given *g, struct work *w, int64_t i, const floa
     known->wild |= !(norm < 1e6);
 }
 
-/* Answer the unsure queries again, with the tokens of `fetch` read as they were given. */
-void refine(const struct given *g, const struct fetch *fetch) {
-    for (int64_t a = 0; a < fetch->count; a++) {
-        int64_t r = fetch->row[a];
-        struct work *w = g->kept[r];
-        for (int64_t i = fetch->position[a]; i < g->m; i += fetch->positions) {
-            if (sure(g, r, i) || w->known[i].wild || w->top[i] <= HIDDEN) continue;
-            widen(w, i);
-            for (int64_t f = 0; f < fetch->found[a]; f++) {
-                int64_t at = a * fetch->room + f;
-                if (!sees(g, r, i, fetch->token[at])) continue;
-                leave_out(g, w, r, i, fetch->token[at]);
-                take_in(g, w, i, fetch->k + at * g->d, fetch->v + at * g->dv);
-            }
-            answer(g, w, r, i, &w->known[i]);
-        }
-    }
-}
+/* Answer the unsure queries of row r at a position again, with `count` tokens read as they were given.
 
-/* Free what `certify` kept. */
-void release(const struct given *g) {
-    for (int64_t r = 0; r < g->rows; r++) free(g->kept[r]), g->kept[r] = 0;
+   token (count), k (count, d), v (count, dv) */
+static void refined(const struct given *g, struct work *w, int64_t r, int64_t position, int64_t positions,
+                    int64_t count, const int64_t *token, const float *k, const float *v) {
+    for (int64_t i = position; i < g->m; i += positions) {
+        if (sure(g, r, i) || w->known[i].wild || w->top[i] <= HIDDEN) continue;
+        widen(w, i);
+        for (int64_t f = 0; f < count; f++) {
+            if (!sees(g, r, i, token[f])) continue;
+            leave_out(g, w, r, i, token[f]);
+            take_in(g, w, i, k + f * g->d, v + f * g->dv);
+        }
+        answer(g, w, r, i, &w->known[i]);
+    }
 }

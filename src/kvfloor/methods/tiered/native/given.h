@@ -13,6 +13,7 @@ enum {
     MOST_QUERIES = 8, /* of a row */
     STALE = 256,      /* values are read again where so small a part of a sum is left */
     DEEPEST = 6,      /* how often a query's heavy tokens are found anew, once all that there were are fetched */
+    MOST_FETCHED = 128, /* tokens that a set of queries fetches at once */
 };
 
 static const double MIDDLE = 127.5; /* of a value's codes: it stands for 0 */
@@ -24,7 +25,7 @@ static const double UNIT = 0x1p-23; /* the allowance for one rounding in float32
 
 /* What `kernel.py` passes, in this order: numbers of 8 bytes, then addresses of arrays. */
 struct given {
-    int64_t rows, m, d, dv, first, group, ring, extra, fine_words, slots, groups, longest_row;
+    int64_t rows, m, d, dv, first, group, ring, extra, fine_words, slots, groups, longest_row, positions, halves;
     double scale, softcap, gram_rounding, epsilon, share;
     const float *q;                           /* (rows, m, d) */
     const int64_t *offset, *count, *coded;    /* (rows): first slot, slots that are read, tokens before those uncoded */
@@ -42,6 +43,11 @@ struct given {
     float *mean;                              /* (rows, m, dv) */
     float *log_mass, *error, *spread, *largest, *unread; /* (rows, m) */
     struct work **kept;                       /* (rows) what `refine` needs of the rows with an unsure query; or NULL */
+    const uint8_t *idle;                      /* (rows, positions) nonzero: for these queries nothing is fetched */
+    const int64_t *near;                      /* (rows) place of a row's first token in `near_k`; or NULL */
+    const void *near_k, *near_v;              /* (places, d and dv) tokens as they were given: float32; if `halves`,
+                                                 bfloat16 */
+    int64_t *fetched;                         /* (rows, positions) how many of them were fetched */
 };
 
 #ifdef TIMED /* for bench/certified_read.py */

@@ -202,6 +202,9 @@ static size_t arranged(const struct given *g, struct work *w, char *at) {
     ROOM(w->tries, m);
     ROOM(w->deeper, m);
     ROOM(w->widened, m);
+    ROOM(w->near_token, g->near ? MOST_FETCHED : 0);
+    ROOM(w->near_k, g->near ? MOST_FETCHED * d : 0);
+    ROOM(w->near_v, g->near ? MOST_FETCHED * dv : 0);
     ROOM(values, m * dv);
     for (int64_t i = 0; at && i < m; i++) w->fetched[i].values = values + i * dv;
 #undef ROOM
@@ -218,18 +221,4 @@ static struct work *opened(const struct given *g) {
     arranged(g, w, memory);
     for (int64_t c = 0; c < g->dv * g->dv; c++) w->back[c] = g->turn[c % g->dv * g->dv + c / g->dv];
     return w;
-}
-
-/* Answer the queries of the rows begin .. stop - 1; return 0, or 1 if there is no memory. */
-int certify(int64_t begin, int64_t stop, const struct given *g) {
-    struct work *w = 0;
-    for (int64_t r = begin; r < stop; r++) {
-        if (!w) w = opened(g);
-        if (!w) return 1;
-        answer_row(g, w, r);
-        for (int64_t i = 0; g->kept && w && i < g->m; i++)
-            if (!sure(g, r, i)) g->kept[r] = w, w = 0;
-    }
-    free(w);
-    return 0;
 }
