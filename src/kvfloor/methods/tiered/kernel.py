@@ -4,8 +4,8 @@
 tokens are bounded one by one, and in that the values of tokens of little weight are not read; its bounds hold by
 themselves (docs/certificates.md). For queries whose bounds are too large it fetches the tokens that widen them most
 and answers again: by itself where these lie in memory as they were given (`Near`), else it names them and is given
-them. In shapes, r are rows, i.e. (batch item, kv head) streams, m
-queries, s slots of a row, d and dv the widths of a key and a value, a sets of queries, c fetched tokens of a set.
+them. In shapes, r are rows, i.e. (batch item, kv head) streams, m queries, s slots of a row, d and dv the widths of a
+key and a value, a sets of queries, c fetched tokens of a set.
 """
 
 from __future__ import annotations
