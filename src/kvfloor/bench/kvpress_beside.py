@@ -17,7 +17,9 @@ from kvfloor.bench.timing import interleaved
 from kvfloor.hf import CompressedCache, prepare
 
 PROMPT, KEPT = 1024, 512
-LACKS_KVPRESS = "kvpress: not installed here; it needs transformers 5.2: make peers makes an environment with both"
+LACKS_KVPRESS = (
+    "kvpress: not installed here; it needs transformers 5.2: make bench-peers makes an environment with both"
+)
 
 
 def beside_kvpress(request: BenchRequest) -> Iterator[Found]:
@@ -63,7 +65,7 @@ def _rows(
 
     name = f"kvpress {type(theirs).__name__}"
     more: dict[str, Any] = {
-        "part": "token",
+        "part": "kvpress",
         "model": models.MIDDLE,
         "context": PROMPT,
         "dtype": "float32",

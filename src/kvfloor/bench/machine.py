@@ -21,7 +21,12 @@ def machine() -> dict[str, Any]:
 
     `torch_isa` is the instruction set that torch's own kernels use.
     """
-    versions = {name: importlib.metadata.version(name) for name in _BESIDE if find_spec(name) is not None}
+    sold_as = importlib.metadata.packages_distributions()  # vLLM's builds for CPUs are not called vllm
+    versions = {
+        name: importlib.metadata.version(sold_as[name][0])
+        for name in _BESIDE
+        if find_spec(name) is not None and name in sold_as
+    }
     return {
         "processor": _processor(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),

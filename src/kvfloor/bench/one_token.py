@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvfloor.bench import models
-from kvfloor.bench.kvpress_beside import beside_kvpress
 from kvfloor.bench.operators import operators
 from kvfloor.bench.records import BenchRow
 from kvfloor.bench.request import BenchRequest, Found, dtype_name, threads
@@ -46,7 +45,7 @@ class TokenCase:
 
 
 def token(request: BenchRequest) -> Iterator[Found]:
-    """Yield the rows of SmolLM2 on one thread and of the random model, then those beside kvpress."""
+    """Yield the rows of SmolLM2 on one thread and of the random model."""
     if not models.has_numba():
         yield models.LACKS_NUMBA
     if models.has_small():
@@ -65,7 +64,6 @@ def token(request: BenchRequest) -> Iterator[Found]:
             yield from _rows(request, case)
         del stock, ours
         gc.collect()
-    yield from beside_kvpress(request)
 
 
 def _rows(request: BenchRequest, case: TokenCase) -> Iterator[Found]:

@@ -19,6 +19,7 @@ PARTS = {
     "prefill": "a prompt through one layer's attention, streamed and dense",
     "append": "a token's cost for every method of constant memory, from young to old states",
     "start": "the default audit, the import, the command line's help, the install",
+    "kvpress": "a prompt with its compression, and a token after it, beside kvpress",
 }
 """Map each part's name to what it times."""
 
@@ -29,7 +30,7 @@ Found = BenchRow | OperatorShare | str
 class BenchRequest:
     """Hold one run's wishes.
 
-    parts    names of parts, of PARTS; or their letters a to e
+    parts    names of parts, of PARTS; or their letters a to f
     quick    True for a short run: fewer contexts, models and turns
     repeats  most turns of a comparison; None: 60, or 20 in a quick run
     threads  torch's threads where a target does not ask for one; None: torch's own number
@@ -58,12 +59,12 @@ class BenchRequest:
 
     def names(self) -> tuple[str, ...]:
         """Return the parts' names in the order of PARTS, each once. Raises ValueError for an unknown part."""
-        by_letter = dict(zip("abcde", PARTS, strict=True))
+        by_letter = dict(zip("abcdef", PARTS, strict=True))
         chosen = [by_letter.get(part, part) for part in self.parts]
         unknown = [part for part in chosen if part not in PARTS]
         if unknown or not chosen:
             given = f"unknown part {unknown[0]!r}" if unknown else "no part is given"
-            raise ValueError(f"{given}: --parts takes {', '.join(PARTS)}, or their letters a to e")
+            raise ValueError(f"{given}: --parts takes {', '.join(PARTS)}, or their letters a to f")
         return tuple(part for part in PARTS if part in chosen)
 
     def check(self) -> None:

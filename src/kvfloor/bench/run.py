@@ -8,6 +8,7 @@ from pathlib import Path
 from kvfloor.bench.append import append
 from kvfloor.bench.decode_read import read
 from kvfloor.bench.gate import BRIEF, checkout, require_green
+from kvfloor.bench.kvpress_beside import beside_kvpress
 from kvfloor.bench.machine import machine, machine_line
 from kvfloor.bench.one_token import OURS, token
 from kvfloor.bench.prompt import prompt
@@ -16,7 +17,14 @@ from kvfloor.bench.request import BenchRequest, Part, threads
 from kvfloor.bench.show import heading, shown
 from kvfloor.bench.startup import startup
 
-RUNS: dict[str, Part] = {"read": read, "token": token, "prefill": prompt, "append": append, "start": startup}
+RUNS: dict[str, Part] = {
+    "read": read,
+    "token": token,
+    "prefill": prompt,
+    "append": append,
+    "start": startup,
+    "kvpress": beside_kvpress,
+}
 """Map each part's name, as in PARTS, to the function that measures it."""
 
 TESTS: dict[str, tuple[str, ...]] = {
@@ -27,6 +35,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "append": ("tests/methods/test_heavy_hitters.py", "tests/methods/test_key_policies.py")
     + ("tests/methods/test_clusters.py", "tests/methods/test_subgen.py", "tests/methods/test_value_sum.py"),
     "start": ("tests/cli/test_cli.py",),
+    "kvpress": ("tests/hf/test_compressed.py", "tests/methods/test_heavy_hitters.py")
+    + ("tests/methods/test_key_policies.py",),
 }
 """Map each part to the tests of what it times; all run before the first part."""
 

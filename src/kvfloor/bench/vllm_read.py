@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128
-LACKS_VLLM = "vLLM's CPU kernel: no vLLM with CPU kernels is installed here (make test-vllm installs one)"
+LACKS_VLLM = "vLLM's CPU kernel: no vLLM with CPU kernels is installed here (make bench-peers installs one)"
 
 
 def paged_read(
@@ -75,7 +75,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]
             scale=scale,
             causal=True,
             alibi_slopes=None,
-            sliding_window=(-1, -1),
+            sliding_window=-1,
             block_table=table,
             softcap=0,
             scheduler_metadata=plan,

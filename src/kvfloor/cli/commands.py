@@ -702,7 +702,7 @@ def _numbered_steps() -> Callable[[int, str], None]:
 def bench_(
     parts: Annotated[
         str | None,
-        typer.Option(help="Comma-separated parts: read, token, prefill, append, start, or their letters a to e."),
+        typer.Option(help="Comma-separated parts: read, token, prefill, append, start, kvpress, or letters a to f."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes: fewer contexts, models and turns.")] = False,
     json_: Annotated[
