@@ -198,21 +198,22 @@ def has_triton() -> bool:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None, hide: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    bias, blind = None, None
+    bias, most = None, None
     if log_weight is not None or hide is not None:
         # The additive mask stays float32 even for bfloat16 keys: log-weights would lose their precision.
         bias = torch.zeros(1, 1, k.shape[1]) if log_weight is None else log_weight.float().unsqueeze(1)
         if hide is not None:
             bias = bias.masked_fill(hide, -torch.inf)
-        blind = (bias == -torch.inf).all(-1)
+        most = bias.amax(-1)
         bias = bias.expand(q.shape[0], q.shape[1], -1).unsqueeze(1)
     assert _FLASH is not None
     # The fused kernel assumes a last axis of stride 1: on a transposed input it reads wrong numbers.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, log_mass = _FLASH(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 0.0, False, attn_mask=bias, scale=scale)
     mean, log_mass = out.squeeze(1).float(), log_mass.squeeze(1).float()
-    if blind is not None and bool(blind.any()):
+    if most is not None and -torch.inf in most.flatten().tolist():
         # The fused kernel returns log-mass 0 for a query that sees no key.
+        blind = most == -torch.inf
         log_mass = log_mass.masked_fill(blind, -torch.inf)
         mean = mean.masked_fill(blind.unsqueeze(-1), 0.0)
     return mean, log_mass
