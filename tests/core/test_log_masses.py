@@ -9,12 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvfloor.core import attend_few
 from kvfloor.core import log_masses as module
 from kvfloor.core.attend import attend
 from kvfloor.core.log_masses import log_masses
 from tests.core.test_attend import DTYPES, error
 from tests.support import Draw, seeded
 from tests.support import attention as oracle
+
+
+@pytest.fixture(autouse=True, params=["as it is here", "without a kernel in C"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with the kernel in C, if there is one, and without it."""
+    if request.param == "without a kernel in C":
+        monkeypatch.setattr(attend_few, "library", lambda: None)
+
 
 SHAPES = [(3, 5, 97, 16), (2, 4, 1025, 64), (1, 16, 3000, 48), (1, 17, 3000, 48), (2, 1, 1, 8)]
 """Rows, queries, tokens and width; small and large keys, few and many queries."""
@@ -93,6 +102,7 @@ def test_keys_and_queries_of_any_stride(draw: Draw, dtype: torch.dtype) -> None:
 
 
 def test_few_queries_on_many_keys_of_float32_are_a_product(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_few, "library", lambda: None)
     called: list[int] = []
     monkeypatch.setattr(module, "attend", lambda q, *given: called.append(q.shape[1]) or attend(q, *given))
     for dtype in (torch.float32, torch.bfloat16):
@@ -133,5 +143,6 @@ def test_mutants_are_rejected(draw: Draw, dtype: torch.dtype, mutant: Callable[.
 def test_a_kernel_that_calls_a_blind_query_massless_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     blind = lambda *given: tuple(x.nan_to_num(neginf=0.0) for x in attend(*given))  # noqa: E731
     monkeypatch.setattr(module, "attend", blind)
+    monkeypatch.setattr(attend_few, "library", lambda: None)
     with pytest.raises(AssertionError):
         test_a_query_that_sees_nothing_has_no_mass(seeded(0), torch.float32, 20)

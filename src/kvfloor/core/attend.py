@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvfloor.core.attend_few import attend_few, serves
 from kvfloor.logits import capped
 
 Backend = Literal["auto", "eager", "flash"]
@@ -49,13 +50,16 @@ def attend(
     softcap     c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
     log_weight  (rows, s), added to the logits; None: nothing is added
     hide        bool (rows or 1, m or 1, s), True where a query does not see a key; None: all keys are seen
-    backend     "auto": torch's fused CPU kernel wherever it applies (`fused`), and on a GPU the Triton kernel
-                (`split_applies`); "flash": the CPU kernel, or ValueError where it does not apply; "eager": no kernel
+    backend     "auto": on a GPU the Triton kernel (`split_applies`); on a CPU the kernel in C for weighted reads of few
+                queries (`attend_few.serves`), otherwise torch's fused kernel (`fused`); the definition where none
+                applies. "flash": torch's fused CPU kernel, or ValueError where it does not apply; "eager": no kernel
     """
     if backend == "auto" and hide is None and split_applies(q, k, v):
         from kvfloor.core import attend_triton
 
         return attend_triton.attend_split(q, k, v, scale, softcap, log_weight)
+    if backend == "auto" and log_weight is not None and softcap is None and hide is None and serves(q, k, v):
+        return attend_few(q, k, v, scale, log_weight)
     applies = fused(q, k, v, softcap)
     if backend == "flash" and not applies:
         raise ValueError(f"the fused path needs CPU tensors, d == dv and no softcap; got {q.device}, {k.shape}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfloor.core.attend import attend, compute_dtype, fused, split_applies
+from kvfloor.core.attend_few import attend_few, serves
 from kvfloor.logits import capped
 
 FEW_QUERIES = 16
@@ -34,10 +35,12 @@ def log_masses(
     softcap     c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
     log_weight  (rows, s), added to the logits; None: nothing is added
     hide        bool (rows or 1, m or 1, s), True where a query does not see a key; None: all keys are seen
-    A kernel that computes attention takes the keys as values: these have its width always, and are read already. For
-    few queries on many keys in float32, a product of matrices is faster on CPUs; it reads the keys once and stores m
-    numbers per key.
+    On CPUs, the kernel for few queries (`core.attend_few`) reads the keys alone. Other kernels, which compute attention,
+    take the keys as values: these have the right width, and are at hand. Where there is no kernel in C, a product of
+    matrices is faster for few queries on many keys in float32; it stores m numbers per key.
     """
+    if softcap is None and hide is None and serves(q, k, k):
+        return attend_few(q, k, None, scale, log_weight)[1]
     few = q.shape[1] <= FEW_QUERIES
     product = few and k.dtype == torch.float32 and k.numel() >= LEAST_KEYS
     if (hide is None and split_applies(q, k, k)) or (fused(q, k, k, softcap) and not product):
