@@ -44,8 +44,8 @@ _ATTENTION = (
 WHY = {
     "share float32": _FUSED,
     "share bfloat16": _FUSED,
-    "weights": "as SubGen does it, numerator and denominator are two reads of all keys, and the second, whose values "
-    "have width 1, does not fit torch's fused kernel",
+    "weights": "as SubGen does it, whose keys below are not those above, they are two reads: one of "
+    "keys and values, one of keys",
     "exact float32": _ATTENTION,
     "exact bfloat16": _ATTENTION,
     "budget stock": "no cache can make a token faster than the model with hardly any: see the row `stock, 128 tokens`",

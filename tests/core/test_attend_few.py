@@ -1,4 +1,4 @@
-"""The kernel in C for weighted reads of few queries agrees with float64, however it is threaded; faults of it are found."""
+"""The kernel in C for weighted reads agrees with float64, on any number of threads; faults of it are found."""
 
 from __future__ import annotations
 
@@ -24,12 +24,8 @@ pytestmark = pytest.mark.skipif(module.library() is None, reason="no C compiler 
 
 NARROW = [torch.float32, torch.bfloat16]
 SHAPES = [
-    (3, 5, 97, 16, 16),
-    (2, 4, 1025, 64, 64),
-    (1, 16, 300, 59, 33),
-    (2, 1, 1, 8, 8),
-    (2, 3, 64, 1, 1),
-    (1, 7, 129, 24, 40),
+    *((3, 5, 97, 16, 16), (2, 4, 1025, 64, 64), (1, 16, 300, 59, 33)),
+    *((2, 1, 1, 8, 8), (2, 3, 64, 1, 1), (1, 7, 129, 24, 40)),
 ]
 """Rows, queries, tokens, and the widths of keys and values."""
 
@@ -188,7 +184,7 @@ FAULTS = (
     ("value * weight[j * TILE + i]", "value * weight[i]"),
     ("if (_mm256_movemask_ps(finite) != 0xff) seen->lost = 1;", ""),
     ("(row * groups + group) * QUERIES", "(row * groups) * QUERIES"),
-    ("mass == 0 ? -INFINITY : ", ""),
+    ("mass == 0 ? 0.0f : ", ""),
 )
 
 

@@ -88,7 +88,7 @@ def _versions(dtype: torch.dtype, width: int, n: int) -> tuple[dict[str, Callabl
         return sdpa(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
 
     def two_weights(k: Tensor, v: Tensor) -> Partial:
-        """Read numerator and denominator as SubGen does: two sets of weights, each over all tokens."""
+        """Read numerator and denominator as SubGen does: keys and values, then keys alone, under other weights."""
         z = Partial.over(q, k, v, spec, log_weight)
         return ratio(z, log_masses(q, k, scale, log_weight=spare))
 

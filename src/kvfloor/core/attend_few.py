@@ -103,17 +103,7 @@ def attend_few(
     mean = torch.empty(rows, parts, m, dv)
     log_mass = torch.empty(rows, parts, m)
     given = _Asked(
-        *(
-            rows,
-            m,
-            s,
-            d,
-            dv,
-            k.stride(0),
-            k.stride(1),
-            0 if v is None else v.stride(0),
-            0 if v is None else v.stride(1),
-        ),
+        *(rows, m, s, d, dv, *k.stride()[:2], *((0, 0) if v is None else v.stride()[:2])),
         *(0 if weight is None else weight.stride(0), PART, q.dtype == torch.bfloat16),
         *(None if x is None else x.data_ptr() for x in (asked, k, v, weight, mean, log_mass)),
     )

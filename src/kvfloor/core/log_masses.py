@@ -35,8 +35,8 @@ def log_masses(
     softcap     c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
     log_weight  (rows, s), added to the logits; None: nothing is added
     hide        bool (rows or 1, m or 1, s), True where a query does not see a key; None: all keys are seen
-    On CPUs, the kernel for few queries (`core.attend_few`) reads the keys alone. Other kernels, which compute attention,
-    take the keys as values: these have the right width, and are at hand. Where there is no kernel in C, a product of
+    On a CPU, the kernel in C for few queries (`core.attend_few`) reads the keys alone. Other kernels compute attention;
+    they take the keys as values, which have the right width and are at hand. Without the kernel in C, a product of
     matrices is faster for few queries on many keys in float32; it stores m numbers per key.
     """
     if softcap is None and hide is None and serves(q, k, k):
