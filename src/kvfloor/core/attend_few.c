@@ -7,13 +7,14 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-enum { LANES = 8, QUERIES = 4, TILE = 64, MOST_QUERIES = 16 };
+enum { LANES = 8, QUERIES = 4, TILE = 64, MOST_QUERIES = 16, MOST_THREADS = 256 };
 
 typedef __m256 numbers;
 
@@ -217,11 +218,29 @@ INLINE void read_part(const struct asked *a, int64_t row, int64_t number, int64_
     }
 }
 
-/* Do the tasks from `begin` to `stop`: task number i is part i % parts of row i / parts. */
-void attend_few(int64_t begin, int64_t stop, const struct asked *a) {
-    int64_t parts = (a->s + a->part - 1) / a->part;
-    for (int64_t i = begin; i < stop; i++) {
-        if (a->narrow) read_part(a, i / parts, i % parts, parts, 1);
-        else read_part(a, i / parts, i % parts, parts, 0);
+/* The tasks of one call, of which threads take one after the other: number i is part i % parts of row i / parts. */
+struct work {
+    const struct asked *asked;
+    int64_t parts, next;
+};
+
+static void *work_on(void *given) {
+    struct work *work = given;
+    const struct asked *a = work->asked;
+    for (;;) {
+        int64_t i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+        if (i >= a->rows * work->parts) return 0;
+        if (a->narrow) read_part(a, i / work->parts, i % work->parts, work->parts, 1);
+        else read_part(a, i / work->parts, i % work->parts, work->parts, 0);
     }
+}
+
+/* Answer all queries in at most so many threads. Where threads cannot be had, fewer do the work. */
+void attend_few(int64_t threads, const struct asked *a) {
+    struct work work = {a, (a->s + a->part - 1) / a->part, 0};
+    pthread_t others[MOST_THREADS];
+    int64_t most = a->rows * work.parts < threads ? a->rows * work.parts : threads, started = 0;
+    while (started < most - 1 && started < MOST_THREADS && !pthread_create(others + started, 0, work_on, &work)) started++;
+    work_on(&work);
+    for (int64_t i = 0; i < started; i++) pthread_join(others[i], 0);
 }

@@ -19,7 +19,7 @@ from kvfloor.core import native
 from kvfloor.files import cache_folder
 
 SOURCE = Path(__file__).with_name("attend_few.c")
-OPTIONS = (*native.OPTIONS, "-ffp-contract=fast")
+OPTIONS = (*native.OPTIONS, "-ffp-contract=fast", "-pthread")
 MOST_QUERIES = 16
 """Most queries of a row for which the kernel is used; its source has the same number."""
 
@@ -27,7 +27,7 @@ WIDEST = 1024
 """Largest width of a value."""
 
 PART = 4096
-"""Tokens of a row that are read by one thread; the parts follow from the row alone, so that its answers do too."""
+"""Tokens of a row that one thread reads at a time; the parts follow from the row alone, so that its answers do too."""
 
 _QUERIES, _LANES = 4, 8
 _SHARED_BYTES = 2**21
@@ -58,7 +58,7 @@ def loaded(folder: Path) -> ctypes.CDLL | None:
 
 def laid_out(found: ctypes.CDLL) -> ctypes.CDLL | None:
     """Return the kernel with the types of its arguments; None if it takes another structure."""
-    found.attend_few.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    found.attend_few.argtypes = (ctypes.c_int64, ctypes.c_void_p)
     found.attend_few.restype, found.size_of_asked.restype = None, ctypes.c_int64
     return found if found.size_of_asked() == ctypes.sizeof(_Asked) else None
 
@@ -109,7 +109,7 @@ def attend_few(
     )
     nbytes = rows * s * (d + dv) * k.element_size()
     threads = torch.get_num_threads() if nbytes >= _SHARED_BYTES else 1
-    native.in_threads(lambda begin, stop: found.attend_few(begin, stop, ctypes.byref(given)), rows * parts, threads)
+    found.attend_few(threads, ctypes.byref(given))
     return _joined(mean, log_mass)
 
 

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Thread
 
 import torch
 
@@ -71,18 +70,6 @@ def compiled(source: Path, name: str, folder: Path, options: Sequence[str]) -> c
     _require_own(folder)
     _require_own(path)
     return ctypes.CDLL(str(path))
-
-
-def in_threads(work: Callable[[int, int], object], tasks: int, most: int) -> None:
-    """Call work(begin, stop) on stretches of 0 .. tasks - 1 of about equal length, in at most `most` threads."""
-    threads = max(1, min(most, tasks))
-    ends = [tasks * i // threads for i in range(threads + 1)]
-    others = [Thread(target=work, args=ends[i : i + 2]) for i in range(1, threads)]
-    for thread in others:
-        thread.start()
-    work(*ends[:2])
-    for thread in others:
-        thread.join()
 
 
 def _require_own(path: Path) -> None:
