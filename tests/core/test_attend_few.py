@@ -55,6 +55,20 @@ def test_it_is_attention_with_and_without_weights(draw: Draw, dtype: torch.dtype
         require_right(q, k, v, shape[3] ** -0.5, log_weight)
 
 
+def test_threads_of_its_own_give_the_same_bits(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, weight = given(draw, torch.float32, (3, 4, 2 * PART + 100, 64, 64))
+    found = []
+    for parallel in (module.parallel(), None):
+        monkeypatch.setattr(module, "parallel", lambda parallel=parallel: parallel)
+        torch.set_num_threads(3)
+        try:
+            found.append(attend_few(q, k, v, 0.1, weight))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    require_right(q, k, v, 0.1, weight)
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_the_parts_of_long_rows_are_merged_whatever_the_threads(draw: Draw, dtype: torch.dtype) -> None:
     q, k, v, weight = given(draw, dtype, (2, 4, 2 * PART + 100, 128, 128))

@@ -224,23 +224,34 @@ struct work {
     int64_t parts, next;
 };
 
-static void *work_on(void *given) {
+static void work_on(void *given) {
     struct work *work = given;
     const struct asked *a = work->asked;
     for (;;) {
         int64_t i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-        if (i >= a->rows * work->parts) return 0;
+        if (i >= a->rows * work->parts) return;
         if (a->narrow) read_part(a, i / work->parts, i % work->parts, work->parts, 1);
         else read_part(a, i / work->parts, i % work->parts, work->parts, 0);
     }
 }
 
-/* Answer all queries in at most so many threads. Where threads cannot be had, fewer do the work. */
-void attend_few(int64_t threads, const struct asked *a) {
+static void *work_as_thread(void *given) {
+    work_on(given);
+    return 0;
+}
+
+/* Answer all queries in at most so many threads. Where threads cannot be had, fewer do the work.
+   parallel: GOMP_parallel of the OpenMP runtime that torch runs, whose threads wait for work; 0: threads are started */
+void attend_few(int64_t threads, void (*parallel)(void (*)(void *), void *, unsigned, unsigned), const struct asked *a) {
     struct work work = {a, (a->s + a->part - 1) / a->part, 0};
-    pthread_t others[MOST_THREADS];
     int64_t most = a->rows * work.parts < threads ? a->rows * work.parts : threads, started = 0;
-    while (started < most - 1 && started < MOST_THREADS && !pthread_create(others + started, 0, work_on, &work)) started++;
+    if (parallel && most > 1) {
+        parallel(work_on, &work, (unsigned)most, 0);
+        return;
+    }
+    pthread_t others[MOST_THREADS];
+    while (started < most - 1 && started < MOST_THREADS &&
+           !pthread_create(others + started, 0, work_as_thread, &work)) started++;
     work_on(&work);
     for (int64_t i = 0; i < started; i++) pthread_join(others[i], 0);
 }

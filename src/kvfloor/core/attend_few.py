@@ -49,6 +49,18 @@ def library() -> ctypes.CDLL | None:
     return native.if_possible(lambda: loaded(cache_folder() / "kernels"))
 
 
+@lru_cache(maxsize=1)
+def parallel() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded; None where it has none of GNU.
+
+    Threads of that runtime wait for work for a while after each of torch's operators, and keep others from the cores.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
 def loaded(folder: Path) -> ctypes.CDLL | None:
     """Return the compiled kernel in a folder, made there if it is missing; None for processors without AVX2."""
     if "-mavx2" not in native.instructions():
@@ -58,7 +70,7 @@ def loaded(folder: Path) -> ctypes.CDLL | None:
 
 def laid_out(found: ctypes.CDLL) -> ctypes.CDLL | None:
     """Return the kernel with the types of its arguments; None if it takes another structure."""
-    found.attend_few.argtypes = (ctypes.c_int64, ctypes.c_void_p)
+    found.attend_few.argtypes = (ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
     found.attend_few.restype, found.size_of_asked.restype = None, ctypes.c_int64
     return found if found.size_of_asked() == ctypes.sizeof(_Asked) else None
 
@@ -109,7 +121,7 @@ def attend_few(
     )
     nbytes = rows * s * (d + dv) * k.element_size()
     threads = torch.get_num_threads() if nbytes >= _SHARED_BYTES else 1
-    found.attend_few(threads, ctypes.byref(given))
+    found.attend_few(threads, parallel(), ctypes.byref(given))
     return _joined(mean, log_mass)
 
 
