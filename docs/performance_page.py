@@ -33,8 +33,8 @@ other work took more than a fifth of the processors' time, a row is marked *crow
 of the timed code fails.
 """
 _FUSED = (
-    "torch's fused kernel without weights is hardly faster (row `sdpa, folded`), so another kernel would have to come "
-    "nearer to memory's speed"
+    "a weighted read takes the kernel in C, or torch's fused kernel where there is no compiler (row `sdpa, folded`); "
+    "neither comes nearer to memory's speed, and prefetching keys made the first no faster"
 )
 _PRODUCTS = "the products with the model's weights take the same time with every cache{}"
 _ATTENTION = (
