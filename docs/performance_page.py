@@ -36,8 +36,8 @@ other work took more than a fifth of the processors' time, a row is marked *crow
 of the timed code fails.
 """
 _FUSED = (
-    "torch's fused kernel without weights is hardly faster (row `sdpa, folded`), so another kernel would have to come "
-    "nearer to memory's speed"
+    "a weighted read takes the kernel in C, or torch's fused kernel where there is no compiler (row `sdpa, folded`); "
+    "neither comes nearer to memory's speed, and prefetching keys made the first no faster"
 )
 _PRODUCTS = "the products with the model's weights take the same time with every cache{}"
 _ATTENTION = (
@@ -47,8 +47,8 @@ _ATTENTION = (
 WHY = {
     "share float32": _FUSED,
     "share bfloat16": _FUSED,
-    "weights": "as SubGen does it, numerator and denominator are two reads of all keys, and the second, whose values "
-    "have width 1, does not fit torch's fused kernel",
+    "weights": "as SubGen does it, whose keys below are not those above, they are two reads: one of "
+    "keys and values, one of keys",
     "exact float32": _ATTENTION,
     "exact bfloat16": _ATTENTION,
     "budget stock": "no cache can make a token faster than the model with hardly any: see the row `stock, 128 tokens`",

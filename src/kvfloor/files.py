@@ -16,6 +16,15 @@ _SAMPLE_BYTES = 1 << 12
 _IRREGULAR = "it is a folder, a pipe or a device, not a regular file"
 
 
+def cache_folder() -> Path:
+    """Return the folder for converted models and compiled kernels.
+
+    It is `kvfloor` in the folder of the environment's XDG_CACHE_HOME, or in `~/.cache` where that is not set.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvfloor"
+
+
 def open_folder(folder: Path) -> Path:
     """Create `folder` if it is missing, write and remove a test file in it, and return it.
 

@@ -16,6 +16,7 @@ from kvfloor.bench.targets import judged
 from kvfloor.bench.timing import interleaved
 from kvfloor.bench.vllm_read import paged_read
 from kvfloor.core.attend import attend
+from kvfloor.core.log_masses import log_masses
 from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.methods.sketches.subgen import ratio
@@ -70,7 +71,7 @@ def _versions(dtype: torch.dtype, width: int, n: int) -> tuple[dict[str, Callabl
     held = [(k.clone(), v.clone()) for _ in range(copies)]
     log_weight = torch.rand(KV_HEADS, n, generator=make)
     scale, spare = width**-0.5, torch.rand(KV_HEADS, n, generator=make)
-    spec, nothing = Spec(KV_HEADS, width, width, scale, dtype=dtype), k.new_zeros(KV_HEADS, n, 1)
+    spec = Spec(KV_HEADS, width, width, scale, dtype=dtype)
 
     def on(call: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
         turn = itertools.cycle(held)
@@ -87,9 +88,9 @@ def _versions(dtype: torch.dtype, width: int, n: int) -> tuple[dict[str, Callabl
         return sdpa(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
 
     def two_weights(k: Tensor, v: Tensor) -> Partial:
-        """Read numerator and denominator as SubGen does: two sets of weights, each over all tokens."""
+        """Read numerator and denominator as SubGen does: keys and values, then keys alone, under other weights."""
         z = Partial.over(q, k, v, spec, log_weight)
-        return ratio(z, Partial.over(q, k, nothing, spec, spare).log_mass)
+        return ratio(z, log_masses(q, k, scale, log_weight=spare))
 
     versions = {
         PLAIN: on(plain),

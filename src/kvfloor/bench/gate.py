@@ -14,6 +14,8 @@ from kvfloor.bench.machine import cores
 
 BRIEF = (
     "tests/core/test_attend.py",
+    "tests/core/test_attend_few.py",
+    "tests/core/test_log_masses.py",
     "tests/core/test_one_token.py",
     "tests/hf/test_exact.py",
     "tests/hf/test_compressed.py",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvfloor.core.attend_few import attend_few, serves
 from kvfloor.logits import capped
 
 Backend = Literal["auto", "eager", "flash"]
@@ -49,13 +50,16 @@ def attend(
     softcap     c: scale q.k is replaced by c tanh(scale q.k / c); None: no cap
     log_weight  (rows, s), added to the logits; None: nothing is added
     hide        bool (rows or 1, m or 1, s), True where a query does not see a key; None: all keys are seen
-    backend     "auto": torch's fused CPU kernel wherever it applies (`fused`), and on a GPU the Triton kernel
-                (`split_applies`); "flash": the CPU kernel, or ValueError where it does not apply; "eager": no kernel
+    backend     "auto": on a GPU the Triton kernel (`split_applies`); on a CPU the kernel in C for weighted reads of few
+                queries (`attend_few.serves`), otherwise torch's fused kernel (`fused`); the definition where none
+                applies. "flash": torch's fused CPU kernel, or ValueError where it does not apply; "eager": no kernel
     """
     if backend == "auto" and hide is None and split_applies(q, k, v):
         from kvfloor.core import attend_triton
 
         return attend_triton.attend_split(q, k, v, scale, softcap, log_weight)
+    if backend == "auto" and log_weight is not None and softcap is None and hide is None and serves(q, k, v):
+        return attend_few(q, k, v, scale, log_weight)
     applies = fused(q, k, v, softcap)
     if backend == "flash" and not applies:
         raise ValueError(f"the fused path needs CPU tensors, d == dv and no softcap; got {q.device}, {k.shape}")
@@ -198,21 +202,22 @@ def has_triton() -> bool:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None, hide: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    bias, blind = None, None
+    bias, most = None, None
     if log_weight is not None or hide is not None:
         # The additive mask stays float32 even for bfloat16 keys: log-weights would lose their precision.
         bias = torch.zeros(1, 1, k.shape[1]) if log_weight is None else log_weight.float().unsqueeze(1)
         if hide is not None:
             bias = bias.masked_fill(hide, -torch.inf)
-        blind = (bias == -torch.inf).all(-1)
+        most = bias.amax(-1)
         bias = bias.expand(q.shape[0], q.shape[1], -1).unsqueeze(1)
     assert _FLASH is not None
     # The fused kernel assumes a last axis of stride 1: on a transposed input it reads wrong numbers.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, log_mass = _FLASH(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 0.0, False, attn_mask=bias, scale=scale)
     mean, log_mass = out.squeeze(1).float(), log_mass.squeeze(1).float()
-    if blind is not None and bool(blind.any()):
+    if most is not None and -torch.inf in most.flatten().tolist():
         # The fused kernel returns log-mass 0 for a query that sees no key.
+        blind = most == -torch.inf
         log_mass = log_mass.masked_fill(blind, -torch.inf)
         mean = mean.masked_fill(blind.unsqueeze(-1), 0.0)
     return mean, log_mass

@@ -7,7 +7,6 @@ written under another name and renamed when it is complete, so no folder in the 
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -15,16 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvfloor.files import open_folder, open_regular
+from kvfloor.files import cache_folder, open_folder, open_regular
 
 MAGIC = b"GGUF"
 _PIECE = 2**22  # bytes read at a time
-
-
-def cache_folder() -> Path:
-    """Return the folder for converted models: `kvfloor` in XDG_CACHE_HOME, or in `~/.cache` where that is not set."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvfloor"
 
 
 def is_gguf(path: Path) -> bool:

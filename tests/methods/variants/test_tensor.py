@@ -330,3 +330,35 @@ def test_a_mutant_that_reads_the_empty_places_of_shorter_rows_is_rejected(monkey
     monkeypatch.setattr(module, "over_pairs", lambda q, one, two, spec: pairs(q, alike(one), alike(two), spec))
     with pytest.raises(AssertionError):
         test_rows_of_different_length_read_their_own_pairs_only()
+
+
+def weighted_points(dtype=torch.float32):
+    """Queries and the points of two sides, of which some represent several tokens and some none."""
+    draw = seeded(7)
+    sides = []
+    for s in (23, 31):
+        weight = draw(ROWS, s).masked_fill(draw(ROWS, s) > 1.0, -torch.inf)
+        sides.append(module.Points(draw(ROWS, s, D, dtype=dtype), draw(ROWS, s, DV, dtype=dtype), weight))
+    return draw(ROWS, G, D, dtype=dtype), *sides
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("at_once", [2**22, 1000])
+def test_log_masses_are_those_of_the_attention(monkeypatch, dtype, softcap, at_once):
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+    (q, one, two), spec = weighted_points(dtype), spec_of(softcap=softcap, dtype=dtype)
+    exact = (x.double() for x in (one.k, two.k))
+    pairs = torch.einsum("rml,ril,rjl->rmij", q.double(), *exact)
+    pairs = pairs if softcap is None else softcap * torch.tanh(pairs / softcap)
+    pairs = pairs + one.log_weight[:, None, :, None] + two.log_weight[:, None, None, :]
+    found = module.log_masses_over_pairs(q, one, two, spec)
+    assert found.dtype == spec.compute_dtype
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.double(), pairs.flatten(2).logsumexp(-1), rtol=0, atol=atol)
+
+
+def test_a_mutant_without_the_weights_of_first_points_is_rejected(monkeypatch):
+    monkeypatch.setattr(module, "_by_point", lambda second, q, one: second.view(*q.shape[:2], one.k.shape[1]))
+    with pytest.raises(AssertionError):
+        test_log_masses_are_those_of_the_attention(monkeypatch, torch.float64, None, 1000)

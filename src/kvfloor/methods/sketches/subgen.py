@@ -23,6 +23,7 @@ from torch import Tensor
 from kvfloor.core.blocked import Blocked
 from kvfloor.core.budget import Budget
 from kvfloor.core.fields import Field
+from kvfloor.core.log_masses import log_masses
 from kvfloor.core.method import Guarantee, Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
@@ -201,8 +202,7 @@ class SubGenState(Blocked[SubGen]):
             return None
         z = Partial.over(q, self.pairs.k, self.pairs.v, self.spec, self.pairs.log_weight())
         keys, share = self.keys.weighted()
-        tau = Partial.over(q, keys, keys.new_zeros(*keys.shape[:2], 1), self.spec, share)
-        return ratio(z, tau.log_mass)
+        return ratio(z, log_masses(q, keys, self.spec.scale, self.spec.softcap, share))
 
     def _close(self, rows: Tensor | None) -> None:
         rows = torch.arange(self.spec.rows) if rows is None else rows

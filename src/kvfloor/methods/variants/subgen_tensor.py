@@ -46,7 +46,7 @@ from kvfloor.methods.sketches.clusters import (
     shared_out,
 )
 from kvfloor.methods.sketches.subgen import PAIRS, SAMPLES, chebyshev, ratio
-from kvfloor.methods.variants.tensor import Points, over_pairs
+from kvfloor.methods.variants.tensor import Points, log_masses_over_pairs, over_pairs
 from kvfloor.validation import count, positives
 
 # The first side uses the draws of SubGen; the second needs its own draws, so that the sides are independent.
@@ -201,12 +201,11 @@ class Side(Memory):
     def masses(self, waiting: Points) -> Points:
         """Return this side's weighted points for the denominator: the sampled keys, then the `waiting` points.
 
-        `waiting` are the tokens since the last block end, as points; they are in no cluster yet. All values of the
-        result are 0 and have width 1, because the denominator needs none.
+        `waiting` are the tokens since the last block end, as points; they are in no cluster yet. The values of the
+        result have width 0, because the denominator needs none.
         """
         keys, weight = self.keys.weighted(int(self.keys.used.max()))
-        nothing = Points(waiting.k, torch.zeros_like(waiting.v[..., :1]), waiting.log_weight)
-        return _points(keys, keys.new_zeros(*keys.shape[:2], 1), weight, nothing)
+        return _points(keys, keys[..., :0], weight, replace(waiting, v=waiting.v[..., :0]))
 
     def values(self, waiting: Points) -> Points:
         """Return this side's weighted points for the numerator: sampled (key, value) pairs, then the `waiting` points.
@@ -305,8 +304,7 @@ class SubGenTensorState(Blocked[SubGenTensor]):
         (k1, k2), (v1, v2) = view.k.chunk(2, -1), view.v.chunk(2, -1)
         one, two = Points(k1, v1, weight), Points(k2, v2, weight)
         z = over_pairs(q, self.first.values(one), self.second.values(two), self.spec)
-        tau = over_pairs(q, self.first.masses(one), self.second.masses(two), self.spec)
-        return ratio(z, tau.log_mass)
+        return ratio(z, log_masses_over_pairs(q, self.first.masses(one), self.second.masses(two), self.spec))
 
     # ---- learning ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ method keeps of a stream of tokens. A `Spec` holds the sizes and constants of a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from kvfloor.core.bounded import Bounded
 from kvfloor.core.budget import Budget
 from kvfloor.core.exact import Exact
+from kvfloor.core.log_masses import log_masses
 from kvfloor.core.method import Method, Traits
 from kvfloor.core.partial import Partial
 from kvfloor.core.selector import Everything
@@ -170,12 +172,40 @@ def over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
     The weight of a pair is the product of its points' weights. Pairs are computed in blocks of bounded size. Of `spec`,
     the scale, the softcap and the compute dtype are used. Returns a `Partial` (rows, m).
     """
-    (rows, m, _), s = q.shape, one.k.shape[1]
-    part = Partial.empty(rows, m, dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
-    at_once = max(1, _LOGITS_AT_ONCE // max(1, rows * m * two.k.shape[1]))
-    for start in range(0, s, at_once):
-        part = part.merge(_turned(q, one.part(slice(start, start + at_once)), two, spec))
+    part = Partial.empty(*q.shape[:2], dv=one.v.shape[-1], dtype=spec.compute_dtype, device=q.device)
+    for block in _blocks(q, one, two):
+        part = part.merge(_turned(q, block, two, spec))
     return part
+
+
+def log_masses_over_pairs(q: Tensor, one: Points, two: Points, spec: Spec) -> Tensor:
+    """Return the log-masses (rows, m) of `over_pairs`, in the compute dtype; no values are read."""
+    dtype = spec.compute_dtype
+    mass = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    for block in _blocks(q, one, two):
+        turned, k = _turned_queries(q, block, dtype), two.k.to(dtype)
+        second = log_masses(turned, k, spec.scale, spec.softcap, two.log_weight)
+        mass = torch.logaddexp(mass, _by_point(second, q, block).logsumexp(-1))
+    return mass
+
+
+def _blocks(q: Tensor, one: Points, two: Points) -> Iterator[Points]:
+    """Yield the points of `one` in parts, so small that the logits of their pairs with `two` are of bounded size."""
+    rows, m, _ = q.shape
+    at_once = max(1, _LOGITS_AT_ONCE // max(1, rows * m * two.k.shape[1]))
+    for start in range(0, one.k.shape[1], at_once):
+        yield one.part(slice(start, start + at_once))
+
+
+def _turned_queries(q: Tensor, one: Points, dtype: torch.dtype) -> Tensor:
+    """Return q * k1, entry by entry, for every query of q (rows, m, d) and every point of `one`: (rows, m * s, d)."""
+    return (q.to(dtype).unsqueeze(2) * one.k.to(dtype).unsqueeze(1)).flatten(1, 2)
+
+
+def _by_point(second: Tensor, q: Tensor, one: Points) -> Tensor:
+    """Return log-masses (rows, m, s) from those of turned queries (rows, m * s), with the weights of the s points."""
+    mass = second.view(*q.shape[:2], one.k.shape[1])
+    return mass if one.log_weight is None else mass + one.log_weight.to(mass.dtype).unsqueeze(1)
 
 
 def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
@@ -185,16 +215,12 @@ def _turned(q: Tensor, one: Points, two: Points, spec: Spec) -> Partial:
     points of `two`. The results for all points x are then weighted by their masses (sums of exp of scores). Of `spec`,
     the scale, the softcap and the compute dtype are used. The result is a `Partial` (rows, m).
     """
-    (rows, m, d), s = q.shape, one.k.shape[1]
     dtype = spec.compute_dtype
-    turned = (q.to(dtype).unsqueeze(2) * one.k.to(dtype).unsqueeze(1)).reshape(rows, m * s, d)
-    second = Partial.over(turned, two.k.to(dtype), two.v.to(dtype), spec, two.log_weight)
-    mass = second.log_mass.view(rows, m, s)
-    if one.log_weight is not None:
-        mass = mass + one.log_weight.to(dtype).unsqueeze(1)
+    second = Partial.over(_turned_queries(q, one, dtype), two.k.to(dtype), two.v.to(dtype), spec, two.log_weight)
+    mass = _by_point(second.log_mass, q, one)
     top = mass.logsumexp(-1)
     weight = torch.exp(mass - top.nan_to_num(neginf=0.0).unsqueeze(-1))
-    values = one.v.to(dtype).unsqueeze(1) * second.mean.view(rows, m, s, one.v.shape[-1])
+    values = one.v.to(dtype).unsqueeze(1) * second.mean.view(*mass.shape, one.v.shape[-1])
     return Partial((weight.unsqueeze(-1) * values).sum(2), top)
 
 
