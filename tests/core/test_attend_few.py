@@ -228,3 +228,27 @@ def test_a_merge_of_parts_without_their_masses_is_found(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "_joined", lambda mean, log_mass: (mean.mean(1), log_mass.logsumexp(1)))
     with pytest.raises(AssertionError):
         test_the_parts_of_long_rows_are_merged_whatever_the_threads(seeded(0), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "g", "s", "served"),
+    [
+        (torch.float32, 3, 1024, True),
+        (torch.bfloat16, 1, 1024, True),
+        (torch.float32, 1, 1024, False),  # torch's kernel is faster for one query of a row
+        (torch.float32, 3, 256, False),
+        (torch.float16, 3, 1024, False),
+    ],
+)
+def test_the_newest_tokens_queries_are_asked_by_it_on_many_keys(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, g: int, s: int, served: bool
+) -> None:
+    calls, real = [], definition.attend_few
+    monkeypatch.setattr(definition, "attend_few", lambda *given: (calls.append(1), real(*given))[1])
+    q, k, v = draw(4, g, 1, 64, dtype=dtype), draw(4, s, 64, dtype=dtype), draw(4, s, 64, dtype=dtype)
+    found = definition.attend_newest(q, k, v, 0.125)
+    truth = oracle(q.squeeze(2), k, v, 0.125, None)[0].unsqueeze(2)
+    assert found.shape == (4, g, 1, 64) and bool(calls) == served
+    assert found.dtype == (torch.float32 if dtype == torch.float16 else dtype)  # which no kernel for CPUs takes
+    assert error(found, truth) < {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert error(found, truth.roll(1, 0)) > 0.1

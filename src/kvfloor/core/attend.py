@@ -21,6 +21,9 @@ from kvfloor.logits import capped
 
 Backend = Literal["auto", "eager", "flash"]
 
+MANY_NUMBERS = 2**17
+"""Least numbers in all keys together for which one token's queries are asked by the kernel in C."""
+
 MOST_SPLIT = 64
 """Most queries of a row for which the Triton kernel is used: with more, other kernels have enough work to share."""
 
@@ -75,10 +78,14 @@ def attend_newest(
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs have k's dtype where
-    torch's fused kernel applies, otherwise the compute dtype. The kernel is called through torch's
+    a kernel for CPUs applies, otherwise the compute dtype. On many keys it is that in C (`attend_few`), which torch's
+    fused kernel beats for one query per row in float32. That one is called through torch's
     `scaled_dot_product_attention` and not through `attend`, because with few keys the overhead of `attend` is a third
     of the time. log_weight (rows, s) is added to the logits; None: nothing is added.
     """
+    many = k.numel() >= MANY_NUMBERS and (q.shape[1] > 1 or k.dtype == torch.bfloat16)
+    if many and log_weight is None and softcap is None and serves(of_all := q.squeeze(2), k, v):
+        return attend_few(of_all, k, v, scale)[0].to(k.dtype).unsqueeze(2)
     if log_weight is None and fused(q, k, v, softcap) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         out = scaled_dot_product_attention(q.transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
         return out.transpose(1, 2)
