@@ -104,8 +104,11 @@ def address(builder: Any, data: Any, index: Any, kind: Any) -> Any:
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
-def _levels(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
+def _levels(target: Any, builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
     """Return vectors of levels: lane i of vector p has that of the 4 bits from shifts[p][i] on in lane i of words."""
+    features = target.codegen().magic_tuple()[2]  # of the processor that is compiled for
+    if "+avx2" in features and "+avx512f" not in features:
+        return _levels_by_halves(builder, words, shifts, table)
     entries = builder.load(builder.bitcast(table, _NUMBERS.as_pointer()), align=4)
     found = []
     for shift in shifts:
@@ -116,6 +119,29 @@ def _levels(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> li
             one = builder.extract_element(entries, builder.extract_element(index, lane))
             vector = builder.insert_element(vector, one, lane)
         found.append(vector)
+    return found
+
+
+def _levels_by_halves(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
+    """Do the work of `_levels` on processors whose permutations are of 8 numbers (AVX2)."""
+    numbers, indices = ir.VectorType(ir.FloatType(), 8), ir.VectorType(_INDEX, 8)
+    start = builder.bitcast(table, numbers.as_pointer())
+    entries = [builder.load(builder.gep(start, [_INDEX(half)]), align=4) for half in range(2)]
+    lanes = [range(8), range(8, 16)]
+    parts = [builder.shuffle_vector(words, words, ir.Constant(indices, list(part))) for part in lanes]
+    kind = ir.FunctionType(numbers, [numbers, indices])
+    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.permps")
+    found = []
+    for shift in shifts:
+        halves = []
+        for part, word in zip(lanes, parts, strict=True):
+            by = [shift[lane] for lane in part]
+            index = builder.lshr(word, ir.Constant(indices, by))  # only the lowest 3 bits count
+            lower, upper = (builder.call(permute, [entry, index]) for entry in entries)
+            fourth = builder.shl(word, ir.Constant(indices, [28 - x for x in by]))  # the sign
+            above = builder.icmp_signed("<", fourth, ir.Constant(indices, [0] * 8))
+            halves.append(builder.select(above, upper, lower))
+        found.append(builder.shuffle_vector(*halves, ir.Constant(_INDICES, list(range(_LANES)))))
     return found
 
 
@@ -143,7 +169,7 @@ def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -
         twice = ir.Constant(_INDICES, [*range(8), *range(8)])
         words = builder.shuffle_vector(eight, ir.Constant(half, ir.Undefined), twice)
         shifts = [[4 * p] * 8 + [4 * (p + 4)] * 8 for p in range(4)]
-        for p, found in enumerate(_levels(builder, words, shifts, levels)):
+        for p, found in enumerate(_levels(target, builder, words, shifts, levels)):
             start = builder.add(arguments[4], ir.Constant(arguments[4].type, _LANES * p))
             builder.store(found, address(builder, into, start, _NUMBERS), align=4)
         return target.get_dummy_value()
@@ -209,7 +235,7 @@ def _add_products(context: Any, words: Any, at: Any, table: Any, q: Any, column:
         source, levels = addresses(target, builder, signature, arguments, 0, 2)
         asked, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (3, 5))
         loaded = builder.load(address(builder, source, arguments[1], _INDICES), align=4)
-        found = _levels(builder, loaded, [[4 * p] * _LANES for p in range(8)], levels)
+        found = _levels(target, builder, loaded, [[4 * p] * _LANES for p in range(8)], levels)
         m, width = cgutils.unpack_tuple(builder, asked.shape)
         length = cgutils.unpack_tuple(builder, result.shape)[1]
         with cgutils.for_range(builder, m) as loop:
