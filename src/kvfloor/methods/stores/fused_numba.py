@@ -191,6 +191,24 @@ def level(context: Any, table: Any, code: Any) -> Any:
 
 
 @instruction
+def _look_up_eight(context: Any, packed: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
+    """Write the levels of the 8 codes from packed[at] on, of 8 bits, to out: that of code p to out[to + spot(p)]."""
+    del context
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, levels, into = addresses(target, builder, signature, arguments, 0, 2, 3)
+        start, first = builder.gep(source, [arguments[1]]), builder.gep(into, [arguments[4]])
+        for p in range(8):  # loads one by one, as in `level`
+            index = builder.zext(builder.load(builder.gep(start, [_INDEX(p)])), arguments[1].type)
+            pointer = builder.bitcast(builder.gep(levels, [index]), _INDEX.as_pointer())
+            number = builder.bitcast(builder.load_atomic(pointer, "unordered", 4), ir.FloatType())
+            builder.store(number, builder.gep(first, [_INDEX(p % 4 * 16 + p // 4 * 8)]))
+        return target.get_dummy_value()
+
+    return types.void(packed, types.intp, table, out, types.intp), code
+
+
+@instruction
 def fetch(context: Any, packed: Any, at: Any) -> Any:
     """Ask the processor to bring byte `at` of a uint8 array, and those around it, closer; it need not exist."""
     del context
@@ -513,8 +531,11 @@ def look_up_words(low, start, size, high, tall, table, words, numbers):
 def look_up_bytes(packed, start, size, width, table, words, numbers):
     """Do the work of `look_up_words` for `size` tokens whose codes, of 8 bits, are the bytes from `start` on."""
     for t in range(size):
-        for c in range(width):
-            numbers[8 * words * t + spot(c)] = level(table, packed[start + width * t + c])
+        at, to = start + width * t, 8 * words * t
+        for word in range(width // 8):
+            _look_up_eight(packed, at + 8 * word, table, numbers, to + spot(8 * word))
+        for c in range(width // 8 * 8, width):
+            numbers[to + spot(c)] = level(table, packed[at + c])
 
 
 @compiled
