@@ -234,6 +234,7 @@ class CodedSlots(Slots):
     plain: ClassVar[bool] = False
     position_dtype: ClassVar[torch.dtype] = torch.int32  # half the bytes: beside 4-bit codes, positions count
     recent = 0  # an attribute of the object, with its bytes, only where it is not 0
+    _known_arrays: fused.KnownArrays | None = None  # what the kernel reads
 
     def __init__(
         self,
@@ -507,15 +508,19 @@ class CodedSlots(Slots):
 
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
         del bare
-        at = self.held.tolist()[0]
+        at = self.level
+        assert at is not None
         if not self.ordered:
-            self.position[at :: self.stride].fill_(position)
-        first = self.first
-        index = position if position < first else first + position % self.ring
-        self.fresh_k[:, index] = k.squeeze(1)
+            self.number_from(at, position)
+        index = position if position < self.first else self.first + position % self.ring
+        self.fresh_k.narrow(1, index, 1).copy_(k)
         if not self.spec.tied:
-            self.fresh_v[:, index] = v.squeeze(1)
-        self.held = self.held + 1
+            self.fresh_v.narrow(1, index, 1).copy_(v)
+        self.count_one()
+
+    def _lay_out(self, capacity: Tensor) -> None:
+        super()._lay_out(capacity)
+        self._known_arrays = None
 
     def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         count = leaving.sum(1).cpu() if count is None else count

@@ -578,8 +578,8 @@ def weigh(logits, live, factors, highest, masses, mean):
 
 
 @compiled
-def fold(q, r, low, high, span, row, group, steps, start, step, folded, shift):
-    """Fold a group's middles and steps into row r of queries q (r, m, w): write folded (m, w).
+def fold(q, low, high, span, row, group, steps, start, step, folded, shift):
+    """Fold a group's middles and steps into the queries q (m, w) of a row: write folded (m, w).
 
     Write the products of the queries with the middles of the ranges to shift (m). Codes count from the middle, which
     rounds less than counting from the least number.
@@ -596,8 +596,8 @@ def fold(q, r, low, high, span, row, group, steps, start, step, folded, shift):
     for i in range(len(folded)):
         total = np.float32(0.0)
         for c in range(d):
-            folded[i, c] = q[r, i, c] * step[c]
-            total += q[r, i, c] * start[c]
+            folded[i, c] = q[i, c] * step[c]
+            total += q[i, c] * start[c]
         shift[i] = total
 
 
@@ -620,9 +620,8 @@ _TOKENS = (
     _BOOLS,
 )
 _OUT = (types.float32[:, :, :, ::1], _CUBE, _CUBE, _SHARED)
-_SIGNATURE = types.void(
-    types.int64, types.int64, _CUBE, types.float32[:, ::1], types.float32, *_TOKENS, *_KEYS, *_VALUES, *_OUT
-)
+_MATRIX, _FLOAT = types.float32[:, ::1], types.float32
+_SIGNATURE = types.void(types.int64, types.int64, _CUBE, _MATRIX, _FLOAT, _FLOAT, *_TOKENS, *_KEYS, *_VALUES, *_OUT)
 
 
 @compiled(signature=_SIGNATURE)
@@ -631,6 +630,7 @@ def attend_chunks(
     stop,
     q,
     bias,
+    scale,
     softcap,
     row,
     offset,
@@ -664,8 +664,9 @@ def attend_chunks(
 ):
     """Compute attention of q over the coded tokens of the chunks begin .. stop - 1, counted row by row.
 
-    q         (r, m, 8 words of a key), scaled, with zeros behind the width d
-    bias      (r, m), added to the logits of coded tokens before the softcap
+    q         (r, m, d)
+    bias      (r, m), added to the products of coded tokens with the queries
+    scale     the factor on products and bias, before the softcap
     softcap   c: a logit x becomes c tanh(x / c); 0: no cap
     row       (r,) index of each row in key_low, key_high and key_range
     offset    (r,) first slot of each row; count: (r,) number of its slots that are read
@@ -693,6 +694,7 @@ def attend_chunks(
     logits, total = np.empty((m, TILE), np.float32), np.empty((m, 8 * lanes), np.float32)
     highest, masses = np.empty(m, np.float32), np.empty(m, np.float32)
     folded, shift = np.zeros((m, 8 * words), np.float32), np.zeros(m, np.float32)
+    asked, raised = np.zeros((m, 8 * words), np.float32), np.empty(m, np.float32)
     begins, widths = np.empty(d, np.float32), np.empty(d, np.float32)
     live, factors = np.empty(TILE, np.bool_), np.zeros(TILE, np.float32)
     all_keys, all_values = key_packed.ravel(), value_packed.ravel()
@@ -703,6 +705,9 @@ def attend_chunks(
         r, chunk = task // chunks, task % chunks
         for i in range(m):
             highest[i], masses[i] = HIDDEN, np.float32(0.0)
+            raised[i] = bias[r, i] * scale
+            for c in range(d):
+                asked[i, c] = q[r, i, c] * scale
             for c in range(8 * lanes):
                 total[i, c] = np.float32(0.0)
         folded_group = -1
@@ -741,7 +746,9 @@ def attend_chunks(
             if linear:
                 if (start + lead) // group != folded_group:
                     folded_group = (start + lead) // group
-                    fold(q, r, key_low, key_high, key_range, row[r], folded_group, steps, begins, widths, folded, shift)
+                    fold(
+                        asked, key_low, key_high, key_range, row[r], folded_group, steps, begins, widths, folded, shift
+                    )
                 add_logits(keys_low, keys_high, False, key_table, folded, words, codes, logits)
                 if key_bits > 4:
                     for i in range(m):
@@ -753,12 +760,12 @@ def attend_chunks(
                     for t in range(TILE):
                         logits[i, t] += shift[i]
             else:
-                add_logits(keys_low, keys_high, key_bits > 4, key_table, q[r], words, codes, logits)
+                add_logits(keys_low, keys_high, key_bits > 4, key_table, asked, words, codes, logits)
                 for t in range(size):
                     factors[t] = short_float(key_scale[place + t])
                 for i in range(m):
                     for t in range(TILE):
-                        logits[i, t] = logits[i, t] * factors[t] + bias[r, i]
+                        logits[i, t] = logits[i, t] * factors[t] + raised[i]
             if softcap > 0:
                 for i in range(m):
                     for t in range(size):
@@ -805,3 +812,44 @@ def join(mean, top, mass, out, log_mass):
             for c in range(dv):
                 out[r, i, c] = out[r, i, c] / whole if whole != 0 else np.float32(0.0)
             log_mass[r, i] = highest + np.float32(math.log(whole)) if whole != 0 else np.float32(-np.inf)
+
+
+@compiled(signature=types.void(_CUBE, _FLOAT, _FLOAT, _INTEGERS, _CUBE, _CUBE, _SHARED, _CUBE, _MATRIX))
+def add_given(q, scale, softcap, row, keys, values, seen, mean, log_mass):
+    """Add tokens that are kept as they were given to the result over others, mean (r, m, dv) and log_mass (r, m).
+
+    q, scale, softcap, row  as in `attend_chunks`
+    keys, values            (rows, n, d) and (rows, n, dv)
+    seen                    (r, m, n), 1 for the tokens that a query sees
+    """
+    m, n, d, dv = q.shape[1], keys.shape[1], keys.shape[2], values.shape[2]
+    logits = np.empty(n, np.float32)
+    for r in range(len(q)):
+        at = row[r]
+        for i in range(m):
+            top, some = log_mass[r, i], False
+            for t in range(n):
+                if seen[r, i, t]:
+                    logit = np.float32(0.0)
+                    for c in range(d):
+                        logit += q[r, i, c] * keys[at, t, c]
+                    logit *= scale
+                    if softcap > 0:
+                        logit = softcap * np.float32(math.tanh(logit / softcap))
+                    logits[t], some = logit, True
+                    if not logit <= top:  # a NaN stays
+                        top = logit
+            if not some:
+                continue
+            total = exponential(log_mass[r, i] - top)
+            for c in range(dv):
+                mean[r, i, c] *= total
+            for t in range(n):
+                if seen[r, i, t]:
+                    weight = exponential(logits[t] - top)
+                    total += weight
+                    for c in range(dv):
+                        mean[r, i, c] += weight * values[at, t, c]
+            for c in range(dv):
+                mean[r, i, c] /= total
+            log_mass[r, i] = top + np.float32(math.log(total))
