@@ -240,37 +240,44 @@ def test_where_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- mutants ---------------------------------------------------------------------------------------------------------
 
 
-def changed(at: str, change: Any) -> Any:
-    """Return the kernels, whose argument `at` is changed before each call."""
+def changed(kernel: str, at: str, change: Any) -> Any:
+    """Return the kernels, with one of them whose argument `at` is changed before each call."""
     kernels = fused._kernels()
-    names = kernels.attend_chunks.py_func.__code__.co_varnames
-    index = names.index(at)
+    names = ("attend_chunks", "join", "add_given", "CHUNK", "TILE")
+    right = getattr(kernels, kernel)
+    index = right.py_func.__code__.co_varnames.index(at)
 
     def call(*given: Any) -> None:
-        kernels.attend_chunks(*given[:index], change(given[index]), *given[index + 1 :])
+        right(*given[:index], change(given[index]), *given[index + 1 :])
 
-    return SimpleNamespace(attend_chunks=call, join=kernels.join, CHUNK=kernels.CHUNK, TILE=kernels.TILE)
+    return SimpleNamespace(**{name: getattr(kernels, name) for name in names} | {kernel: call})
 
 
 @pytest.mark.parametrize(
-    ("at", "change"),
+    ("kernel", "at", "change"),
     [
-        ("key_low", lambda x: np.roll(x, 1, 1)),  # the ranges of the group before
-        ("key_range", lambda x: np.roll(x, -1, 1)),
-        ("row", lambda x: x * 0),
-        ("offset", lambda x: x + 1),
-        ("coded", lambda x: x - 32),
-        ("first", lambda x: x + 1),
-        ("softcap", lambda x: 2 * x),
-        ("value_scale", lambda x: np.roll(x, 1)),
-        ("count", lambda x: x - 1),
-        ("q", lambda x: np.roll(x, 1, 2)),
+        ("attend_chunks", "key_low", lambda x: np.roll(x, 1, 1)),  # the ranges of the group before
+        ("attend_chunks", "key_range", lambda x: np.roll(x, -1, 1)),
+        ("attend_chunks", "row", lambda x: x * 0),
+        ("attend_chunks", "offset", lambda x: x + 1),
+        ("attend_chunks", "coded", lambda x: x - 32),
+        ("attend_chunks", "first", lambda x: x + 1),
+        ("attend_chunks", "softcap", lambda x: 2 * x),
+        ("attend_chunks", "value_scale", lambda x: np.roll(x, 1)),
+        ("attend_chunks", "count", lambda x: x - 1),
+        ("attend_chunks", "q", lambda x: np.roll(x, 1, 2)),
+        ("add_given", "seen", lambda x: np.roll(x, 1, 2)),
+        ("add_given", "seen", lambda x: x * 0),
+        ("add_given", "row", lambda x: x * 0),
+        ("add_given", "softcap", lambda x: 2 * x),
+        ("add_given", "values", lambda x: np.roll(x, 1, 1)),
+        ("add_given", "log_mass", lambda x: x + np.float32(0.01)),
     ],
 )
-def test_a_wrong_kernel_is_found(at: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_found(kernel: str, at: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     state = held("exact:k4v4", 200, 16, 16, softcap=2.0)
     alike(visible(state)[0], asked(state, 2), state.spec)
-    wrong = changed(at, change)
+    wrong = changed(kernel, at, change)
     monkeypatch.setattr(fused, "_kernels", lambda: wrong)
     with pytest.raises((AssertionError, IndexError)):
         alike(visible(state)[0], asked(state, 2), state.spec)
