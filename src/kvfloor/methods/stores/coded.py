@@ -24,7 +24,7 @@ from kvfloor.core.arena import Arena
 from kvfloor.core.attend import MOST_SPLIT, has_triton
 from kvfloor.core.device import sent
 from kvfloor.core.fields import Field, require_equal
-from kvfloor.core.memory import Memory
+from kvfloor.core.memory import Common, Memory, common
 from kvfloor.core.method import Guarantee, part_text
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
@@ -32,7 +32,8 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
 from kvfloor.methods.stores import fused
 from kvfloor.methods.stores.codes import ChannelCodes, SharedCodes, SlotCodes, TokenCodes
-from kvfloor.methods.stores.turn import matrix, turned
+from kvfloor.methods.stores.turn import Rotation, matrix, rotated, turned
+from kvfloor.methods.stores.uncoded import Uncoded
 from kvfloor.validation import count
 
 GROUP = 32
@@ -201,11 +202,11 @@ class CodedView:
         """Do the work of `over` in torch, by unpacking all codes: the definition of this attention."""
         if all(codes.rounded for codes in self.owner.parts):
             return Partial.over(q, self.k, self.k if spec.tied else self.v, spec, hide=hide)
-        k, v = self.owner.decoded(self, turn=True)
+        k, v = self.owner.decoded(self, turn=True, rotate=rotated)
         dtype, device = spec.compute_dtype, str(q.device)
         asked = q.to(dtype)
         if self.owner.key_codes.turns:
-            asked = asked @ matrix(spec.d, dtype, device).T
+            asked = rotated(asked)
         part = Partial.over(asked, k, v, spec, hide=hide)
         codes = self.owner.key_codes if spec.tied else self.owner.value_codes
         if codes is None or not codes.turns:
@@ -235,6 +236,9 @@ class CodedSlots(Slots):
     position_dtype: ClassVar[torch.dtype] = torch.int32  # half the bytes: beside 4-bit codes, positions count
     recent = 0  # an attribute of the object, with its bytes, only where it is not 0
     _known_arrays: fused.KnownArrays | None = None  # what the kernel reads
+    _known_coded: Common | None = None  # of `coded`
+    # Where uncoded tokens are, in that many slots of each row; tokens since then came by `put` (`_uncoded_alike`).
+    _known_uncoded: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -370,45 +374,92 @@ class CodedSlots(Slots):
         return replace(stated, holds=False, why=why) if why else stated
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        return self._decoded(*self._named(name), rows, self.positions(rows, width)).to(self.spec.dtype)
+        return self._decoded(*self._named(name), rows, width).to(self.spec.dtype)
 
-    def decoded(self, view: CodedView, turn: bool) -> tuple[Tensor, Tensor]:
+    def decoded(self, view: CodedView, turn: bool, rotate: Rotation = turned) -> tuple[Tensor, Tensor]:
         """Return (keys, values) of a view, (r, s, d) and (r, s, dv), in the compute dtype.
 
-        turn: True: return keys in rotated form if they are coded in that form (`SlotCodes.turns`); values likewise.
+        turn    True: return keys in rotated form if they are coded in that form (`SlotCodes.turns`); values likewise
+        rotate  how tokens without a code are rotated
         """
-        keys = self._decoded(*self._named("k"), view.rows, view.position, turn)
-        return keys, keys if self.spec.tied else self._decoded(*self._named("v"), view.rows, view.position, turn)
+        how: dict[str, Any] = {"turn": turn, "rotate": rotate}
+        keys = self._decoded(*self._named("k"), view.rows, view.width, **how)
+        return keys, keys if self.spec.tied else self._decoded(*self._named("v"), view.rows, view.width, **how)
 
     def _decoded(
         self,
         part: SlotCodes,
         fresh: Tensor,
         rows: Tensor | None,
-        position: Tensor,
+        width: int,
         turn: bool = False,
         coarse: bool = False,
+        rotate: Rotation = turned,
     ) -> Tensor:
-        """Return the keys or values (r, s, w) in the first s slots of each of `rows` (None: all), in the compute dtype.
+        """Return the keys or values (r, width, w) in the first slots of `rows` (None: all), in the compute dtype.
 
         part, fresh  what `_named` returned
-        position     (r, s) position of each slot's token
         turn         True: return them in rotated form if they are coded in that form
         coarse       True: read only the attributes in `part.coarse`
+        rotate       how tokens without a code are rotated
         """
-        read = part.coarse if coarse else part.own
-        entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in read}
-        x = part.decode(entries, rows, None if self.ordered else self.group_of(position), turn)
+        read, given = part.coarse if coarse else part.own, fresh.to(self.spec.compute_dtype)
+        if turn and part.turns:
+            given = rotate(given)
+        alike = None if part.dithered or rows is not None else self._uncoded_alike(width)
+        if alike is not None and self.ordered and isinstance(part, SharedCodes):  # no work for an open group
+            whole = alike.coded
+            x = part.decode({own: self.across(getattr(part, own), None, whole) for own in read}, None, None, turn)
+            return alike.written(torch.nn.functional.pad(x, (0, 0, 0, width - whole)), given)
+        entries = {own: self.across(getattr(part, own), rows, width) for own in read}
+        grouped = isinstance(part, SharedCodes) and not self.ordered
+        position = self.positions(rows, width) if alike is None or grouped else None
+        x = part.decode(entries, rows, self.group_of(position) if grouped and position is not None else None, turn)
+        if alike is not None:
+            return alike.written(x, given)
+        assert position is not None
         if part.dithered:
             x = x + part.shift(entries, rows, position, turn)
-        given = fresh.to(x.dtype)
-        if turn and part.turns:
-            given = turned(given)
         return self._with_fresh(x, given, position, rows)
+
+    def _uncoded_alike(self, width: int) -> Uncoded | None:
+        """Return where the uncoded tokens of all held ones are, if rows hold `width` tokens each; None: rows differ."""
+        if width == 0 or width != self.level:
+            return None
+        self._known_coded = common(self.coded, self._known_coded)
+        coded, first = self._known_coded[1], self.first
+        if coded is None:
+            return None
+        if self.ordered:
+            stretches = self._stretches(0, min(first, width), 0) + self._stretches(max(coded, first), width, 0)
+            return Uncoded(coded, stretches)
+        if self._known_uncoded is None:
+            position = self.positions(None, width)
+            row, slot = self._uncoded(position, coded).nonzero(as_tuple=True)
+            self._known_uncoded = width, (row, slot, self._fresh_index(position[row, slot]))
+        since, places = self._known_uncoded
+        if since == width:
+            return Uncoded(coded, [], places)
+        assert self._known_numbers is not None  # `put` has written the positions of the slots from `since` on
+        return Uncoded(coded, self._stretches(since, width, self._known_numbers[0]), places)
+
+    def _stretches(self, start: int, stop: int, ahead: int) -> list[tuple[int, int, int]]:
+        """Return where uncoded tokens in the slots start .. stop - 1 lie in `fresh_k`: (slot, index, number of tokens).
+
+        The token in a slot has the slot's index plus `ahead` as its position.
+        """
+        found, first = [], self.first
+        while start < stop:
+            position = start + ahead
+            index, end = (position, first) if position < first else (first + position % self.ring, first + self.ring)
+            tokens = min(end - index, stop - start)
+            found.append((start, index, tokens))
+            start += tokens
+        return found
 
     def coarse_keys(self, rows: Tensor | None, width: int) -> Tensor:
         """Return the keys (r, width, d) in the first slots of `rows` (None: all), in their coarser reading."""
-        return self._decoded(*self._named("k"), rows, self.positions(rows, width), coarse=True)
+        return self._decoded(*self._named("k"), rows, width, coarse=True)
 
     def uncoded_values(self, width: int) -> Tensor:
         """Return the values (rows, width, dv) of the tokens in the first slots that have no code; 0 elsewhere.
@@ -481,7 +532,7 @@ class CodedSlots(Slots):
         """Return the number of tokens that are to have codes, or are before such, in rows that saw `seen` (...)."""
         return (seen - seen % self.group - self.recent).clamp_min(0)
 
-    def _uncoded(self, position: Tensor, coded: Tensor) -> Tensor:
+    def _uncoded(self, position: Tensor, coded: Tensor | int) -> Tensor:
         return (position >= coded) | (position < self.first)
 
     def _fresh_index(self, position: Tensor) -> Tensor:
@@ -492,6 +543,7 @@ class CodedSlots(Slots):
 
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
         del bare
+        self._known_uncoded = None
         self._reserve(self.held + take)
         wanted = torch.arange(k.shape[1]) < take.unsqueeze(1)
         row, j = wanted.nonzero(as_tuple=True)
@@ -520,10 +572,11 @@ class CodedSlots(Slots):
 
     def _lay_out(self, capacity: Tensor) -> None:
         super()._lay_out(capacity)
-        self._known_arrays = None
+        self._known_arrays = self._known_uncoded = None
 
     def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         count = leaving.sum(1).cpu() if count is None else count
+        self._known_uncoded = None
         self._number()
         row, place = self._marked(leaving, count)
         position = self.arrived(place)
@@ -536,6 +589,10 @@ class CodedSlots(Slots):
         self.fresh_k.masked_fill_(freed, 0)
         self.fresh_v.masked_fill_(freed, 0)
         super().evict(leaving, count)
+
+    def empty(self, rows: Tensor) -> None:
+        self._known_uncoded = None
+        super().empty(rows)
 
     def _number(self) -> None:
         """Keep each token's arrival index from now on, as its slot will no longer tell it."""
@@ -580,6 +637,7 @@ class CodedSlots(Slots):
         at = self.due(seen, rows)
         if not len(at):
             return
+        self._known_uncoded = None
         device, first, dtype = self.position.device, self.first, self.spec.compute_dtype
         ready = self.ready(seen)[at]
         group, here = (ready + self.lead) // self.group - 1, at.to(device)

@@ -25,7 +25,7 @@ from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.levels import levels
-from kvfloor.methods.stores.turn import matrix
+from kvfloor.methods.stores.turn import matrix, transposed
 
 if TYPE_CHECKING:
     from kvfloor.methods.stores.coded import CodedSlots, CodedView
@@ -99,9 +99,10 @@ def _over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> 
     slots, kernels, (r, m) = view.owner, _kernels(), q.shape[:2]
     known, keys, asked, bias = _known(slots), slots.key_codes, q, None
     if isinstance(keys, TokenCodes):
-        asked = torch.mm(q.view(r * m, spec.d), _turning(spec.d)).view(r, m, spec.d)
+        asked = torch.mm(q.view(r * m, spec.d), transposed(spec.d, q.dtype, "cpu")).view(r, m, spec.d)
         if keys.centred:
-            bias = torch.bmm(q, known.centre if view.rows is None else known.centre[view.rows]).numpy()
+            centre = keys.centre if view.rows is None else keys.centre[view.rows]
+            bias = torch.bmm(q, centre.to(q.dtype).unsqueeze(-1)).numpy()
     chunks = max(1, -(-(view.width + slots.lead) // kernels.CHUNK))
     mean = np.empty((r, chunks, m, spec.dv), np.float32)
     top, mass = np.empty((2, r, chunks, m), np.float32)
@@ -132,7 +133,6 @@ class KnownArrays:
     rows      (rows,) the indices of all rows
     keys      what `attend_chunks` is given of the codes of the keys; values: of those of the values
     given     fresh_k and fresh_v of `CodedSlots`; None if they are not in float32
-    centre    (rows, d, 1) the centres of coded keys, in float32; without rows if there are none
     offset, position  as in `attend_chunks`
     """
 
@@ -143,14 +143,17 @@ class KnownArrays:
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
     given: tuple[Any, Any] | None
-    centre: Tensor
 
 
 def _known(slots: CodedSlots) -> KnownArrays:
     """Return the arrays of the slots' present tensors."""
     keys, values, fresh = slots.key_codes, slots.value_codes, (slots.fresh_k, slots.fresh_v)
     assert isinstance(values, TokenCodes)
-    own = (keys.scale, keys.centre) if isinstance(keys, TokenCodes) else (keys.low, keys.high, keys.range)
+    if isinstance(keys, TokenCodes):
+        own = (keys.scale,)
+    else:
+        assert isinstance(keys, ChannelCodes)
+        own = (keys.low, keys.high, keys.range)
     tensors = (slots.offset, slots.position, *fresh, values.packed, values.scale, keys.packed, *own)
     known = slots._known_arrays
     if known is None or not all(map(is_, known.tensors, tensors)):
@@ -163,15 +166,8 @@ def _known(slots: CodedSlots) -> KnownArrays:
             keys=(keys.width, keys.bits, isinstance(keys, ChannelCodes), *_arrays(keys), *_shared(keys)),
             values=(values.width, values.bits, *_arrays(values)),
             given=(slots.fresh_k.numpy(), slots.fresh_v.numpy()) if plain else None,
-            centre=keys.centre.float().unsqueeze(-1) if isinstance(keys, TokenCodes) else torch.empty(0),
         )
     return known
-
-
-@lru_cache(maxsize=64)
-def _turning(width: int) -> Tensor:
-    """Return the transposed rotation (width, width), which rotates vectors as rows."""
-    return matrix(width, torch.float32, "cpu").T
 
 
 def _arrays(codes: SlotCodes) -> tuple[Any, Any, Any]:

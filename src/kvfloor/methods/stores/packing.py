@@ -7,6 +7,8 @@ holds 8, 4, 2 or 1 whole parts. A vector's planes lie one after the other, the o
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,13 @@ def looked_up(packed: Tensor, width: int, bits: int, level: Tensor) -> Tensor:
     shape = packed.shape[:-1]
     if len(planes(bits)) > 1:
         return level.index_select(0, unpack(packed, width, bits).flatten().int()).view(*shape, width)
-    every = torch.arange(256, dtype=torch.uint8, device=packed.device).unsqueeze(1)
-    table = level[unpack(every, 8 // bits, bits).long()]
-    return table.index_select(0, packed.flatten().int()).view(*shape, packed.shape[-1] * (8 // bits))[..., :width]
+    table = level[_every_byte(bits, str(packed.device))]
+    numbers = torch.embedding(table, packed.int()).view(*shape, packed.shape[-1] * (8 // bits))
+    return numbers if numbers.shape[-1] == width else numbers[..., :width]
+
+
+@lru_cache(maxsize=16)
+def _every_byte(bits: int, device: str) -> Tensor:
+    """Return the codes (256, 8 / bits), int64, that each byte stands for; bits is 1, 2, 4 or 8."""
+    every = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)
+    return unpack(every, 8 // bits, bits).long()
