@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+_TOGETHER = {8: torch.float64, 16: torch.complex128}
+"""Dtypes of so many bytes, as which several numbers are copied at once."""
+
+
 def planes(bits: int) -> list[int]:
     """Return the bits per part of each plane, largest first; they add up to `bits`, 1 .. 8."""
     return [plane for plane in (8, 4, 2, 1) if bits & plane]
@@ -56,13 +60,21 @@ def _shifts(plane: int, like: Tensor) -> Tensor:
 def looked_up(packed: Tensor, width: int, bits: int, level: Tensor) -> Tensor:
     """Replace each packed code by its entry of the table `level` (2^bits,): return (..., width) in its dtype.
 
-    For 1, 2, 4 and 8 bits, all codes of a byte are replaced at once, by a table of all 256 bytes.
+    For 1, 2, 4 and 8 bits, all codes of a byte are replaced at once, by a table of all 256 bytes. Where a byte's
+    entries are 8 or 16 bytes long, they are copied as one number, because torch copies numbers faster than rows.
     """
     shape = packed.shape[:-1]
     if len(planes(bits)) > 1:
         return level.index_select(0, unpack(packed, width, bits).flatten().int()).view(*shape, width)
     table = level[_every_byte(bits, str(packed.device))]
-    numbers = torch.embedding(table, packed.int()).view(*shape, packed.shape[-1] * (8 // bits))
+    index, together = packed.int().flatten(), _TOGETHER.get(table.shape[1] * table.element_size())
+    if bits == 8:
+        numbers = level.index_select(0, index)
+    elif together is None:
+        numbers = table.index_select(0, index)
+    else:
+        numbers = table.view(together).view(-1).index_select(0, index).view(level.dtype)
+    numbers = numbers.view(*shape, packed.shape[-1] * (8 // bits))
     return numbers if numbers.shape[-1] == width else numbers[..., :width]
 
 
