@@ -410,7 +410,8 @@ class CodedSlots(Slots):
         if alike is not None and self.ordered and isinstance(part, SharedCodes):  # no work for an open group
             whole = alike.coded
             x = part.decode({own: self.across(getattr(part, own), None, whole) for own in read}, None, None, turn)
-            return alike.written(torch.nn.functional.pad(x, (0, 0, 0, width - whole)), given)
+            open_ = x.new_empty(len(x), width - whole, x.shape[2])
+            return alike.written(torch.cat((x, open_), 1), given)
         entries = {own: self.across(getattr(part, own), rows, width) for own in read}
         grouped = isinstance(part, SharedCodes) and not self.ordered
         position = self.positions(rows, width) if alike is None or grouped else None

@@ -390,10 +390,11 @@ class GroupCodes(SharedCodes):
     def _numbers(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
         """Return the numbers (..., w) of tokens, from their entries and from what their groups share, each (..., n)."""
         start, step = self._steps(*shared)
-        return torch.addcmul(start, self._steps_above(entries, shared), step)
+        above = self._steps_above(entries, shared)
+        return torch.addcmul(start, above, step, out=above)
 
     def _steps_above(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
-        """Return how many steps (..., w) above the offset each number is, in the compute dtype."""
+        """Return how many steps (..., w) above the offset each number is, in the compute dtype: a new tensor."""
         del shared
         return unpacked(entries["packed"], self.width, self.bits, self.spec.compute_dtype)
 
