@@ -178,6 +178,30 @@ def test_threads_give_the_same_bits(two_threads: None) -> None:
     assert torch.equal(one.mean, several.mean) and torch.equal(one.log_mass, several.log_mass)
 
 
+@pytest.mark.parametrize("halves", [True, False])
+def test_both_forms_of_looking_levels_up(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of processors which permute 8 numbers at once, and that of all others; codes 0 .. 15 stand everywhere."""
+    numba, kernels = pytest.importorskip("numba"), fused._kernels()
+    features = pytest.importorskip("llvmlite.binding").get_host_cpu_features()
+    if halves and not features.get("avx2"):
+        pytest.skip("this processor has no AVX2")
+    asked: list[str] = []
+    monkeypatch.setattr(kernels, "permutes_halves", lambda features: asked.append(features) or halves)
+    look_up = kernels._look_up
+
+    @numba.njit
+    def both(words: Any, table: Any, out: Any) -> None:
+        look_up(words, 0, table, out, 0)
+
+    codes = np.random.default_rng(1).permutation(64) % 16
+    words = (codes.reshape(8, 8).astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32)).sum(1, dtype=np.uint32)
+    table = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    out = np.zeros(64, np.float32)
+    both(words, table, out)
+    assert asked and set(codes) == set(range(16))
+    assert np.array_equal(out[[kernels.spot.py_func(c) for c in range(64)]], table[codes])
+
+
 def test_nan_is_not_hidden() -> None:
     state = held("exact:k4v4", 100, 16, 16)
     q = asked(state, 2)

@@ -104,10 +104,14 @@ def address(builder: Any, data: Any, index: Any, kind: Any) -> Any:
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
+def permutes_halves(features: str) -> bool:
+    """Return True if a processor with these features permutes 8 numbers at once, and not 16."""
+    return "+avx2" in features and "+avx512f" not in features
+
+
 def _levels(target: Any, builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
     """Return vectors of levels: lane i of vector p has that of the 4 bits from shifts[p][i] on in lane i of words."""
-    features = target.codegen().magic_tuple()[2]  # of the processor that is compiled for
-    if "+avx2" in features and "+avx512f" not in features:
+    if permutes_halves(target.codegen().magic_tuple()[2]):  # features of the processor that is compiled for
         return _levels_by_halves(builder, words, shifts, table)
     entries = builder.load(builder.bitcast(table, _NUMBERS.as_pointer()), align=4)
     found = []

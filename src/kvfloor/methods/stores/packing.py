@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-
 _TOGETHER = {8: torch.float64, 16: torch.complex128}
 """Dtypes of so many bytes, as which several numbers are copied at once."""
 
