@@ -31,7 +31,6 @@ _KNOWN = frozenset(
         "_known_numbers",
         "_known_arrays",
         "_known_coded",
-        "_known_uncoded",
         "_known_clock",
         "_known_finite",
         "_known_graphs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,29 +129,24 @@ def caught(text: str, dtype: torch.dtype = torch.float64) -> None:
             lives(text, dtype, seed)
 
 
-def keep(name: str, change: str, patch: pytest.MonkeyPatch) -> None:
-    """Let a method of slots forget nothing of what they know as `name`."""
-    real = getattr(CodedSlots, change)
+def test_uncoded_tokens_sought_in_wrong_slots_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = CodedSlots._uncoded_alike
 
-    def changed(self: CodedSlots, *given: Any) -> None:
-        known = getattr(self, name)
-        real(self, *given)
-        setattr(self, name, known)
+    def moved(self: CodedSlots, width: int) -> Uncoded | None:
+        found = real(self, width)
+        if found is None or found.among is None:
+            return found
+        return replace(found, among=(found.among[0].roll(1, 1), found.among[1]))
 
-    patch.setattr(CodedSlots, change, changed)
-
-
-@pytest.mark.parametrize("change", ["evict", "settle", "push"])
-def test_places_that_are_not_looked_up_again_are_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep("_known_uncoded", change, monkeypatch)
+    monkeypatch.setattr(CodedSlots, "_uncoded_alike", moved)
     caught("h2o(block=8):k4v3@40")
 
 
 def test_a_wrong_place_of_uncoded_tokens_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = CodedSlots._stretches
 
-    def later(self: CodedSlots, start: int, stop: int, ahead: int) -> list[tuple[int, int, int]]:
-        return [(slot, self.first + (index + 1) % self.ring, 1) for slot, index, _ in real(self, start, stop, ahead)]
+    def later(self: CodedSlots, start: int, stop: int) -> list[tuple[int, int, int]]:
+        return [(slot, self.first + (index + 1) % self.ring, 1) for slot, index, _ in real(self, start, stop)]
 
     monkeypatch.setattr(CodedSlots, "_stretches", later)
     caught("exact:k4v4")

@@ -237,8 +237,6 @@ class CodedSlots(Slots):
     recent = 0  # an attribute of the object, with its bytes, only where it is not 0
     _known_arrays: fused.KnownArrays | None = None  # what the kernel reads
     _known_coded: Common | None = None  # of `coded`
-    # Where uncoded tokens are, in that many slots of each row; tokens since then came by `put` (`_uncoded_alike`).
-    _known_uncoded: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -374,7 +372,8 @@ class CodedSlots(Slots):
         return replace(stated, holds=False, why=why) if why else stated
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        return self._decoded(*self._named(name), rows, width).to(self.spec.dtype)
+        alike = self._uncoded_alike(width) if rows is None else None
+        return self._decoded(*self._named(name), rows, width, alike=alike).to(self.spec.dtype)
 
     def decoded(self, view: CodedView, turn: bool, rotate: Rotation = turned) -> tuple[Tensor, Tensor]:
         """Return (keys, values) of a view, (r, s, d) and (r, s, dv), in the compute dtype.
@@ -383,6 +382,8 @@ class CodedSlots(Slots):
         rotate  how tokens without a code are rotated
         """
         how: dict[str, Any] = {"turn": turn, "rotate": rotate}
+        if view.rows is None:
+            how["alike"] = self._uncoded_alike(view.width)
         keys = self._decoded(*self._named("k"), view.rows, view.width, **how)
         return keys, keys if self.spec.tied else self._decoded(*self._named("v"), view.rows, view.width, **how)
 
@@ -395,6 +396,7 @@ class CodedSlots(Slots):
         turn: bool = False,
         coarse: bool = False,
         rotate: Rotation = turned,
+        alike: Uncoded | None = None,
     ) -> Tensor:
         """Return the keys or values (r, width, w) in the first slots of `rows` (None: all), in the compute dtype.
 
@@ -402,11 +404,13 @@ class CodedSlots(Slots):
         turn         True: return them in rotated form if they are coded in that form
         coarse       True: read only the attributes in `part.coarse`
         rotate       how tokens without a code are rotated
+        alike        what `_uncoded_alike` says of these slots; None: not asked
         """
         read, given = part.coarse if coarse else part.own, fresh.to(self.spec.compute_dtype)
         if turn and part.turns:
             given = rotate(given)
-        alike = None if part.dithered or rows is not None else self._uncoded_alike(width)
+        if part.dithered:
+            alike = None
         if alike is not None and self.ordered and isinstance(part, SharedCodes):  # no work for an open group
             whole = alike.coded
             x = part.decode({own: self.across(getattr(part, own), None, whole) for own in read}, None, None, turn)
@@ -432,27 +436,18 @@ class CodedSlots(Slots):
         if coded is None:
             return None
         if self.ordered:
-            stretches = self._stretches(0, min(first, width), 0) + self._stretches(max(coded, first), width, 0)
+            stretches = self._stretches(0, min(first, width)) + self._stretches(max(coded, first), width)
             return Uncoded(coded, stretches)
-        if self._known_uncoded is None:
-            position = self.positions(None, width)
-            row, slot = self._uncoded(position, coded).nonzero(as_tuple=True)
-            self._known_uncoded = width, (row, slot, self._fresh_index(position[row, slot]))
-        since, places = self._known_uncoded
-        if since == width:
-            return Uncoded(coded, [], places)
-        assert self._known_numbers is not None  # `put` has written the positions of the slots from `since` on
-        return Uncoded(coded, self._stretches(since, width, self._known_numbers[0]), places)
+        position = self.positions(None, width)
+        early = position < first
+        index = torch.where(early, position, first + position % self.ring)
+        return Uncoded(coded, [], ((position >= coded) | early, index))
 
-    def _stretches(self, start: int, stop: int, ahead: int) -> list[tuple[int, int, int]]:
-        """Return where uncoded tokens in the slots start .. stop - 1 lie in `fresh_k`: (slot, index, number of tokens).
-
-        The token in a slot has the slot's index plus `ahead` as its position.
-        """
+    def _stretches(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Return where the uncoded tokens start .. stop - 1 lie in `fresh_k`: (slot, index, number of tokens)."""
         found, first = [], self.first
         while start < stop:
-            position = start + ahead
-            index, end = (position, first) if position < first else (first + position % self.ring, first + self.ring)
+            index, end = (start, first) if start < first else (first + start % self.ring, first + self.ring)
             tokens = min(end - index, stop - start)
             found.append((start, index, tokens))
             start += tokens
@@ -544,7 +539,6 @@ class CodedSlots(Slots):
 
     def push(self, k: Tensor, v: Tensor, position: Tensor, take: Tensor, bare: Tensor | None = None) -> None:
         del bare
-        self._known_uncoded = None
         self._reserve(self.held + take)
         wanted = torch.arange(k.shape[1]) < take.unsqueeze(1)
         row, j = wanted.nonzero(as_tuple=True)
@@ -573,11 +567,10 @@ class CodedSlots(Slots):
 
     def _lay_out(self, capacity: Tensor) -> None:
         super()._lay_out(capacity)
-        self._known_arrays = self._known_uncoded = None
+        self._known_arrays = None
 
     def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         count = leaving.sum(1).cpu() if count is None else count
-        self._known_uncoded = None
         self._number()
         row, place = self._marked(leaving, count)
         position = self.arrived(place)
@@ -590,10 +583,6 @@ class CodedSlots(Slots):
         self.fresh_k.masked_fill_(freed, 0)
         self.fresh_v.masked_fill_(freed, 0)
         super().evict(leaving, count)
-
-    def empty(self, rows: Tensor) -> None:
-        self._known_uncoded = None
-        super().empty(rows)
 
     def _number(self) -> None:
         """Keep each token's arrival index from now on, as its slot will no longer tell it."""
@@ -638,7 +627,6 @@ class CodedSlots(Slots):
         at = self.due(seen, rows)
         if not len(at):
             return
-        self._known_uncoded = None
         device, first, dtype = self.position.device, self.first, self.spec.compute_dtype
         ready = self.ready(seen)[at]
         group, here = (ready + self.lead) // self.group - 1, at.to(device)

@@ -1,8 +1,8 @@
 """Compute attention over packed codes in place, where numba is installed: `pip install "kvfloor[fast]"`.
 
 `CodedView.over` defines this attention in torch; answers agree up to rounding. The kernel only gives answers: what
-decides on evictions, and what enters a state, never comes from it. Uncoded tokens are attended to by torch, and the two
-results are merged.
+decides on evictions, and what enters a state, never comes from it. Uncoded tokens are added to the result by the kernel
+too. Arrays of the slots' tensors are made once and kept until a tensor is replaced.
 A row is one (batch item, kv head) stream, a slot the place of one held token. In shapes, r are rows, m queries of each,
 s slots, d and dv the widths of a key and a value.
 """

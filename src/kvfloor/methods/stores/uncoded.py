@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -17,18 +18,23 @@ class Uncoded:
 
     coded      number of tokens of each row that came before those without codes
     stretches  (slot, index, number of tokens) of tokens that lie one after another, in all rows alike
-    places     (row, slot, index) of further tokens, (e,) each; None: there are none
+    among      two tensors (rows, s), if tokens are in no order: True for slots whose token is uncoded, and the index of
+               each; None: `stretches` has all
     """
 
     coded: int
     stretches: list[tuple[int, int, int]]
-    places: tuple[Tensor, Tensor, Tensor] | None = None
+    among: tuple[Tensor, Tensor] | None = None
 
     def written(self, x: Tensor, given: Tensor) -> Tensor:
-        """Replace the uncoded tokens of x (rows, s, w) by their entries in `given` (rows, n, w); return x."""
-        if self.places is not None:
-            row, slot, index = self.places
-            x[row, slot] = given[row, index]
+        """Replace the uncoded tokens of x (rows, s, w) by their entries in `given` (rows, n, w).
+
+        Returns x itself, which is changed, or another tensor.
+        """
+        if self.among is not None:
+            uncoded, index = self.among
+            entries = given.gather(1, index.unsqueeze(-1).expand(-1, -1, given.shape[-1]))
+            return torch.where(uncoded.unsqueeze(-1), entries, x)
         for slot, index, tokens in self.stretches:
             x.narrow(1, slot, tokens).copy_(given.narrow(1, index, tokens))
         return x
