@@ -13,10 +13,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvfloor.core.slots import Slots
 from kvfloor.hf import CompressedCache, prepare
+from kvfloor.methods.stores import fused
+from kvfloor.methods.stores.coded import CodedSlots
 
 LAYERS = 3
 BLOCK = 32  # tokens between two evictions
 CHECK = {"aten.sum.default": 3, "aten._local_scalar_dense.default": 3}  # of q, k and v
+CODED = {"exact:k4v4": (90, 25), "exact:k4v4(recent=16)": (125, 25), "exact:kivi4": (65, 65)} | {
+    "sinks(4):k4v4@64": (88, 32),
+    "h2o:k8v4@64": (88, 36),
+}
+"""Operations of methods whose tokens are coded: most without the kernel that reads the codes, and most with it."""
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "unique", "masked_select")
 
 
@@ -80,6 +87,25 @@ def test_a_handful_of_operations(models: tuple[Any, Any], text: str, most: int) 
     assert waiting == {name: times for name, times in CHECK.items() if "scalar" in name}
 
 
+@pytest.mark.parametrize("text", CODED)
+def test_a_bounded_number_of_operations_where_tokens_are_coded(models: tuple[Any, Any], text: str) -> None:
+    """With the kernel a handful, as where tokens are kept as given; without it, codes are unpacked by torch."""
+    operations, more = beyond(models, text)
+    assert operations <= CODED[text][fused.installed()], more
+    waiting = {name: times for name, times in more.items() if any(word in name for word in WAITS)}
+    assert waiting == {name: times for name, times in CHECK.items() if "scalar" in name}
+
+
+@pytest.mark.parametrize("text", ["exact:k4v4", "sinks(4):k4v4@64"])
+def test_more_operations_are_noticed_where_tokens_are_coded(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """The mutant: places and arrays that are looked up anew for every token."""
+    monkeypatch.setattr(CodedSlots, "_uncoded_alike", lambda self, width: None)
+    monkeypatch.setattr(CodedSlots, "_known_arrays", property(lambda self: None, lambda self, value: None))
+    assert beyond(models, text)[0] > CODED[text][fused.installed()]
+
+
 def test_more_operations_are_noticed(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: a token's attention over views that are made anew."""
     monkeypatch.setattr(Slots, "newest", lambda self, q: self.view().newest(q, self.spec))
@@ -87,6 +113,7 @@ def test_more_operations_are_noticed(models: tuple[Any, Any], monkeypatch: pytes
     assert beyond(models, "sinks(4)@64")[0] > 20
 
 
-def test_the_count_does_not_grow_with_the_tokens(models: tuple[Any, Any]) -> None:
-    short, long = (decoded(models[1], CompressedCache(models[1], "sinks(4)@64"), warm) for warm in (3, 3 + 2 * BLOCK))
+@pytest.mark.parametrize("text", ["sinks(4)@64", "sinks(4):k4v4@64", "exact:k4v4"])
+def test_the_count_does_not_grow_with_the_tokens(models: tuple[Any, Any], text: str) -> None:
+    short, long = (decoded(models[1], CompressedCache(models[1], text), warm) for warm in (3, 3 + 2 * BLOCK))
     assert sum(short.values()) == sum(long.values())

@@ -25,7 +25,16 @@ from kvfloor.core.fields import Field
 # callback; the count of what was read; the name of the running call; what is kept outside of the memory, which
 # `State.cold_nbytes` counts; and what a step remembers of the tensors that it has looked at (`_known...`).
 _KNOWN = frozenset(
-    {"_known_level", "_known_tables", "_known_numbers", "_known_clock", "_known_finite", "_known_graphs"}
+    {
+        "_known_level",
+        "_known_tables",
+        "_known_numbers",
+        "_known_arrays",
+        "_known_coded",
+        "_known_clock",
+        "_known_finite",
+        "_known_graphs",
+    }
 )
 PUBLIC = frozenset({"method", "spec", "shared", "peak", "on_evict", "tally", "cold", "_underway"}) | _KNOWN
 SCALAR_BYTES = 8

@@ -147,12 +147,14 @@ class Slots(Arena):
     def newest(self, q: Tensor, held: int | None = None) -> Tensor:
         """Return attention outputs (rows, g, 1, dv) of one token's queries q (rows, g, 1, d), which see all tokens.
 
-        All rows must hold equally many tokens and have the same capacity. held: this number of tokens, for slots that
-        are `plain`; None: as counted.
+        All rows must hold equally many tokens and have the same capacity. held: this number of tokens; None: as
+        counted.
         """
         held = self.level if held is None else held
-        if not self.plain or held is None:
+        if held is None:
             return self.view().newest(q, self.spec)
+        if not self.plain:
+            return self._viewed(None, held, None).newest(q, self.spec)
         k, v = (table.narrow(1, 0, held) for table in self._tables())
         return attend_newest(q, k, v, self.spec.scale, self.spec.softcap)
 

@@ -178,6 +178,30 @@ def test_threads_give_the_same_bits(two_threads: None) -> None:
     assert torch.equal(one.mean, several.mean) and torch.equal(one.log_mass, several.log_mass)
 
 
+@pytest.mark.parametrize("halves", [True, False])
+def test_both_forms_of_looking_levels_up(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of processors which permute 8 numbers at once, and that of all others; codes 0 .. 15 stand everywhere."""
+    numba, kernels = pytest.importorskip("numba"), fused._kernels()
+    features = pytest.importorskip("llvmlite.binding").get_host_cpu_features()
+    if halves and not features.get("avx2"):
+        pytest.skip("this processor has no AVX2")
+    asked: list[str] = []
+    monkeypatch.setattr(kernels, "permutes_halves", lambda features: asked.append(features) or halves)
+    look_up = kernels._look_up
+
+    @numba.njit
+    def both(words: Any, table: Any, out: Any) -> None:
+        look_up(words, 0, table, out, 0)
+
+    codes = np.random.default_rng(1).permutation(64) % 16
+    words = (codes.reshape(8, 8).astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32)).sum(1, dtype=np.uint32)
+    table = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    out = np.zeros(64, np.float32)
+    both(words, table, out)
+    assert asked and set(codes) == set(range(16))
+    assert np.array_equal(out[[kernels.spot.py_func(c) for c in range(64)]], table[codes])
+
+
 def test_nan_is_not_hidden() -> None:
     state = held("exact:k4v4", 100, 16, 16)
     q = asked(state, 2)
@@ -240,37 +264,44 @@ def test_where_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- mutants ---------------------------------------------------------------------------------------------------------
 
 
-def changed(at: str, change: Any) -> Any:
-    """Return the kernels, whose argument `at` is changed before each call."""
+def changed(kernel: str, at: str, change: Any) -> Any:
+    """Return the kernels, with one of them whose argument `at` is changed before each call."""
     kernels = fused._kernels()
-    names = kernels.attend_chunks.py_func.__code__.co_varnames
-    index = names.index(at)
+    names = ("attend_chunks", "join", "add_given", "CHUNK", "TILE")
+    right = getattr(kernels, kernel)
+    index = right.py_func.__code__.co_varnames.index(at)
 
     def call(*given: Any) -> None:
-        kernels.attend_chunks(*given[:index], change(given[index]), *given[index + 1 :])
+        right(*given[:index], change(given[index]), *given[index + 1 :])
 
-    return SimpleNamespace(attend_chunks=call, join=kernels.join, CHUNK=kernels.CHUNK, TILE=kernels.TILE)
+    return SimpleNamespace(**{name: getattr(kernels, name) for name in names} | {kernel: call})
 
 
 @pytest.mark.parametrize(
-    ("at", "change"),
+    ("kernel", "at", "change"),
     [
-        ("key_low", lambda x: np.roll(x, 1, 1)),  # the ranges of the group before
-        ("key_range", lambda x: np.roll(x, -1, 1)),
-        ("row", lambda x: x * 0),
-        ("offset", lambda x: x + 1),
-        ("coded", lambda x: x - 32),
-        ("first", lambda x: x + 1),
-        ("softcap", lambda x: 2 * x),
-        ("value_scale", lambda x: np.roll(x, 1)),
-        ("count", lambda x: x - 1),
-        ("q", lambda x: np.roll(x, 1, 2)),
+        ("attend_chunks", "key_low", lambda x: np.roll(x, 1, 1)),  # the ranges of the group before
+        ("attend_chunks", "key_range", lambda x: np.roll(x, -1, 1)),
+        ("attend_chunks", "row", lambda x: x * 0),
+        ("attend_chunks", "offset", lambda x: x + 1),
+        ("attend_chunks", "coded", lambda x: x - 32),
+        ("attend_chunks", "first", lambda x: x + 1),
+        ("attend_chunks", "softcap", lambda x: 2 * x),
+        ("attend_chunks", "value_scale", lambda x: np.roll(x, 1)),
+        ("attend_chunks", "count", lambda x: x - 1),
+        ("attend_chunks", "q", lambda x: np.roll(x, 1, 2)),
+        ("add_given", "seen", lambda x: np.roll(x, 1, 2)),
+        ("add_given", "seen", lambda x: x * 0),
+        ("add_given", "row", lambda x: x * 0),
+        ("add_given", "softcap", lambda x: 2 * x),
+        ("add_given", "values", lambda x: np.roll(x, 1, 1)),
+        ("add_given", "log_mass", lambda x: x + np.float32(0.01)),
     ],
 )
-def test_a_wrong_kernel_is_found(at: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_found(kernel: str, at: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     state = held("exact:k4v4", 200, 16, 16, softcap=2.0)
     alike(visible(state)[0], asked(state, 2), state.spec)
-    wrong = changed(at, change)
+    wrong = changed(kernel, at, change)
     monkeypatch.setattr(fused, "_kernels", lambda: wrong)
     with pytest.raises((AssertionError, IndexError)):
         alike(visible(state)[0], asked(state, 2), state.spec)

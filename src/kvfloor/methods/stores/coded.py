@@ -24,7 +24,7 @@ from kvfloor.core.arena import Arena
 from kvfloor.core.attend import MOST_SPLIT, has_triton
 from kvfloor.core.device import sent
 from kvfloor.core.fields import Field, require_equal
-from kvfloor.core.memory import Memory
+from kvfloor.core.memory import Common, Memory, common
 from kvfloor.core.method import Guarantee, part_text
 from kvfloor.core.partial import Partial
 from kvfloor.core.slots import Slots
@@ -32,7 +32,8 @@ from kvfloor.core.spec import Spec
 from kvfloor.core.store import Store
 from kvfloor.methods.stores import fused
 from kvfloor.methods.stores.codes import ChannelCodes, SharedCodes, SlotCodes, TokenCodes
-from kvfloor.methods.stores.turn import matrix, turned
+from kvfloor.methods.stores.turn import Rotation, matrix, rotated, turned
+from kvfloor.methods.stores.uncoded import Uncoded
 from kvfloor.validation import count
 
 GROUP = 32
@@ -201,11 +202,11 @@ class CodedView:
         """Do the work of `over` in torch, by unpacking all codes: the definition of this attention."""
         if all(codes.rounded for codes in self.owner.parts):
             return Partial.over(q, self.k, self.k if spec.tied else self.v, spec, hide=hide)
-        k, v = self.owner.decoded(self, turn=True)
+        k, v = self.owner.decoded(self, turn=True, rotate=rotated)
         dtype, device = spec.compute_dtype, str(q.device)
         asked = q.to(dtype)
         if self.owner.key_codes.turns:
-            asked = asked @ matrix(spec.d, dtype, device).T
+            asked = rotated(asked)
         part = Partial.over(asked, k, v, spec, hide=hide)
         codes = self.owner.key_codes if spec.tied else self.owner.value_codes
         if codes is None or not codes.turns:
@@ -234,6 +235,8 @@ class CodedSlots(Slots):
     plain: ClassVar[bool] = False
     position_dtype: ClassVar[torch.dtype] = torch.int32  # half the bytes: beside 4-bit codes, positions count
     recent = 0  # an attribute of the object, with its bytes, only where it is not 0
+    _known_arrays: fused.KnownArrays | None = None  # what the kernel reads
+    _known_coded: Common | None = None  # of `coded`
 
     def __init__(
         self,
@@ -369,45 +372,90 @@ class CodedSlots(Slots):
         return replace(stated, holds=False, why=why) if why else stated
 
     def numbers(self, name: str, rows: Tensor | None, width: int) -> Tensor:
-        return self._decoded(*self._named(name), rows, self.positions(rows, width)).to(self.spec.dtype)
+        alike = self._uncoded_alike(width) if rows is None else None
+        return self._decoded(*self._named(name), rows, width, alike=alike).to(self.spec.dtype)
 
-    def decoded(self, view: CodedView, turn: bool) -> tuple[Tensor, Tensor]:
+    def decoded(self, view: CodedView, turn: bool, rotate: Rotation = turned) -> tuple[Tensor, Tensor]:
         """Return (keys, values) of a view, (r, s, d) and (r, s, dv), in the compute dtype.
 
-        turn: True: return keys in rotated form if they are coded in that form (`SlotCodes.turns`); values likewise.
+        turn    True: return keys in rotated form if they are coded in that form (`SlotCodes.turns`); values likewise
+        rotate  how tokens without a code are rotated
         """
-        keys = self._decoded(*self._named("k"), view.rows, view.position, turn)
-        return keys, keys if self.spec.tied else self._decoded(*self._named("v"), view.rows, view.position, turn)
+        how: dict[str, Any] = {"turn": turn, "rotate": rotate}
+        if view.rows is None:
+            how["alike"] = self._uncoded_alike(view.width)
+        keys = self._decoded(*self._named("k"), view.rows, view.width, **how)
+        return keys, keys if self.spec.tied else self._decoded(*self._named("v"), view.rows, view.width, **how)
 
     def _decoded(
         self,
         part: SlotCodes,
         fresh: Tensor,
         rows: Tensor | None,
-        position: Tensor,
+        width: int,
         turn: bool = False,
         coarse: bool = False,
+        rotate: Rotation = turned,
+        alike: Uncoded | None = None,
     ) -> Tensor:
-        """Return the keys or values (r, s, w) in the first s slots of each of `rows` (None: all), in the compute dtype.
+        """Return the keys or values (r, width, w) in the first slots of `rows` (None: all), in the compute dtype.
 
         part, fresh  what `_named` returned
-        position     (r, s) position of each slot's token
         turn         True: return them in rotated form if they are coded in that form
         coarse       True: read only the attributes in `part.coarse`
+        rotate       how tokens without a code are rotated
+        alike        what `_uncoded_alike` says of these slots; None: not asked
         """
-        read = part.coarse if coarse else part.own
-        entries = {own: self.across(getattr(part, own), rows, position.shape[1]) for own in read}
-        x = part.decode(entries, rows, None if self.ordered else self.group_of(position), turn)
+        read, given = part.coarse if coarse else part.own, fresh.to(self.spec.compute_dtype)
+        if turn and part.turns:
+            given = rotate(given)
+        if part.dithered:
+            alike = None
+        if alike is not None and self.ordered and isinstance(part, SharedCodes):  # no work for an open group
+            whole = alike.coded
+            x = part.decode({own: self.across(getattr(part, own), None, whole) for own in read}, None, None, turn)
+            open_ = x.new_empty(len(x), width - whole, x.shape[2])
+            return alike.written(torch.cat((x, open_), 1), given)
+        entries = {own: self.across(getattr(part, own), rows, width) for own in read}
+        grouped = isinstance(part, SharedCodes) and not self.ordered
+        position = self.positions(rows, width) if alike is None or grouped else None
+        x = part.decode(entries, rows, self.group_of(position) if grouped and position is not None else None, turn)
+        if alike is not None:
+            return alike.written(x, given)
+        assert position is not None
         if part.dithered:
             x = x + part.shift(entries, rows, position, turn)
-        given = fresh.to(x.dtype)
-        if turn and part.turns:
-            given = turned(given)
         return self._with_fresh(x, given, position, rows)
+
+    def _uncoded_alike(self, width: int) -> Uncoded | None:
+        """Return where the uncoded tokens of all held ones are, if rows hold `width` tokens each; None: rows differ."""
+        if width == 0 or width != self.level:
+            return None
+        self._known_coded = common(self.coded, self._known_coded)
+        coded, first = self._known_coded[1], self.first
+        if coded is None:
+            return None
+        if self.ordered:
+            stretches = self._stretches(0, min(first, width)) + self._stretches(max(coded, first), width)
+            return Uncoded(coded, stretches)
+        position = self.positions(None, width)
+        early = position < first
+        index = torch.where(early, position, first + position % self.ring)
+        return Uncoded(coded, [], ((position >= coded) | early, index))
+
+    def _stretches(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Return where the uncoded tokens start .. stop - 1 lie in `fresh_k`: (slot, index, number of tokens)."""
+        found, first = [], self.first
+        while start < stop:
+            index, end = (start, first) if start < first else (first + start % self.ring, first + self.ring)
+            tokens = min(end - index, stop - start)
+            found.append((start, index, tokens))
+            start += tokens
+        return found
 
     def coarse_keys(self, rows: Tensor | None, width: int) -> Tensor:
         """Return the keys (r, width, d) in the first slots of `rows` (None: all), in their coarser reading."""
-        return self._decoded(*self._named("k"), rows, self.positions(rows, width), coarse=True)
+        return self._decoded(*self._named("k"), rows, width, coarse=True)
 
     def uncoded_values(self, width: int) -> Tensor:
         """Return the values (rows, width, dv) of the tokens in the first slots that have no code; 0 elsewhere.
@@ -480,7 +528,7 @@ class CodedSlots(Slots):
         """Return the number of tokens that are to have codes, or are before such, in rows that saw `seen` (...)."""
         return (seen - seen % self.group - self.recent).clamp_min(0)
 
-    def _uncoded(self, position: Tensor, coded: Tensor) -> Tensor:
+    def _uncoded(self, position: Tensor, coded: Tensor | int) -> Tensor:
         return (position >= coded) | (position < self.first)
 
     def _fresh_index(self, position: Tensor) -> Tensor:
@@ -507,15 +555,19 @@ class CodedSlots(Slots):
 
     def put(self, k: Tensor, v: Tensor, position: int, bare: Tensor | None = None) -> None:
         del bare
-        at = self.held.tolist()[0]
+        at = self.level
+        assert at is not None
         if not self.ordered:
-            self.position[at :: self.stride].fill_(position)
-        first = self.first
-        index = position if position < first else first + position % self.ring
-        self.fresh_k[:, index] = k.squeeze(1)
+            self.number_from(at, position)
+        index = position if position < self.first else self.first + position % self.ring
+        self.fresh_k.narrow(1, index, 1).copy_(k)
         if not self.spec.tied:
-            self.fresh_v[:, index] = v.squeeze(1)
-        self.held = self.held + 1
+            self.fresh_v.narrow(1, index, 1).copy_(v)
+        self.count_one()
+
+    def _lay_out(self, capacity: Tensor) -> None:
+        super()._lay_out(capacity)
+        self._known_arrays = None
 
     def evict(self, leaving: Tensor, count: Tensor | None = None) -> None:
         count = leaving.sum(1).cpu() if count is None else count

@@ -9,6 +9,7 @@ dtype is float64 for a float64 cache, float32 for all others.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from kvfloor.methods.stores.dither import dither, steps_with
 from kvfloor.methods.stores.errors import of_token
 from kvfloor.methods.stores.levels import levels
 from kvfloor.methods.stores.packing import looked_up, pack, size, unpack
-from kvfloor.methods.stores.turn import turned, turned_back
+from kvfloor.methods.stores.turn import rotated, turned, turned_back
 
 SCALE = torch.bfloat16
 """The dtype of a coded vector's scale: 16 bits with the exponent range of float32."""
@@ -174,7 +175,7 @@ class TokenCodes(SlotCodes):
             x = turned_back(x)
         if self.centred:
             centre = (self.centre if rows is None else self.centre[rows.to(x.device)]).to(dtype)
-            x = x + (turned(centre) if turn else centre).unsqueeze(1)
+            x = x + (rotated(centre) if turn else centre).unsqueeze(1)
         return x
 
     def bounds(self, entries: dict[str, Tensor], group: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,10 +376,13 @@ class GroupCodes(SharedCodes):
         t, have = entries["packed"].shape[1], shared[0].shape[1]
         groups = min(have, t // self.group)
         whole = groups * self.group
-        inside = {name: x[:, :whole].unflatten(1, (groups, self.group)) for name, x in entries.items()}
+        inside = {name: x.narrow(1, 0, whole).unflatten(1, (groups, self.group)) for name, x in entries.items()}
         x = self._numbers(inside, [x[:, :groups].unsqueeze(2) for x in shared])
-        x = torch.nn.functional.pad(x.flatten(1, 2), (0, 0, 0, t - whole))
-        if whole < t and groups < have:  # the t tokens end within a group
+        x = x.flatten(1, 2)
+        if whole == t:
+            return x
+        x = torch.nn.functional.pad(x, (0, 0, 0, t - whole))
+        if groups < have:  # the t tokens end within a group
             after = {name: x[:, whole:] for name, x in entries.items()}
             x[:, whole:] = self._numbers(after, [x[:, groups].unsqueeze(1) for x in shared])
         return x
@@ -386,10 +390,11 @@ class GroupCodes(SharedCodes):
     def _numbers(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
         """Return the numbers (..., w) of tokens, from their entries and from what their groups share, each (..., n)."""
         start, step = self._steps(*shared)
-        return torch.addcmul(start, self._steps_above(entries, shared), step)
+        above = self._steps_above(entries, shared)
+        return torch.addcmul(start, above, step, out=above)
 
     def _steps_above(self, entries: dict[str, Tensor], shared: list[Tensor]) -> Tensor:
-        """Return how many steps (..., w) above the offset each number is, in the compute dtype."""
+        """Return how many steps (..., w) above the offset each number is, in the compute dtype: a new tensor."""
         del shared
         return unpacked(entries["packed"], self.width, self.bits, self.spec.compute_dtype)
 
@@ -458,11 +463,17 @@ def ranged(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def ranges(low: Tensor, high: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least number of channels, and the width of their range, (..., w), from what `ranged` returned."""
     dtype = range_.dtype
-    start, least, end, most = (x.unsqueeze(-1) for x in range_.unbind(-1))
+    start, least, end, most = range_.split(1, -1)
     start, end = start + low.to(dtype) * least, end + high.to(dtype) * most
     return start, (end - start).clamp_min(0)
 
 
 def unpacked(packed: Tensor, width: int, bits: int, dtype: torch.dtype) -> Tensor:
     """Return packed codes (..., bytes) as numbers (..., width) in `dtype`."""
-    return looked_up(packed, width, bits, torch.arange(2**bits, dtype=dtype, device=packed.device))
+    return looked_up(packed, width, bits, counting(2**bits, dtype, str(packed.device)))
+
+
+@lru_cache(maxsize=64)
+def counting(n: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Return the numbers 0 .. n - 1, (n,), made once."""
+    return torch.arange(n, dtype=dtype, device=device)

@@ -1,16 +1,18 @@
 """Compute attention over packed codes in place, where numba is installed: `pip install "kvfloor[fast]"`.
 
 `CodedView.over` defines this attention in torch; answers agree up to rounding. The kernel only gives answers: what
-decides on evictions, and what enters a state, never comes from it. Uncoded tokens are attended to by torch, and the two
-results are merged.
+decides on evictions, and what enters a state, never comes from it. Uncoded tokens are added to the result by the kernel
+too. Arrays of the slots' tensors are made once and kept until a tensor is replaced.
 A row is one (batch item, kv head) stream, a slot the place of one held token. In shapes, r are rows, m queries of each,
 s slots, d and dv the widths of a key and a value.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from operator import is_
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from kvfloor.core.partial import Partial
 from kvfloor.core.spec import Spec
 from kvfloor.methods.stores.codes import ChannelCodes, SlotCodes, TokenCodes
 from kvfloor.methods.stores.levels import levels
-from kvfloor.methods.stores.turn import matrix
+from kvfloor.methods.stores.turn import matrix, transposed
 
 if TYPE_CHECKING:
     from kvfloor.methods.stores.coded import CodedSlots, CodedView
@@ -36,6 +38,7 @@ _SHARED = 16384
 
 
 _NONE = np.zeros((0, 0, 0), np.float32)
+_NOTHING = _NONE.astype(np.bool_)
 
 
 @lru_cache(maxsize=1)
@@ -72,12 +75,14 @@ def attention(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> Pa
 
     hide: as in `View.over`.
     """
-    slots, q = view.owner, q.to(torch.float32)
-    coded, seen = over_codes(view, q, spec, hide)
-    plain = (slots.fresh_k, slots.fresh_v)
-    k, v = ((x if view.rows is None else x[view.rows]).to(q.dtype) for x in plain)
-    fresh = Partial.over(q, k, v, spec, hide=~seen)
-    return Partial(coded.mean @ matrix(spec.dv, q.dtype, "cpu"), coded.log_mass).merge(fresh)
+    slots, (r, m), q = view.owner, q.shape[:2], q.to(torch.float32).contiguous()
+    known, (out, log_mass, seen) = _known(slots), _over_codes(view, q, spec, hide)
+    mean = torch.mm(torch.from_numpy(out).view(r * m, spec.dv), matrix(spec.dv, q.dtype, "cpu")).view(r, m, spec.dv)
+    rows = known.rows if view.rows is None else view.rows.numpy()
+    given = known.given or tuple(x.to(q.dtype).numpy() for x in (slots.fresh_k, slots.fresh_v))
+    law = (float(spec.scale), float(spec.softcap or 0.0))
+    _kernels().add_given(q.numpy(), *law, rows, *given, seen, mean.numpy(), log_mass)
+    return Partial(mean, torch.from_numpy(log_mass))
 
 
 def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> tuple[Partial, Tensor]:
@@ -85,37 +90,84 @@ def over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> t
 
     Returns a `Partial` (r, m), and a mask (r, m, first + ring), True for the uncoded tokens that a query sees.
     """
+    out, log_mass, seen = (torch.from_numpy(x) for x in _over_codes(view, q.contiguous(), spec, hide))
+    return Partial(out, log_mass), seen.bool()
+
+
+def _over_codes(view: CodedView, q: Tensor, spec: Spec, hide: Tensor | None) -> tuple[Any, Any, Any]:
+    """Do the work of `over_codes` for contiguous q; return the mean, the log-mass and the mask as arrays."""
     slots, kernels, (r, m) = view.owner, _kernels(), q.shape[:2]
-    keys, values = slots.key_codes, slots.value_codes
-    assert isinstance(values, TokenCodes)
-    rows = torch.arange(spec.rows) if view.rows is None else view.rows
-    asked, bias = q, torch.zeros(r, m)
+    known, keys, asked, bias = _known(slots), slots.key_codes, q, None
     if isinstance(keys, TokenCodes):
-        asked = q @ matrix(spec.d, q.dtype, "cpu").T
+        asked = torch.mm(q.view(r * m, spec.d), transposed(spec.d, q.dtype, "cpu")).view(r, m, spec.d)
         if keys.centred:
-            centre = keys.centre if view.rows is None else keys.centre[rows]
-            bias = (q @ centre.to(q.dtype).unsqueeze(-1)).squeeze(-1) * spec.scale
-    asked = pad(asked * spec.scale, (0, -spec.d % 8)).contiguous()
+            centre = keys.centre if view.rows is None else keys.centre[view.rows]
+            bias = torch.bmm(q, centre.to(q.dtype).unsqueeze(-1)).numpy()
     chunks = max(1, -(-(view.width + slots.lead) // kernels.CHUNK))
     mean = np.empty((r, chunks, m, spec.dv), np.float32)
     top, mass = np.empty((2, r, chunks, m), np.float32)
     seen = np.zeros((r, m, slots.first + slots.ring), np.uint8)
-    index, offset, held, coded = (x.numpy() for x in (rows, slots.offset, slots.held, slots.coded))
+    rows, offset, held, coded = known.rows, known.offset, slots.held.numpy(), slots.coded.numpy()
     if view.rows is not None:
-        offset, held, coded = offset[index], held[index], coded[index]
-    tokens = (index, offset, np.minimum(held, view.width), coded, slots.position.numpy())
-    hidden = _NONE.astype(np.bool_) if hide is None else hide.expand(r, m, view.width).numpy()
+        rows = view.rows.numpy()
+        offset, held, coded = offset[rows], held[rows], coded[rows]
     given = (
-        *(asked.numpy(), bias.numpy(), float(spec.softcap or 0.0)),
-        *(*tokens, slots.ordered, slots.first, slots.group, slots.lead, slots.ring, hidden),
-        *(keys.width, keys.bits, isinstance(keys, ChannelCodes), *_arrays(keys), *_shared(keys)),
-        *(values.width, values.bits, *_arrays(values)),
-        *(mean, top, mass, seen),
+        *(asked.numpy(), np.zeros((r, m), np.float32) if bias is None else bias.reshape(r, m)),
+        *(float(spec.scale), float(spec.softcap or 0.0)),
+        *(rows, offset, np.minimum(held, view.width), coded, known.position),
+        *(slots.ordered, slots.first, slots.group, slots.lead, slots.ring),
+        _NOTHING if hide is None else hide.expand(r, m, view.width).numpy(),
+        *(*known.keys, *known.values, mean, top, mass, seen),
     )
     shared(kernels.attend_chunks, r * chunks, r * view.width, given)
-    out, log_mass = torch.empty(r, m, spec.dv), torch.empty(r, m)
-    kernels.join(mean, top, mass, out.numpy(), log_mass.numpy())
-    return Partial(out, log_mass), torch.from_numpy(seen).bool()
+    out, log_mass = np.empty((r, m, spec.dv), np.float32), np.empty((r, m), np.float32)
+    kernels.join(mean, top, mass, out, log_mass)
+    return out, log_mass, seen
+
+
+@dataclass(frozen=True)
+class KnownArrays:
+    """Hold the arrays that the kernel reads, which are views of the tensors of slots.
+
+    tensors   these tensors; when one of them is replaced, the views are made anew
+    rows      (rows,) the indices of all rows
+    keys      what `attend_chunks` is given of the codes of the keys; values: of those of the values
+    given     fresh_k and fresh_v of `CodedSlots`; None if they are not in float32
+    offset, position  as in `attend_chunks`
+    """
+
+    tensors: tuple[Tensor, ...]
+    rows: Any
+    offset: Any
+    position: Any
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    given: tuple[Any, Any] | None
+
+
+def _known(slots: CodedSlots) -> KnownArrays:
+    """Return the arrays of the slots' present tensors."""
+    keys, values, fresh = slots.key_codes, slots.value_codes, (slots.fresh_k, slots.fresh_v)
+    assert isinstance(values, TokenCodes)
+    if isinstance(keys, TokenCodes):
+        own = (keys.scale,)
+    else:
+        assert isinstance(keys, ChannelCodes)
+        own = (keys.low, keys.high, keys.range)
+    tensors = (slots.offset, slots.position, *fresh, values.packed, values.scale, keys.packed, *own)
+    known = slots._known_arrays
+    if known is None or not all(map(is_, known.tensors, tensors)):
+        plain = slots.fresh_k.dtype == torch.float32
+        known = slots._known_arrays = KnownArrays(
+            tensors=tensors,
+            rows=np.arange(slots.spec.rows),
+            offset=slots.offset.numpy(),
+            position=slots.position.numpy(),
+            keys=(keys.width, keys.bits, isinstance(keys, ChannelCodes), *_arrays(keys), *_shared(keys)),
+            values=(values.width, values.bits, *_arrays(values)),
+            given=(slots.fresh_k.numpy(), slots.fresh_v.numpy()) if plain else None,
+        )
+    return known
 
 
 def _arrays(codes: SlotCodes) -> tuple[Any, Any, Any]:

@@ -104,8 +104,15 @@ def address(builder: Any, data: Any, index: Any, kind: Any) -> Any:
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
-def _levels(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
+def permutes_halves(features: str) -> bool:
+    """Return True if a processor with these features permutes 8 numbers at once, and not 16."""
+    return "+avx2" in features and "+avx512f" not in features
+
+
+def _levels(target: Any, builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
     """Return vectors of levels: lane i of vector p has that of the 4 bits from shifts[p][i] on in lane i of words."""
+    if permutes_halves(target.codegen().magic_tuple()[2]):  # features of the processor that is compiled for
+        return _levels_by_halves(builder, words, shifts, table)
     entries = builder.load(builder.bitcast(table, _NUMBERS.as_pointer()), align=4)
     found = []
     for shift in shifts:
@@ -116,6 +123,29 @@ def _levels(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> li
             one = builder.extract_element(entries, builder.extract_element(index, lane))
             vector = builder.insert_element(vector, one, lane)
         found.append(vector)
+    return found
+
+
+def _levels_by_halves(builder: Any, words: Any, shifts: list[list[int]], table: Any) -> list[Any]:
+    """Do the work of `_levels` on processors whose permutations are of 8 numbers (AVX2)."""
+    numbers, indices = ir.VectorType(ir.FloatType(), 8), ir.VectorType(_INDEX, 8)
+    start = builder.bitcast(table, numbers.as_pointer())
+    entries = [builder.load(builder.gep(start, [_INDEX(half)]), align=4) for half in range(2)]
+    lanes = [range(8), range(8, 16)]
+    parts = [builder.shuffle_vector(words, words, ir.Constant(indices, list(part))) for part in lanes]
+    kind = ir.FunctionType(numbers, [numbers, indices])
+    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.permps")
+    found = []
+    for shift in shifts:
+        halves = []
+        for part, word in zip(lanes, parts, strict=True):
+            by = [shift[lane] for lane in part]
+            index = builder.lshr(word, ir.Constant(indices, by))  # only the lowest 3 bits count
+            lower, upper = (builder.call(permute, [entry, index]) for entry in entries)
+            fourth = builder.shl(word, ir.Constant(indices, [28 - x for x in by]))  # the sign
+            above = builder.icmp_signed("<", fourth, ir.Constant(indices, [0] * 8))
+            halves.append(builder.select(above, upper, lower))
+        found.append(builder.shuffle_vector(*halves, ir.Constant(_INDICES, list(range(_LANES)))))
     return found
 
 
@@ -143,7 +173,7 @@ def _look_up(context: Any, words: Any, at: Any, table: Any, out: Any, to: Any) -
         twice = ir.Constant(_INDICES, [*range(8), *range(8)])
         words = builder.shuffle_vector(eight, ir.Constant(half, ir.Undefined), twice)
         shifts = [[4 * p] * 8 + [4 * (p + 4)] * 8 for p in range(4)]
-        for p, found in enumerate(_levels(builder, words, shifts, levels)):
+        for p, found in enumerate(_levels(target, builder, words, shifts, levels)):
             start = builder.add(arguments[4], ir.Constant(arguments[4].type, _LANES * p))
             builder.store(found, address(builder, into, start, _NUMBERS), align=4)
         return target.get_dummy_value()
@@ -162,6 +192,24 @@ def level(context: Any, table: Any, code: Any) -> Any:
         return builder.bitcast(builder.load_atomic(pointer, "unordered", 4), ir.FloatType())
 
     return types.float32(table, types.intp), load
+
+
+@instruction
+def _look_up_eight(context: Any, packed: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
+    """Write the levels of the 8 codes from packed[at] on, of 8 bits, to out: that of code p to out[to + spot(p)]."""
+    del context
+
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, levels, into = addresses(target, builder, signature, arguments, 0, 2, 3)
+        start, first = builder.gep(source, [arguments[1]]), builder.gep(into, [arguments[4]])
+        for p in range(8):  # loads one by one, as in `level`
+            index = builder.zext(builder.load(builder.gep(start, [_INDEX(p)])), arguments[1].type)
+            pointer = builder.bitcast(builder.gep(levels, [index]), _INDEX.as_pointer())
+            number = builder.bitcast(builder.load_atomic(pointer, "unordered", 4), ir.FloatType())
+            builder.store(number, builder.gep(first, [_INDEX(p % 4 * 16 + p // 4 * 8)]))
+        return target.get_dummy_value()
+
+    return types.void(packed, types.intp, table, out, types.intp), code
 
 
 @instruction
@@ -209,7 +257,7 @@ def _add_products(context: Any, words: Any, at: Any, table: Any, q: Any, column:
         source, levels = addresses(target, builder, signature, arguments, 0, 2)
         asked, result = (cgutils.create_struct_proxy(signature.args[i])(target, builder, arguments[i]) for i in (3, 5))
         loaded = builder.load(address(builder, source, arguments[1], _INDICES), align=4)
-        found = _levels(builder, loaded, [[4 * p] * _LANES for p in range(8)], levels)
+        found = _levels(target, builder, loaded, [[4 * p] * _LANES for p in range(8)], levels)
         m, width = cgutils.unpack_tuple(builder, asked.shape)
         length = cgutils.unpack_tuple(builder, result.shape)[1]
         with cgutils.for_range(builder, m) as loop:
@@ -487,8 +535,11 @@ def look_up_words(low, start, size, high, tall, table, words, numbers):
 def look_up_bytes(packed, start, size, width, table, words, numbers):
     """Do the work of `look_up_words` for `size` tokens whose codes, of 8 bits, are the bytes from `start` on."""
     for t in range(size):
-        for c in range(width):
-            numbers[8 * words * t + spot(c)] = level(table, packed[start + width * t + c])
+        at, to = start + width * t, 8 * words * t
+        for word in range(width // 8):
+            _look_up_eight(packed, at + 8 * word, table, numbers, to + spot(8 * word))
+        for c in range(width // 8 * 8, width):
+            numbers[to + spot(c)] = level(table, packed[at + c])
 
 
 @compiled
@@ -531,8 +582,8 @@ def weigh(logits, live, factors, highest, masses, mean):
 
 
 @compiled
-def fold(q, r, low, high, span, row, group, steps, start, step, folded, shift):
-    """Fold a group's middles and steps into row r of queries q (r, m, w): write folded (m, w).
+def fold(q, low, high, span, row, group, steps, start, step, folded, shift):
+    """Fold a group's middles and steps into the queries q (m, w) of a row: write folded (m, w).
 
     Write the products of the queries with the middles of the ranges to shift (m). Codes count from the middle, which
     rounds less than counting from the least number.
@@ -549,8 +600,8 @@ def fold(q, r, low, high, span, row, group, steps, start, step, folded, shift):
     for i in range(len(folded)):
         total = np.float32(0.0)
         for c in range(d):
-            folded[i, c] = q[r, i, c] * step[c]
-            total += q[r, i, c] * start[c]
+            folded[i, c] = q[i, c] * step[c]
+            total += q[i, c] * start[c]
         shift[i] = total
 
 
@@ -573,9 +624,8 @@ _TOKENS = (
     _BOOLS,
 )
 _OUT = (types.float32[:, :, :, ::1], _CUBE, _CUBE, _SHARED)
-_SIGNATURE = types.void(
-    types.int64, types.int64, _CUBE, types.float32[:, ::1], types.float32, *_TOKENS, *_KEYS, *_VALUES, *_OUT
-)
+_MATRIX, _FLOAT = types.float32[:, ::1], types.float32
+_SIGNATURE = types.void(types.int64, types.int64, _CUBE, _MATRIX, _FLOAT, _FLOAT, *_TOKENS, *_KEYS, *_VALUES, *_OUT)
 
 
 @compiled(signature=_SIGNATURE)
@@ -584,6 +634,7 @@ def attend_chunks(
     stop,
     q,
     bias,
+    scale,
     softcap,
     row,
     offset,
@@ -617,8 +668,9 @@ def attend_chunks(
 ):
     """Compute attention of q over the coded tokens of the chunks begin .. stop - 1, counted row by row.
 
-    q         (r, m, 8 words of a key), scaled, with zeros behind the width d
-    bias      (r, m), added to the logits of coded tokens before the softcap
+    q         (r, m, d)
+    bias      (r, m), added to the products of coded tokens with the queries
+    scale     the factor on products and bias, before the softcap
     softcap   c: a logit x becomes c tanh(x / c); 0: no cap
     row       (r,) index of each row in key_low, key_high and key_range
     offset    (r,) first slot of each row; count: (r,) number of its slots that are read
@@ -646,6 +698,7 @@ def attend_chunks(
     logits, total = np.empty((m, TILE), np.float32), np.empty((m, 8 * lanes), np.float32)
     highest, masses = np.empty(m, np.float32), np.empty(m, np.float32)
     folded, shift = np.zeros((m, 8 * words), np.float32), np.zeros(m, np.float32)
+    asked, raised = np.zeros((m, 8 * words), np.float32), np.empty(m, np.float32)
     begins, widths = np.empty(d, np.float32), np.empty(d, np.float32)
     live, factors = np.empty(TILE, np.bool_), np.zeros(TILE, np.float32)
     all_keys, all_values = key_packed.ravel(), value_packed.ravel()
@@ -656,6 +709,9 @@ def attend_chunks(
         r, chunk = task // chunks, task % chunks
         for i in range(m):
             highest[i], masses[i] = HIDDEN, np.float32(0.0)
+            raised[i] = bias[r, i] * scale
+            for c in range(d):
+                asked[i, c] = q[r, i, c] * scale
             for c in range(8 * lanes):
                 total[i, c] = np.float32(0.0)
         folded_group = -1
@@ -694,7 +750,9 @@ def attend_chunks(
             if linear:
                 if (start + lead) // group != folded_group:
                     folded_group = (start + lead) // group
-                    fold(q, r, key_low, key_high, key_range, row[r], folded_group, steps, begins, widths, folded, shift)
+                    fold(
+                        asked, key_low, key_high, key_range, row[r], folded_group, steps, begins, widths, folded, shift
+                    )
                 add_logits(keys_low, keys_high, False, key_table, folded, words, codes, logits)
                 if key_bits > 4:
                     for i in range(m):
@@ -706,12 +764,12 @@ def attend_chunks(
                     for t in range(TILE):
                         logits[i, t] += shift[i]
             else:
-                add_logits(keys_low, keys_high, key_bits > 4, key_table, q[r], words, codes, logits)
+                add_logits(keys_low, keys_high, key_bits > 4, key_table, asked, words, codes, logits)
                 for t in range(size):
                     factors[t] = short_float(key_scale[place + t])
                 for i in range(m):
                     for t in range(TILE):
-                        logits[i, t] = logits[i, t] * factors[t] + bias[r, i]
+                        logits[i, t] = logits[i, t] * factors[t] + raised[i]
             if softcap > 0:
                 for i in range(m):
                     for t in range(size):
@@ -758,3 +816,44 @@ def join(mean, top, mass, out, log_mass):
             for c in range(dv):
                 out[r, i, c] = out[r, i, c] / whole if whole != 0 else np.float32(0.0)
             log_mass[r, i] = highest + np.float32(math.log(whole)) if whole != 0 else np.float32(-np.inf)
+
+
+@compiled(signature=types.void(_CUBE, _FLOAT, _FLOAT, _INTEGERS, _CUBE, _CUBE, _SHARED, _CUBE, _MATRIX))
+def add_given(q, scale, softcap, row, keys, values, seen, mean, log_mass):
+    """Add tokens that are kept as they were given to the result over others, mean (r, m, dv) and log_mass (r, m).
+
+    q, scale, softcap, row  as in `attend_chunks`
+    keys, values            (rows, n, d) and (rows, n, dv)
+    seen                    (r, m, n), 1 for the tokens that a query sees
+    """
+    m, n, d, dv = q.shape[1], keys.shape[1], keys.shape[2], values.shape[2]
+    logits = np.empty(n, np.float32)
+    for r in range(len(q)):
+        at = row[r]
+        for i in range(m):
+            top, some = log_mass[r, i], False
+            for t in range(n):
+                if seen[r, i, t]:
+                    logit = np.float32(0.0)
+                    for c in range(d):
+                        logit += q[r, i, c] * keys[at, t, c]
+                    logit *= scale
+                    if softcap > 0:
+                        logit = softcap * np.float32(math.tanh(logit / softcap))
+                    logits[t], some = logit, True
+                    if not logit <= top:  # a NaN stays
+                        top = logit
+            if not some:
+                continue
+            total = exponential(log_mass[r, i] - top)
+            for c in range(dv):
+                mean[r, i, c] *= total
+            for t in range(n):
+                if seen[r, i, t]:
+                    weight = exponential(logits[t] - top)
+                    total += weight
+                    for c in range(dv):
+                        mean[r, i, c] += weight * values[at, t, c]
+            for c in range(dv):
+                mean[r, i, c] /= total
+            log_mass[r, i] = top + np.float32(math.log(total))

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvfloor.core.method import part_text
 from kvfloor.core.spec import Spec
 from kvfloor.methods.stores.coded import Coding
-from kvfloor.methods.stores.codes import GroupCodes, SlotCodes
+from kvfloor.methods.stores.codes import GroupCodes, SlotCodes, counting
 from kvfloor.methods.stores.packing import looked_up, pack
 from kvfloor.validation import whole
 
@@ -135,7 +135,7 @@ class RangedTokens(SlotCodes):
     ) -> Tensor:
         del rows, group, turn
         dtype = self.spec.compute_dtype
-        numbers = torch.arange(2**self.bits, dtype=dtype, device=self.packed.device)
+        numbers = counting(2**self.bits, dtype, str(self.packed.device))
         low, step = (entries[name].to(dtype).unsqueeze(-1) for name in ("low", "step"))
         x = torch.addcmul(low, looked_up(entries["packed"], self.width, self.bits, numbers), step)
         return x.to(self.spec.dtype).to(dtype)

@@ -9,12 +9,16 @@ multiplications by constants are done, element by element, so the same vector gi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _SEED = 0x6B76
+
+Rotation = Callable[[Tensor], Tensor]
+"""A function that rotates vectors (..., width)."""
 
 
 @lru_cache(maxsize=64)
@@ -44,6 +48,17 @@ def turned_back(x: Tensor) -> Tensor:
 def matrix(width: int, dtype: torch.dtype, device: str) -> Tensor:
     """Return the rotation as a matrix R (width, width): `turned(x)` is x R^T up to rounding."""
     return turned(torch.eye(width, dtype=dtype, device=device)).T.contiguous()
+
+
+@lru_cache(maxsize=64)
+def transposed(width: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Return the transpose of `matrix`, a view of it."""
+    return matrix(width, dtype, device).T
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Do the work of `turned` in one product, which rounds otherwise, and may round otherwise in another batch."""
+    return x @ transposed(x.shape[-1], x.dtype, str(x.device))
 
 
 def _window(width: int) -> int:
