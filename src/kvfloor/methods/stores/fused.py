@@ -208,6 +208,8 @@ def shared(kernel: Any, tasks: int, slots: int, given: tuple[Any, ...]) -> None:
     others = [Thread(target=kernel, args=(*ends[i : i + 2], *given)) for i in range(1, threads)]
     for thread in others:
         thread.start()
-    kernel(*ends[:2], *given)
-    for thread in others:
-        thread.join()
+    try:
+        kernel(*ends[:2], *given)
+    finally:  # also after Ctrl-C: the others write to memory that is freed behind this function
+        for thread in others:
+            thread.join()
