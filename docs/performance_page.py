@@ -57,12 +57,12 @@ WHY = {
     "append tail": "evictions and merges come in blocks, so that one token in 32 pays for all of its block",
     "streamed": "h2o adds up the weights that every token gets, for which it cannot take torch's fused kernel",
     "kvpress prefill": "nearly all of the time is the model's own pass over the prompt",
-    "kvpress token": "of a token over 512 kept ones nearly all of the time is the model's; the books that a cache keeps, so "
-    "that more tokens can come than were kept, are the rest",
+    "kvpress token": "of a token over 512 kept ones nearly all of the time is the model's; the rest are the books "
+    "that a cache keeps, so that more tokens can come than were kept",
     "coded short": "codes have to be unpacked, which takes about as long as the kernel in C takes for float32 keys and "
     "values; what they save is memory",
-    "coded long": "codes have to be unpacked, which takes about as long as the kernel in C takes for keys and values in "
-    "bfloat16",
+    "coded long": "codes have to be unpacked, which takes about as long as the kernel in C takes for keys and "
+    "values in bfloat16",
     "small 1024": _ATTENTION + ", which at 1,024 tokens is little",
     "small 4096": _ATTENTION,
     "small budget": _PRODUCTS.format(""),
