@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 import pytest
 import torch
@@ -151,6 +152,39 @@ def test_many_requests_are_copied_out_a_few_at_a_time(text: str, monkeypatch: py
     assert max(worst) < 2e-6
     assert all(engine.same(block) for block in everyone)
     assert all(shell.nbytes < 0.1 * n * engine.pool.layout.nbytes for n, shell in engine.pool._shells.items() if n > 1)
+
+
+TURNS = ["sinks@24", "h2o(block=8)@24", "h2o(block=8):k4v3@24", "exact"]
+
+
+def in_turns(text: str) -> bool:
+    """Return True if two requests of equal length, stepped token by token in turns, are what each is alone."""
+    engine = Engine(text, tokens=60 if text == "exact" else None)
+    for block in (0, 1):
+        engine.start(block)
+    worst = [engine.step([block], 5) for block in (0, 1)]
+    for _ in range(40):
+        worst += [engine.step([0], 1), engine.step([1], 1)]
+    return max(worst) < 2e-6 and all(engine.same(block) for block in (0, 1))
+
+
+@pytest.mark.parametrize("text", TURNS)
+def test_requests_of_equal_length_in_turns(text: str) -> None:
+    assert in_turns(text)
+
+
+def test_positions_written_ahead_for_another_request_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: what was written ahead is known by its numbers alone, not by the tensor it was written in."""
+    real = Slots.number_from
+
+    def forgetful(slots: Slots, at: int, position: int) -> None:
+        known = slots._known_numbers
+        if known is not None:
+            slots._known_numbers = (ref(slots.position), *known[1:])
+        real(slots, at, position)
+
+    monkeypatch.setattr(Slots, "number_from", forgetful)
+    assert not in_turns("h2o(block=8):k4v3@24")
 
 
 @pytest.mark.parametrize("text", ["sinks@24", "h2o@24", "sinks+value_sum@24"])

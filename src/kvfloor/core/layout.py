@@ -167,8 +167,8 @@ class Layout:
                 setattr(owner, name, type(now)(source.item()))
             elif now.device == source.device:
                 setattr(owner, name, source)
-            else:
-                now.copy_(source)
+            else:  # a new tensor: what is known of the old one is not true of this one
+                setattr(owner, name, source.to(now.device))
 
     def store(self, state: State, views: dict[str, Tensor], ids: Tensor) -> None:
         """Copy `state`, a state of n requests, into the blocks `ids` (n,), which are different.

@@ -86,7 +86,7 @@ class Slots(Arena):
     group: int = 1
     """Number of a row's tokens that are coded together; 1 where none is coded."""
     _known_tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # k and v, and views of them (`_tables`)
-    _known_numbers: tuple[int, int] | None = None  # what `put` has written to `position` for tokens still to come
+    _known_numbers: tuple[ref[Tensor], int, int] | None = None  # what is written in `position` for tokens still to come
 
     def __init__(
         self,
@@ -287,16 +287,17 @@ class Slots(Arena):
 
         So most tokens find theirs written. A slot without a token may hold any number. Slots keep what was written
         there as long as tokens arrive one after another: every eviction lowers the slot of the next token, and not its
-        position, so their difference, which is compared, never comes back.
+        position, so their difference, which is compared, never comes back. A pool lends these slots the tensors of one
+        request after another, so it is also compared in which tensor it was written.
         """
         ahead = position - at
         known = self._known_numbers
-        if known is not None and known[0] == ahead and at < known[1]:
+        if known is not None and known[0]() is self.position and known[1] == ahead and at < known[2]:
             return
         stop = min(at + _NUMBERED, self.stride)
         arrived = torch.arange(at + ahead, stop + ahead, device=self.position.device)
         self._table(self.position, at, stop).copy_(arrived)
-        self._known_numbers = ahead, stop
+        self._known_numbers = ref(self.position), ahead, stop
 
     def _lay_out(self, capacity: Tensor) -> None:
         super()._lay_out(capacity)
