@@ -54,6 +54,10 @@ WHY = {
     "budget stock": "no cache can make a token faster than the model with hardly any: see the row `stock, 128 tokens`",
     "budget exact": _PRODUCTS.format(", and both tokens have it"),
     "budget short": "a layer attends to four times as many tokens and keeps its books beside that",
+    "append slope": "of so many intervals of 95 % one in twenty misses 0 by chance, and the slope is one in a hundred",
+    "subgen": "what is left beside the kernel in C are the draws of every row, which torch hashes twice a block, and "
+    "times that differ by a fifth from run to run",
+    "audit": "thirteen settings read texts and answer tasks with the model, one after the other",
     "append tail": "evictions and merges come in blocks, so that one token in 32 pays for all of its block",
     "streamed": "h2o adds up the weights that every token gets, for which it cannot take torch's fused kernel",
     "kvpress prefill": "nearly all of the time is the model's own pass over the prompt",
