@@ -78,10 +78,10 @@ def attend_newest(
     """Return attention outputs (rows, g, 1, dv) of the newest token's queries q (rows, g, 1, d), which see all keys.
 
     k (rows, s, d), v (rows, s, dv); g is the GQA group, i.e. query heads per kv head. The outputs have k's dtype where
-    a kernel for CPUs applies, otherwise the compute dtype. On many keys it is that in C (`attend_few`), which torch's
-    fused kernel beats for one query per row in float32. That one is called through torch's
-    `scaled_dot_product_attention` and not through `attend`, because with few keys the overhead of `attend` is a third
-    of the time. log_weight (rows, s) is added to the logits; None: nothing is added.
+    a kernel for CPUs applies, otherwise the compute dtype. log_weight (rows, s) is added to the logits; None: nothing
+    is added. From `MANY_NUMBERS` on, the kernel in C is taken (`attend_few`), but not for one query per row in float32,
+    for which torch's fused kernel is faster. Torch's is called through `scaled_dot_product_attention` and not through
+    `attend`: with few keys the overhead of `attend` is a third of the time.
     """
     many = k.numel() >= MANY_NUMBERS and (q.shape[1] > 1 or k.dtype == torch.bfloat16)
     if many and log_weight is None and softcap is None and serves(of_all := q.squeeze(2), k, v):

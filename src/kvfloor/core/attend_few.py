@@ -1,7 +1,7 @@
 """Compute attention of few queries over many tokens in compiled C, where the system has a C compiler.
 
-`core.attend` defines in torch what is computed. The kernel reads keys and values once for all queries of a row, at
-nearly the speed of memory; it is for float32 and bfloat16 on processors with AVX2. A row is one (batch item, kv head)
+`core.attend` defines in torch what is computed. The kernel reads keys and values once for all queries of a row. It
+is for float32 and bfloat16 on processors with AVX2. A row is one (batch item, kv head)
 stream. In shapes, q is (rows, m, d), k (rows, s, d), v (rows, s, dv): m queries and s tokens per row.
 """
 

@@ -439,9 +439,7 @@ class CodedSlots(Slots):
             stretches = self._stretches(0, min(first, width)) + self._stretches(max(coded, first), width)
             return Uncoded(coded, stretches)
         position = self.positions(None, width)
-        early = position < first
-        index = torch.where(early, position, first + position % self.ring)
-        return Uncoded(coded, [], ((position >= coded) | early, index))
+        return Uncoded(coded, [], (self._uncoded(position, coded), self._fresh_index(position)))
 
     def _stretches(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return where the uncoded tokens start .. stop - 1 lie in `fresh_k`: (slot, index, number of tokens)."""
